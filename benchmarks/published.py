@@ -1,0 +1,47 @@
+"""The losses as their papers and the usual repositories write them: what the kernels are measured against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    log_q = F.log_softmax(student / temperature, dim=1)
+    q = F.softmax(teacher / temperature, dim=1)
+    return F.kl_div(log_q, q, reduction="sum") * temperature**2 / student.shape[0]
+
+
+def stkd(
+    student: Tensor, teacher: Tensor, target: Tensor, target_mixed: Tensor, lam: Tensor, temperature: float = 4.0
+) -> Tensor:
+    ce = lam * F.cross_entropy(student, target) + (1 - lam) * F.cross_entropy(student, target_mixed)
+    return 0.1 * ce + 0.9 * kd(student, teacher, temperature)
+
+
+def sp(student: Tensor, teacher: Tensor) -> Tensor:
+    b = student.shape[0]
+    student, teacher = student.view(b, -1), teacher.view(b, -1)
+    g_s = F.normalize(torch.mm(student, student.t()))
+    g_t = F.normalize(torch.mm(teacher, teacher.t()))
+    difference = g_t - g_s
+    return (difference * difference).view(-1, 1).sum(0) / (b * b)
+
+
+def amd(student: Tensor, teacher: Tensor, margin: float = 1.35, scale: float = 64.0) -> Tensor:
+    maps = [_angular(x, margin, scale) for x in (student, teacher)]
+    return sum((_unit(s) - _unit(t)).pow(2).mean() for s, t in zip(*maps, strict=True)) / 3
+
+
+def _angular(x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    r = x.pow(2).sum(1).view(x.shape[0], -1)
+    q = r / (r.norm(dim=1, keepdim=True) + 1e-6)
+    w = 1 - q
+    u = torch.cos(margin * torch.acos(q.clamp(-1 + 1e-7, 1 - 1e-7)))
+    positive, negative = torch.exp(scale * u), torch.exp(scale * w)
+    return torch.log(positive / (positive + negative)), u, w
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, p=2, dim=1)

@@ -1,0 +1,99 @@
+"""Knowledge distillation (Hinton, Vinyals & Dean 2015, arXiv 1503.02531).
+
+q = softmax(z / T);   L = T^2 * mean over positions of KL(q_teacher || q_student)
+dL/dz_s = T (q_s - q_t) / positions
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .ops.checks import REDUCTIONS, check_choice, check_pair, check_positive
+from .ops.softmax_kl import softmax_kl
+
+
+def flatten_positions(student: Tensor, teacher: Tensor, class_dim: int, what: str) -> tuple[Tensor, Tensor]:
+    """Logits with the classes at ``class_dim`` as (positions, C); the first dimension is the batch."""
+    check_pair(student, teacher, what)
+    if student.dim() < 2 or student.shape != teacher.shape:
+        raise ValueError(
+            f"{what}: student and teacher logits must have one shape of two or more dimensions, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if not -student.dim() <= class_dim < student.dim() or class_dim % student.dim() == 0:
+        raise ValueError(f"{what}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}")
+    if student.dim() == 2:
+        return student, teacher
+    classes = student.shape[class_dim]
+    return student.movedim(class_dim, -1).reshape(-1, classes), teacher.movedim(class_dim, -1).reshape(-1, classes)
+
+
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 4.0,
+    reduction: str = "batchmean",
+    class_dim: int = -1,
+    scale_by_t2: bool = True,
+) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), averaged over positions.
+
+    Args:
+        student_logits, teacher_logits: (N, C), (N, L, C), or any shape with the classes at ``class_dim`` ((N, C, H, W):
+            1). float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
+        temperature: T > 0.
+        reduction: "batchmean" is the mean over all positions (rows of the softmax), "sum" their sum, "none" one
+            value per position, in the logits' shape without the classes.
+        class_dim: where the classes are.
+        scale_by_t2: multiply by T^2, which keeps the gradient's size when T changes. Other libraries' losses are this
+            one times a factor: see the README's table.
+
+    Returns:
+        float32, or float64 if an input is. An empty batch gives 0.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.
+
+    Source: arXiv 1503.02531, section 2; the scale is that of RepDistiller's DistillKL.
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_positive("temperature", temperature)
+    student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "kd_loss")
+    weight = temperature**2 if scale_by_t2 else 1.0
+    loss = softmax_kl(student, teacher, temperature=temperature, kl_weight=weight, reduction=reduction)
+    if reduction != "none":
+        return loss
+    shape = list(student_logits.shape)
+    del shape[class_dim]
+    return loss.view(shape)
+
+
+class KDLoss(nn.Module):
+    """``kd_loss`` with its options as a module: ``KDLoss(temperature=4.0)(student_logits, teacher_logits)``."""
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        reduction: str = "batchmean",
+        class_dim: int = -1,
+        scale_by_t2: bool = True,
+    ) -> None:
+        super().__init__()
+        check_positive("temperature", temperature)
+        check_choice("reduction", reduction, REDUCTIONS)
+        self.temperature, self.reduction = temperature, reduction
+        self.class_dim, self.scale_by_t2 = class_dim, scale_by_t2
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return kd_loss(
+            student_logits,
+            teacher_logits,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            class_dim=self.class_dim,
+            scale_by_t2=self.scale_by_t2,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, reduction={self.reduction!r}"

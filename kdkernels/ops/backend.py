@@ -1,0 +1,111 @@
+"""Which implementation of an op runs, and why.
+
+Every op has up to three implementations, each a module with the same three names: ``supports(*tensors)``, which returns
+None or the reason why not, ``forward`` and ``backward``. They save the same things, so a forward pass of one may
+be followed by the backward pass of another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+from torch import Tensor
+
+OPS = ("softmax_kl", "gram", "angular_margin")
+BACKENDS = ("native", "triton", "reference")
+VARIABLE = "KDKERNELS_BACKEND"
+# auto tries these in turn, fastest first; a device that is not listed has the reference alone
+AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference"), "xpu": ("triton", "reference")}
+_MODULES = {"native": "native_kernels", "triton": "triton_kernels", "reference": "reference"}
+
+logger = logging.getLogger("kdkernels")
+_chosen: str | None = None  # set by use_backend; process-wide, because backward may run on another thread
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for by name cannot do what was asked of it."""
+
+
+def _check(name: str, source: str) -> str:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def requested() -> str:
+    """The backend in force: that of the innermost ``use_backend``, else KDKERNELS_BACKEND, else "auto"."""
+    if _chosen is not None:
+        return _chosen
+    return _check(os.environ.get(VARIABLE) or "auto", VARIABLE)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op on one backend: ``with kdkernels.use_backend("reference"): ...``.
+
+    ``name`` is "native", "triton", "reference" or "auto". The choice holds for the whole process, backward passes on
+    autograd's own threads included. An op that the backend cannot run raises ``BackendError`` with the reason; a name
+    that does not exist raises ValueError.
+    """
+    global _chosen
+    before, _chosen = _chosen, _check(name, "use_backend(name)")
+    try:
+        yield
+    finally:
+        _chosen = before
+
+
+@cache
+def load(op: str, backend: str) -> ModuleType | str:
+    """The module that implements ``op`` on ``backend``, or the reason why there is none."""
+    name = f"kdkernels.ops.{op}.{_MODULES[backend]}"
+    if importlib.util.find_spec(name) is None:
+        return f"this version of kdkernels has no {backend} implementation of {op}"
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        return f"{name} cannot be imported: {error}"
+
+
+def why_not(op: str, backend: str, *tensors: Tensor) -> str | None:
+    """None if ``backend`` can run ``op`` on these tensors, else the reason."""
+    module = load(op, backend)
+    return module if isinstance(module, str) else module.supports(*tensors)
+
+
+@cache
+def _log_fallback(op: str, device: str, backend: str, reasons: tuple[str, ...]) -> None:
+    # on an accelerator a fallback is a slow step that nobody asked for; on a CPU it is business as usual
+    level = logging.INFO if device == "cpu" else logging.WARNING
+    logger.log(level, "%s on %s runs on the %s backend: %s", op, device, backend, "; ".join(reasons))
+
+
+def choose(op: str, *tensors: Tensor) -> ModuleType:
+    """The implementation of ``op`` for these tensors, by the request in force."""
+    name = requested()
+    if name != "auto":
+        module = load(op, name)
+        reason = module if isinstance(module, str) else module.supports(*tensors)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} was asked for by name and cannot run {op}: {reason}")
+        assert isinstance(module, ModuleType)
+        return module
+    device = tensors[0].device.type
+    reasons: list[str] = []
+    for name in AUTO_ORDER.get(device, ("reference",)):
+        module = load(op, name)
+        reason = module if isinstance(module, str) else module.supports(*tensors)
+        if reason is None:
+            if reasons:
+                _log_fallback(op, device, name, tuple(reasons))
+            assert isinstance(module, ModuleType)
+            return module
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")

@@ -1,0 +1,105 @@
+"""Batch Gram matrices in plain PyTorch: the definition, the fallback and the oracle of the tests.
+
+Notation: Q (B, D) features of a batch, K = Q Q^T, G = K with normalised rows, n the rows' norms; s student, t teacher.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import compute_dtype, grad_like, is_channels_last
+
+COSINE_EPS = 1e-8
+
+
+def supports(*tensors: Tensor) -> str | None:
+    return None
+
+
+def rows(x: Tensor) -> Tensor:
+    """(B, ...) as (B, D). The order along D is free, as a Gram matrix does not see it: channels_last needs no copy."""
+    if is_channels_last(x):
+        x = x.permute(0, 2, 3, 1)
+    return x.reshape(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], 0)
+
+
+def _normalise(k: Tensor, row_norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """G and the rows' norms before the clamp. Squares are taken of K / max|K|, so that large features don't overflow."""
+    if row_norm == "l1":
+        norm = k.abs().sum(1, keepdim=True)
+    else:
+        top = k.abs().amax(1, keepdim=True).clamp(min=torch.finfo(k.dtype).tiny) if k.numel() else k.sum(1, True)
+        norm = torch.linalg.vector_norm(k / top, dim=1, keepdim=True).mul_(top)
+    return k / norm.clamp(min=eps), norm
+
+
+def sp_forward(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    row_norm: str,
+    scale: float,
+    eps: float,
+    zero_row_grad: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Sum over layers of scale * ||G_t - G_s||_F^2, and per layer W = H + H^T with dloss/dQ_s = W Q_s."""
+    dtype = compute_dtype(*student, *teacher)
+    loss = torch.zeros((), dtype=dtype, device=student[0].device)
+    weights = []
+    for s, t in zip(student, teacher, strict=True):
+        q_s, q_t = rows(s).to(dtype), rows(t).to(dtype)
+        k_s = q_s @ q_s.t()
+        g_s, n_s = _normalise(k_s, row_norm, eps)
+        g_t, _ = _normalise(q_t @ q_t.t(), row_norm, eps)
+        difference = g_s - g_t
+        loss = loss + scale * difference.square().sum()
+        if need_grad:
+            r = difference.mul_(2 * scale)
+            inner = (r * g_s).sum(1, keepdim=True).masked_fill_(n_s < eps, 0)  # below eps the norm is a constant
+            h = (r - inner * (g_s if row_norm == "l2" else k_s.sign())) / n_s.clamp(min=eps)
+            if not zero_row_grad:
+                h = h.masked_fill(n_s == 0, 0)  # an all-zero row has no direction to normalise
+            weights.append(h + h.t())
+    return loss, torch.stack(weights) if weights else loss.new_empty(0)
+
+
+def sp_backward(grad: Tensor, student: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """grad * W Q_s of each layer, in the layer's shape, dtype and memory format."""
+    gradients = []
+    for s, w in zip(student, weights.unbind(0), strict=True):
+        out = grad_like(s)
+        target = out.permute(0, 2, 3, 1) if is_channels_last(out) else out
+        product = (w * grad) @ rows(s).to(w.dtype)
+        target.copy_(product.view(target.shape))
+        gradients.append(out)
+    return gradients
+
+
+def cosine_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S = A B^T over the rows' norms, and the inverse norms (0 for a row whose norm is under the eps)."""
+    dtype = compute_dtype(a, b)
+    a, b = a.to(dtype), b.to(dtype)
+    inverse_a, inverse_b = (_inverse_norm(x) for x in (a, b))
+    return (a * inverse_a[:, None]) @ (b * inverse_b[:, None]).t(), inverse_a, inverse_b
+
+
+def _inverse_norm(x: Tensor) -> Tensor:
+    return 1 / torch.linalg.vector_norm(x, dim=1).clamp(min=COSINE_EPS)
+
+
+def cosine_backward(
+    grad: Tensor, a: Tensor, b: Tensor, similarity: Tensor, inverse_a: Tensor, inverse_b: Tensor
+) -> tuple[Tensor, Tensor]:
+    """With a^ = a / |a|: da = (dS b^ - rowsum(dS * S) a^) / |a|, and the same for b with dS^T."""
+    inner = grad * similarity
+    unit_a, unit_b = (x.to(grad.dtype) * i[:, None] for x, i in ((a, inverse_a), (b, inverse_b)))
+    da = _project(grad @ unit_b, unit_a, inner.sum(1), inverse_a)
+    db = _project(grad.t() @ unit_a, unit_b, inner.sum(0), inverse_b)
+    return da.to(a.dtype), db.to(b.dtype)
+
+
+def _project(gradient: Tensor, unit: Tensor, inner: Tensor, inverse: Tensor) -> Tensor:
+    # below the eps the norm is a constant, so nothing is projected out
+    inner = inner.masked_fill(inverse >= 1 / COSINE_EPS, 0)
+    return (gradient - inner[:, None] * unit) * inverse[:, None]

@@ -1,0 +1,251 @@
+"""softmax_kl in plain PyTorch: the definition, the fallback and the oracle of the tests.
+
+Notation: z logits, T temperature, p = softmax(z), q = softmax(z / T), s student, t teacher, {a, b} a row's labels.
+Every softmax is kept as (maximum, log of the sum of exponentials above it): adding the two would round away
+everything below 1e-7 of the largest logit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import compute_dtype
+
+NEG_INF = -math.inf
+
+
+def supports(*tensors: Tensor) -> str | None:
+    return None
+
+
+class Labels(NamedTuple):
+    """Up to two labels per row, (N, 1) each, with their weights; ``keep`` is False on ignored rows."""
+
+    a: Tensor
+    b: Tensor
+    weight_a: Tensor
+    weight_b: Tensor
+    keep: Tensor
+    valid: Tensor
+
+
+def read_labels(
+    target: Tensor, target_mixed: Tensor | None, lam: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype
+) -> Labels:
+    a = target
+    b = target if target_mixed is None else target_mixed
+    keep = (a != ignore_index) & (b != ignore_index)
+    valid = (a >= 0) & (a < classes) & (b >= 0) & (b < classes)
+    weight_a = torch.ones((), dtype=dtype, device=a.device) if lam is None else lam.to(dtype)
+    weight_a = weight_a.expand(a.shape)
+    a, b = a.clamp(0, classes - 1), b.clamp(0, classes - 1)
+    return Labels(a[:, None], b[:, None], weight_a[:, None], 1 - weight_a[:, None], keep[:, None], valid[:, None])
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight * value, where a weight of 0 means 0 even beside an infinity."""
+    return torch.where(weight == 0, torch.zeros_like(value), weight * value)
+
+
+class Rest(NamedTuple):
+    """The softmax over the classes that a row is not labelled with, for one network."""
+
+    z: Tensor  # (N, C) z / T - max, labelled classes at -inf
+    max: Tensor  # (N, 1), 0 where no other class has any probability
+    logz: Tensor  # (N, 1), -inf there
+
+
+def _rest(z: Tensor, labels: Labels) -> Rest:
+    z = z.scatter(1, labels.a, NEG_INF).scatter(1, labels.b, NEG_INF)
+    top = z.amax(1, keepdim=True)
+    top = torch.where(top == NEG_INF, torch.zeros_like(top), top)  # no other class: its mass is exp(-inf) = 0
+    return Rest(z, top, (z - top).exp().sum(1, keepdim=True).log())
+
+
+def _rest_log_q(z: Tensor, top: Tensor, logz: Tensor) -> Tensor:
+    return torch.where(logz == NEG_INF, NEG_INF, z - top - logz)
+
+
+def _labelled(values: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """values at a and at b, b's replaced by 0 where it is a."""
+    at_b = values.gather(1, labels.b)
+    return values.gather(1, labels.a), torch.where(labels.b == labels.a, torch.zeros_like(at_b), at_b)
+
+
+def _log_rest(mass: Tensor, rest: Rest, logz: Tensor) -> Tensor:
+    """log of the other classes' probability: log1p of the labelled mass where that is small, else their log-sum."""
+    return torch.where(mass < 0.5, torch.log1p(-mass), rest.max + rest.logz - logz)
+
+
+def forward(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    target_mixed: Tensor | None,
+    lam: Tensor | None,
+    temperature: float,
+    weights: list[float],
+    ignore_index: int,
+    reduction: str,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    n, classes = student.shape
+    w_ce, w_kl, w_target, w_other = weights
+    decoupled = bool(w_target or w_other)
+
+    s_max = student.amax(1, keepdim=True).to(dtype)
+    s = student - s_max
+    log_p = s.log_softmax(1) if w_ce else None
+    rows = torch.zeros(n, 1, dtype=dtype, device=student.device)
+    dense = target is not None and target.is_floating_point()
+    labels = None
+    if target is not None and not dense:
+        labels = read_labels(target, target_mixed, lam, ignore_index, classes, dtype)
+    if log_p is not None and target is not None:
+        if labels is not None:
+            ce = _weighted(labels.weight_a, log_p.gather(1, labels.a))
+            if target_mixed is not None:
+                ce = ce + _weighted(labels.weight_b, log_p.gather(1, labels.b))
+        else:
+            ce = _weighted(target.to(dtype), log_p).sum(1, keepdim=True)
+        rows -= w_ce * ce
+
+    log_qs = log_qt = t_max = None
+    rest_stats: list[Tensor] = []
+    if w_kl or decoupled:
+        t_max = teacher.amax(1, keepdim=True).to(dtype)
+        zs, zt = s.mul_(1 / temperature), (teacher - t_max).mul_(1 / temperature)
+        log_qs, log_qt = zs.log_softmax(1), zt.log_softmax(1)
+        if w_kl:
+            rows += w_kl * _kl(log_qs, log_qt)
+        if decoupled:
+            assert labels is not None
+            rest_s, rest_t = _rest(zs, labels), _rest(zt, labels)
+            if w_target:
+                rows += w_target * _target_kl(log_qs, log_qt, rest_s, rest_t, labels)
+            if w_other:
+                rows += w_other * _kl(_rest_log_q(*rest_s), _rest_log_q(*rest_t))
+            rest_stats = [rest_s.max, rest_t.max, rest_s.logz, rest_t.logz]
+
+    count = torch.full((), max(n, 1), dtype=dtype, device=student.device)
+    if labels is not None:
+        rows = rows.masked_fill(~labels.valid, math.nan).masked_fill(~labels.keep, 0)
+        count = labels.keep.sum().clamp(min=1).to(dtype)
+    scale = 1 / count if reduction == "batchmean" else torch.ones_like(count)
+    loss = rows[:, 0].clone() if reduction == "none" else rows.sum() * scale
+    if not need_grad:
+        return loss, loss.new_empty(0), scale
+
+    zero = torch.zeros_like(rows)
+    logz = [zero if x is None else _logz(x) for x in (log_p, log_qs, log_qt)]
+    stats = [s_max, zero if t_max is None else t_max, *logz, *rest_stats]
+    return loss, torch.cat(stats, 1).t().contiguous(), scale
+
+
+def _logz(log_q: Tensor) -> Tensor:
+    return -log_q.amax(1, keepdim=True)  # the largest logit stands for exp(0), so its log-probability is -log Z
+
+
+def _kl(log_qs: Tensor, log_qt: Tensor) -> Tensor:
+    """sum_k q_t log(q_t / q_s); a class that the teacher gives no probability adds 0."""
+    qt = log_qt.exp()
+    terms = torch.sub(log_qt, log_qs).mul_(qt)
+    return terms.masked_fill_(qt == 0, 0).sum(1, keepdim=True)
+
+
+def _target_kl(log_qs: Tensor, log_qt: Tensor, rest_s: Rest, rest_t: Rest, labels: Labels) -> Tensor:
+    """sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s) for the mass S of the others."""
+    qt = _labelled(log_qt.exp(), labels)
+    qs = _labelled(log_qs.exp(), labels)
+    log_ss = _log_rest(qs[0] + qs[1], rest_s, _logz(log_qs))
+    log_st = _log_rest(qt[0] + qt[1], rest_t, _logz(log_qt))
+    result = _weighted(log_st.exp(), log_st - log_ss)
+    for q, index in zip(qt, (labels.a, labels.b), strict=True):
+        result = result + _weighted(q, log_qt.gather(1, index) - log_qs.gather(1, index))
+    return result
+
+
+def backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor | None,
+    target_mixed: Tensor | None,
+    lam: Tensor | None,
+    stats: Tensor,
+    scale: Tensor,
+    temperature: float,
+    weights: list[float],
+    ignore_index: int,
+) -> Tensor:
+    dtype = compute_dtype(student, teacher)
+    classes = student.shape[1]
+    w_ce, w_kl, w_target, w_other = weights
+    s_max, t_max, logz_p, logz_s, logz_t, *rest_stats = stats[:, :, None].unbind(0)
+    dense = target is not None and target.is_floating_point()
+    labels = None
+    if target is not None and not dense:
+        labels = read_labels(target, target_mixed, lam, ignore_index, classes, dtype)
+
+    s = student - s_max
+    result = None
+    if w_ce and target is not None:
+        result = torch.sub(s, logz_p).exp_()  # p
+        if labels is not None:
+            result.scatter_add_(1, labels.a, -labels.weight_a)
+            if target_mixed is not None:
+                result.scatter_add_(1, labels.b, -labels.weight_b)
+        else:
+            y = target.to(dtype)
+            result.mul_(y.sum(1, keepdim=True)).sub_(y)
+        if w_ce != 1:
+            result.mul_(w_ce)
+    if w_kl or w_target or w_other:
+        s.mul_(1 / temperature)
+        t = (teacher - t_max).mul_(1 / temperature)
+        qs, qt = (s - logz_s).exp_(), (t - logz_t).exp_()
+        if w_target or w_other:
+            assert labels is not None
+            rest = _rest_gradient(s, t, qs, qt, rest_stats, labels, w_target, w_other)
+            result = rest.div_(temperature) if result is None else result.add_(rest, alpha=1 / temperature)
+        if w_kl:
+            qs.sub_(qt)
+            result = qs.mul_(w_kl / temperature) if result is None else result.add_(qs, alpha=w_kl / temperature)
+    if result is None:
+        result = torch.zeros_like(s)
+    factor = (grad * scale).reshape(-1, 1)  # upstream gradient, one or one per row
+    if labels is not None:
+        factor = torch.where(labels.valid, factor, math.nan).masked_fill(~labels.keep, 0)
+        result = torch.where(labels.keep, result, 0)  # an ignored row of NaN has zero gradient too
+    return result.mul_(factor).to(student.dtype).contiguous()
+
+
+def _rest_gradient(
+    s: Tensor,
+    t: Tensor,
+    qs: Tensor,
+    qt: Tensor,
+    rest_stats: list[Tensor],
+    labels: Labels,
+    w_target: float,
+    w_other: float,
+) -> Tensor:
+    """T times d(w_target TCKD + w_other NCKD)/dz_s."""
+    max_s, max_t, logz_s, logz_t = rest_stats
+    other_s, other_t = _rest_log_q(s, max_s, logz_s).exp(), _rest_log_q(t, max_t, logz_t).exp()
+    (qs_a, qs_b), (qt_a, qt_b) = _labelled(qs, labels), _labelled(qt, labels)
+    mass_s, mass_t = qs_a + qs_b, qt_a + qt_b
+    # S_s - S_t from whichever side has the smaller numbers
+    rest_mass_s, rest_mass_t = (
+        q.scatter(1, labels.a, 0).scatter(1, labels.b, 0).sum(1, keepdim=True) for q in (qs, qt)
+    )
+    difference = torch.where(mass_s < 0.5, mass_t - mass_s, rest_mass_s - rest_mass_t)
+    gradient = other_s * (w_target * difference + w_other) - w_other * other_t
+    for index in (labels.a, labels.b):
+        gradient.scatter_(1, index, w_target * (qs.gather(1, index) - qt.gather(1, index)))
+    return gradient

@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests share checking.py
+sys.path.insert(0, str(Path(__file__).parents[1]))  # and the published formulas of benchmarks/
+
+from checking import backends_under_test
+
+
+@pytest.fixture(params=backends_under_test())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every op test runs on each backend of this machine, asked for by name."""
+    with kdkernels.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,169 @@
+"""angular_margin on every backend: numbers against the fp64 reference, the contract, the edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients
+from torch import Tensor
+
+from kdkernels.ops.angular_margin import angular_margin
+
+SHAPES = [
+    ((1, 2, 2, 2), 3),
+    ((2, 3, 4, 4), 5),
+    ((3, 7, 7, 7), 2),
+    ((2, 5, 8, 6), 9),
+    ((2, 16, 13, 17), 33),
+    ((1, 3, 32, 32), 4),
+]
+ONE_LAYER = {"margin": 1.35, "scale": 64.0, "layer_weights": [1.0]}
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).relu().to(DEVICE, dtype)
+
+
+def pair(shape: tuple[int, ...], channels: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    b, _, h, w = shape
+    return activations(*shape, dtype=dtype), activations(b, channels, h, w, dtype=dtype)
+
+
+@pytest.mark.parametrize("local_weight", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "channels"), SHAPES, ids=str)
+def test_meets_the_reference(shape: tuple[int, ...], channels: int, dtype: torch.dtype, local_weight: float) -> None:
+    student, teacher = pair(shape, channels, dtype)
+    check_op(
+        lambda s, t: angular_margin(s, t, local_weight=local_weight, **ONE_LAYER),
+        [student],
+        constants=[teacher],
+        upstream=1e4,
+    )
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_layers(dtype: torch.dtype, reduce: bool) -> None:
+    pairs = [pair(shape, 4, dtype) for shape in [(3, 4, 16, 16), (3, 8, 8, 8), (3, 5, 5, 4)]]
+    students, teachers = zip(*pairs, strict=True)
+    check_op(
+        lambda *x: angular_margin(
+            list(x[:3]),
+            list(x[3:]),
+            margin=1.2,
+            scale=32.0,
+            local_weight=0.3,
+            layer_weights=[3.0, 0.0, 0.5],
+            reduce=reduce,
+        ),
+        students,
+        constants=teachers,
+        upstream=1e3,
+    )
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
+def test_strides(layout: str) -> None:
+    views = {
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda x: x.transpose(2, 3),
+        "sliced": lambda x: x[:, ::2, 1:],
+        "expanded": lambda x: x[:, :1].expand(-1, 4, -1, -1),
+    }
+    student, teacher = pair((3, 6, 5, 5), 4)
+    check_op(
+        lambda s, t: angular_margin(views[layout](s), views[layout](t), local_weight=0.2, **ONE_LAYER),
+        [student],
+        constants=[teacher],
+        upstream=1e3,
+    )
+    leaf = views[layout](student).detach().requires_grad_()
+    gradient = gradients(angular_margin(leaf, views[layout](teacher), **ONE_LAYER), [leaf])[0]
+    if layout == "channels_last":
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_fp32_gradient_where_the_published_formula_loses_a_tenth() -> None:
+    student, teacher = pair((64, 64, 16, 16), 64)
+    check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [student[:4]], constants=[teacher[:4]])
+
+
+def test_mixed_dtypes_of_student_and_teacher() -> None:
+    student, teacher = pair((2, 3, 6, 6), 5)
+    check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [student.half()], constants=[teacher], upstream=1e4)
+
+
+def test_contract() -> None:
+    student, teacher = pair((3, 4, 5, 5), 6)
+    weights = {"layer_weights": [1.0, 2.0], "local_weight": 0.2, "margin": 1.35, "scale": 64.0}
+    check_contract(lambda s: angular_margin([s, s * s], [teacher, teacher], **weights), student)
+
+
+def test_compiled() -> None:
+    student, teacher = pair((3, 4, 5, 5), 6)
+    weights = {"layer_weights": [1.0, 2.0], "local_weight": 0.2, "margin": 1.35, "scale": 64.0}
+    check_compiled(lambda s: angular_margin([s, s * s], [teacher, teacher], **weights), student)
+
+
+def test_opcheck() -> None:
+    student, teacher = pair((2, 3, 4, 4), 5)
+    for reduce in (True, False):
+        args = ([student.requires_grad_()], [teacher], [1.0], 1.35, 64.0, 0.2, reduce, True)
+        torch.library.opcheck(torch.ops.kdkernels.angular_margin.default, args)
+
+
+def test_empty_batch_is_zero() -> None:
+    student = torch.zeros(0, 3, 4, 4, device=DEVICE, requires_grad=True)
+    loss = angular_margin(student, torch.zeros(0, 5, 4, 4, device=DEVICE), **ONE_LAYER)
+    assert loss.item() == 0
+    assert gradients(loss, [student])[0].shape == (0, 3, 4, 4)
+
+
+def test_a_single_pixel_is_zero() -> None:
+    # q is 1 up to the 1e-6: only G, which is -softplus(-64) there, is not constant
+    student, teacher = (activations(3, c, 1, 1).add(0.1).requires_grad_() for c in (1, 2))
+    loss = angular_margin(student, teacher.detach(), **ONE_LAYER)
+    assert loss.item() < 1e-30
+    assert (gradients(loss, [student])[0].abs() < 1e-25).all()
+
+
+@pytest.mark.parametrize("local_weight", [0.0, 0.2])
+def test_dead_maps(local_weight: float) -> None:
+    student, teacher = pair((4, 3, 6, 6), 5)
+    student[1] = 0
+    teacher[2] = 0
+    student[3] *= 1e-5  # near-dead: the gradient grows with 1 / |A| until the 1e-6 takes over
+    loss, (gradient,) = check_op(
+        lambda s, t: angular_margin(s, t, local_weight=local_weight, **ONE_LAYER), [student], constants=[teacher]
+    )
+    assert loss.isfinite()
+    assert (gradient[1] == 0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e4, 1e8])
+def test_small_and_large_activations(scale: float) -> None:
+    student, teacher = (x * scale for x in pair((2, 3, 6, 6), 4))
+    check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [student], constants=[teacher], upstream=1e4)
+
+
+def test_energies_beyond_half_precision() -> None:
+    student, teacher = pair((2, 8, 6, 6), 4, torch.float16)
+    check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [student * 1e4], constants=[teacher * 1e4], upstream=1e8)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_nan_and_inf_come_out(which: int, bad: float) -> None:
+    both = list(pair((3, 2, 4, 4), 3))
+    both[which][1, 1, 2, 3] = bad
+    student = both[0].requires_grad_()
+    loss = angular_margin(student, both[1], **ONE_LAYER)
+    assert loss.isnan()
+    gradient = gradients(loss, [student])[0]
+    assert gradient[1].isnan().any()
+    assert gradient[[0, 2]].isfinite().all()
