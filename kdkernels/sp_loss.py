@@ -42,8 +42,8 @@ def sp_loss(
         why the paper weights it with 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
         from its own normalisation.
 
-    In data-parallel training each process sees the similarities of its own batch alone: B = 256 over 8 processes is a loss
-    6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process would have.
+    In data-parallel training each process sees the similarities of its own batch alone: B = 256 over 8 processes is a
+    loss 6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process would have.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.

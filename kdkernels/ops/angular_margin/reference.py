@@ -1,8 +1,8 @@
 """Angular margin maps in plain PyTorch: the definition, the fallback and the oracle of the tests.
 
-Notation, per sample, over the N = H W pixels: r channel energy, R its norm, q = r / (R + eps) the positive and w = 1 - q
-the negative map, u = cos(m acos q), G = -softplus(s (w - u)). Gradients are closed forms; differences of unit vectors are
-formed before they are squared, so that nothing cancels when the student is close to its teacher.
+Notation, per sample, over the N = H W pixels: r channel energy, R its norm, q = r / (R + eps) the positive and w = 1
+- q the negative map, u = cos(m acos q), G = -softplus(s (w - u)). Gradients are closed forms; differences of unit
+vectors are formed before they are squared, so that nothing cancels when the student is close to its teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def regions(height: int, width: int, local_weight: float) -> Iterator[tuple[slic
 
 
 def _energy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """r (B, H, W). On a CPU in parts, so that the squares stay in the cache; a fused vector_norm is five times slower."""
+    """r (B, H, W). On a CPU in parts, to keep the squares in the cache; a fused vector_norm is five times slower."""
     samples = CACHED // max(1, x[0].numel()) if x.device.type == "cpu" else len(x)
     return torch.cat([part.to(dtype).square().sum(1) for part in x.split(max(1, samples))])
 
