@@ -25,6 +25,7 @@ from .taps import FeatureTaps, stage_names
 
 LABELLED = 10  # per class: few, so that a teacher has something to add
 LR = 0.1
+TEACHER_EPOCHS, STUDENT_EPOCHS = 26, 100  # 400 steps of 64 images, 300 of 32
 
 # Weights for a run of 300 steps: the papers' are made for 240 epochs of CIFAR.
 DEMO_METHODS: dict[str, tuple[str, Method]] = {
@@ -55,7 +56,9 @@ def run_demo(output: str | Path = "runs/demo", seeds: int = 3, console: Console 
 
     set_seed(0)
     teacher = small_teacher(split.channels, split.classes)
-    history = _train(Alone(), None, teacher, split.train, split.test, folder / "teacher", epochs=26, batch=64, lr=0.05)
+    history = _train(
+        Alone(), None, teacher, split.train, split.test, folder / "teacher", epochs=TEACHER_EPOCHS, batch=64, lr=0.05
+    )
     console.print(
         f"teacher: {_size(teacher)} parameters, {len(split.train)} images, {history[-1]['test_accuracy']:.1f} %"
     )
@@ -69,7 +72,18 @@ def run_demo(output: str | Path = "runs/demo", seeds: int = 3, console: Console 
             subset = data.labelled_subset(split.train, LABELLED, seed)
             where = folder / f"{name}-{seed}"
             histories.append(
-                _train(method, teacher, student, subset, split.test, where, epochs=100, batch=32, lr=LR, seed=seed)
+                _train(
+                    method,
+                    teacher,
+                    student,
+                    subset,
+                    split.test,
+                    where,
+                    epochs=STUDENT_EPOCHS,
+                    batch=32,
+                    lr=LR,
+                    seed=seed,
+                )
             )
         accuracies = [history[-1]["test_accuracy"] for history in histories]
         loss_ms = loss_time(method, teacher, student, subset, batch=32)

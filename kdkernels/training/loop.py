@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import Progress
@@ -35,6 +36,11 @@ def default_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> LRSchedul
     """A linear warm-up over the first 5 % of the steps, under a cosine to zero."""
     warmup = max(1.0, 0.05 * steps)
     return LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / steps))) / 2)
+
+
+def make_accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
+    AcceleratorState._reset_state()  # else it refuses another precision than the first one in this process
+    return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
 
 
 def fit(
@@ -72,7 +78,7 @@ def fit(
     Raises:
         FloatingPointError: an epoch whose loss is not finite.
     """
-    accelerator = accelerator or Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    accelerator = accelerator or make_accelerator(mixed_precision, accumulate)
     set_seed(seed)
     optimizer = optimizer or default_optimizer((p for p in distillation.parameters() if p.requires_grad), lr)
     model, optimizer, train_loader = accelerator.prepare(distillation, optimizer, train_loader)
@@ -105,6 +111,7 @@ def fit(
                 _save(folder, distillation.student, history, row.get("test_accuracy", -1.0) > best)
             best = max(best, row.get("test_accuracy", best))
             bar.update(task, advance=1)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return history
 
 

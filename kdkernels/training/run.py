@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from safetensors.torch import load_model
 
 from . import data
 from .distillation import Distillation
-from .loop import fit
+from .loop import fit, make_accelerator
 from .methods import METHODS, Method, make_method
 from .models import ConvNet, small_student, small_teacher
 
 
 def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.accumulate)
+    accelerator = make_accelerator(args.mixed_precision, args.accumulate)
     console = Console(quiet=not accelerator.is_main_process)
     method = _method(args.method, args.weight)
     split = data.load(args.data)
