@@ -50,18 +50,16 @@ def _energy_norm(r: Tensor) -> Tensor:
     return _norm(r / top).mul_(top)
 
 
-def _maps(q: Tensor, margin: float, scale: float) -> Tensor:
+def _maps(q: Tensor, theta: Tensor, margin: float, scale: float) -> Tensor:
     """G, u and w, stacked."""
     w = 1 - q
-    u = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_().mul_(margin).cos_()
+    u = (margin * theta).cos_()
     return torch.stack((-F.softplus(scale * (w - u)), u, w))
 
 
-def _slopes(q: Tensor, u: Tensor, w: Tensor, margin: float, scale: float) -> Tensor:
+def _slopes(q: Tensor, theta: Tensor, u: Tensor, w: Tensor, margin: float, scale: float) -> Tensor:
     """dG/dq, du/dq and dw/dq, stacked."""
-    theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
-    du = (margin * torch.sin(margin * theta)).div_(torch.sin(theta))
-    du.masked_fill_(q.abs() > 1 - CLAMP, 0)
+    du = (margin * torch.sin(margin * theta)).div_(torch.sin(theta)).masked_fill_(q.abs() > 1 - CLAMP, 0)
     return torch.stack((scale * torch.sigmoid(scale * (w - u)) * (du + 1), du, torch.full_like(du, -1)))
 
 
@@ -87,9 +85,10 @@ def forward(
         r = torch.stack((_energy(s, dtype), _energy(t, dtype)))  # (2, B, H, W): student, teacher
         norm = _energy_norm(r)
         q = r / (norm + ENERGY_EPS)
-        maps = _maps(q, margin, scale)  # (3, 2, B, H, W)
+        theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
+        maps = _maps(q, theta, margin, scale)  # (3, 2, B, H, W)
         h = torch.zeros_like(q[0])
-        slopes = _slopes(q[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
+        slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
         for top, left, weight in regions(height, width, local_weight):
             v = maps[..., top, left]
             length = _norm(v).clamp_(min=UNIT_EPS)
