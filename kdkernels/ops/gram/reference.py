@@ -57,7 +57,12 @@ def gram(q: Tensor) -> Tensor:
 
 
 def sp_from_grams(
-    grams: Iterable[tuple[Tensor, Tensor]], row_norm: str, scale: float, eps: float, zero_row_grad: bool, need_grad: bool
+    grams: Iterable[tuple[Tensor, Tensor]],
+    row_norm: str,
+    scale: float,
+    eps: float,
+    zero_row_grad: bool,
+    need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """sp_forward from each layer's K_s and K_t."""
     losses, weights = [], []
