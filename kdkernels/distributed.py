@@ -115,7 +115,7 @@ def shard_columns(x: Tensor, ranks: Ranks) -> Tensor:
 
 
 def shard_rows(x: Tensor, ranks: Ranks) -> Tensor:
-    """``shard_columns`` in fp32 (fp64): for rows used more than once, whose gradients are to be rounded once, as a sum."""
+    """``shard_columns`` in fp32 (fp64): for rows used more than once, whose gradients are rounded once, as a sum."""
     return shard_columns(x, ranks).to(compute_dtype(x))
 
 
@@ -160,7 +160,7 @@ class _Replicate(torch.autograd.Function):
 
 
 def replicate(loss: Tensor, ranks: Ranks) -> Tensor:
-    """The last step of every loss over ranks: sums the upstream gradients over the ranks (see the module's docstring)."""
+    """The last step of every loss over ranks: sums the upstream gradients over the ranks, as the module says."""
     return _Replicate.apply(loss, ranks.group)
 
 

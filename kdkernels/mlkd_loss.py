@@ -6,7 +6,7 @@ Each of B images gives V views, row V b + r being view r of image b; base rows a
     alignment     2 - 2 mean over all rows of cos(g_a(f_s), f_t)
     correlation   S[a, j] = cos(u_a, u_j), u = g_c(f_s), and T from f_t;   a over view rows, j over base rows
                   mean over a of KL(softmax_j(T / tau) || softmax_j(S / tau))
-    supervised    supervised contrastive loss over the rows of e_s(f_s) and e_t(f_t) together: supervised_contrastive_loss.py
+    supervised    over the rows of e_s(f_s) and e_t(f_t) together: see supervised_contrastive_loss.py
     L             alpha correlation + beta supervised + delta alignment          beside the task's cross entropy
 
     dL_corr/dS = (softmax(S / tau) - softmax(T / tau)) / (tau (V - 1) B), and from there through the cosines
@@ -71,23 +71,24 @@ def correlation_loss(
     """KL between teacher's and student's softmax over the cosines of every view row with all base rows.
 
     Args:
-        student, teacher: (V B, d), row V b + r being view r of image b; the widths may differ. float16, bfloat16, float32
-            or float64, any strides. No gradient flows to the teacher.
+        student, teacher: (V B, d), row V b + r being view r of image b; the widths may differ. float16, bfloat16,
+            float32 or float64, any strides. No gradient flows to the teacher.
         views: V. With V = 1 every row is compared with all the others (our reading: the diagonal is left out).
         temperature: tau > 0, for both; there is no factor tau^2.
-        group: a torch.distributed group, each rank of which calls with its own images (any number of them): the batch is
-            the images of all ranks, exactly. The loss is the same number on every rank, and after
+        group: a torch.distributed group, each rank of which calls with its own images (any number of them): the batch
+            is the images of all ranks, exactly. The loss is the same number on every rank, and after
             DistributedDataParallel's averaging the parameters' gradients are those of one process on the whole batch
             (``backward`` hands each rank R times the gradient of the whole batch's loss; see kdkernels/distributed.py).
             None: this process's rows alone.
 
     Returns:
         A float32 scalar (float64 if an input is): the mean over (V - 1) B rows. B = 1 and an empty batch give 0. A
-        row shorter than 1e-8 counts as that long. Memory is (V - 1) B x B numbers, where the published code takes d times that.
+        row shorter than 1e-8 counts as that long. Memory is (V - 1) B x B numbers, where the published code takes d
+        times that.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant. Calls that differ over the ranks of
-        a group raise on all of them; a missing rank raises the group's timeout error.
+        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant. Calls that differ over the ranks
+            of a group raise on all of them; a missing rank raises the group's timeout error.
 
     Source: arXiv 2012.00573, eq. 4-6; the authors' ifding/DLKD.
     """
@@ -149,8 +150,8 @@ def mlkd_loss(
     Args:
         student, teacher: (V B, d) features that serve all three terms, or three tensors each, for the alignment, the
             correlation and the supervised term in this order. ``MLKDLoss`` owns the projections and calls this.
-        target: int64 labels, (B,) one per image or (V B,) one per row. None: label-free, beta counts as 0 (our reading of
-            a self-supervised teacher; leave out the task's cross entropy as well).
+        target: int64 labels, (B,) one per image or (V B,) one per row. None: label-free, beta counts as 0 (our reading
+            of a self-supervised teacher; leave out the task's cross entropy as well).
         views: V, see ``correlation_loss``.
         weights: (alpha, beta, delta): (50, 1, 20) for CIFAR-100, (20, 0.5, 10) for ImageNet. A term of weight 0 is not
             computed. The task's cross entropy on the base rows is the trainer's, with weight 1.
@@ -212,11 +213,12 @@ class MLKDLoss(nn.Module):
 
     g_a: Linear(d_s, 16 d_t) - BN - ReLU - Linear(16 d_t, d_t);  g_c: Linear(d_s, d_s) - BN - ReLU - Linear(d_s, d_s);
     e_s: Linear(d_s, 128), e_t: Linear(d_t, 128). Their parameters train with the student: give ``loss.parameters()`` to
-    the optimizer, and in data-parallel training wrap this module as the student is wrapped. They are dropped afterwards.
-    With ``weights[1] == 0`` there are no e_s and e_t; in label-free training choose that, as their parameters stay unused.
+    the optimizer, and in data-parallel training wrap this module as the student is wrapped. They are dropped
+    afterwards. With ``weights[1] == 0`` there are no e_s and e_t; in label-free training choose that, as their
+    parameters stay unused.
 
-    forward(student, teacher, target=None): pooled penultimate features (V B, d_s) and (V B, d_t), row V b + r being view r
-    of image b; the teacher's are constants. Source: arXiv 2012.00573, section III; ifding/DLKD.
+    forward(student, teacher, target=None): pooled penultimate features (V B, d_s) and (V B, d_t), row V b + r being
+    view r of image b; the teacher's are constants. Source: arXiv 2012.00573, section III; ifding/DLKD.
     """
 
     def __init__(

@@ -47,15 +47,15 @@ def sp_loss(
         why the paper weights it with 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
         from its own normalisation.
 
-    Without ``group`` each process of data-parallel training sees the similarities of its own batch alone: B = 256 over 8
-    processes is a loss 6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process has. With
-    it the loss is the same number on every rank, and after DistributedDataParallel's averaging the parameters' gradients
-    are those of one process on the whole batch; for that, ``backward`` hands each rank's features R times the gradient of
-    the whole batch's loss, R being the ranks. See kdkernels/distributed.py.
+    Without ``group`` each process of data-parallel training sees the similarities of its own batch alone: B = 256 over
+    8 processes is a loss 6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process has.
+    With it the loss is the same number on every rank, and after DistributedDataParallel's averaging the parameters'
+    gradients are those of one process on the whole batch; for that, ``backward`` hands each rank's features R times the
+    gradient of the whole batch's loss, R being the ranks. See kdkernels/distributed.py.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes. Calls that differ over
-        the ranks of a group raise on all of them; a missing rank raises the group's timeout error.
+        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes. Calls that
+            differ over the ranks of a group raise on all of them; a missing rank raises the group's timeout error.
 
     Source: arXiv 1907.09682, eq. 2-4; values equal RepDistiller's ``Similarity``.
     """

@@ -1,6 +1,6 @@
 """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362) as MLKD uses it, between two networks' embeddings.
 
-W = [student; teacher], 2 N rows;   l[i, j] = cos(w_i, w_j) / tau;   P(i) = the other rows of i's class;   m_i = max_j l_ij
+W = [student; teacher], 2 N rows;  l[i, j] = cos(w_i, w_j) / tau;  P(i) = the other rows of i's class;  m_i = max_j l_ij
 L = mean over i of   m_i + log(1e-7 + sum_{j != i} e^{l_ij - m_i}) - mean over j in P(i) of l_ij
 
 dL/dl_ij = (e^{l_ij - m_i} / (1e-7 + sum) - [j in P(i)] / |P(i)|) / 2N   for j != i, and from there through the cosines
@@ -29,8 +29,8 @@ def supervised_contrastive_loss(
 ) -> Tensor:
     """Supervised contrastive loss over the 2 N rows of student and teacher together; gradients flow to both.
 
-    Every row is an anchor. Its positives are the other rows of its class, of which its own image's row in the other network
-    is always one; its own entry is left out of the sums. See the module's formula.
+    Every row is an anchor. Its positives are the other rows of its class, of which its own image's row in the other
+    network is always one; its own entry is left out of the sums. See the module's formula.
 
     Args:
         student, teacher: (N, d) embeddings of one width; they need not be normalised. float16, bfloat16, float32 or
@@ -43,8 +43,8 @@ def supervised_contrastive_loss(
         A float32 scalar (float64 if an input is). An empty batch gives 0. A row shorter than 1e-8 counts as that long.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant. Calls that differ over the ranks of
-        a group raise on all of them; a missing rank raises the group's timeout error.
+        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant. Calls that differ over the ranks
+            of a group raise on all of them; a missing rank raises the group's timeout error.
 
     Source: arXiv 2004.11362, eq. 2, in the form of arXiv 2012.00573's code (ifding/DLKD), which adds the 1e-7.
     """
