@@ -6,7 +6,8 @@ Per layer and sample, for student and teacher, over the pixels:
     u = cos(m acos q),  m = 1.35;   G = -softplus(s (w - u)),  s = 64     the angular margin
     L = (1/3) [mse(G^) + mse(u^) + mse(w^)],  v^ = v / ||v||_2            mean over B and pixels
 
-G is the paper's log(e^{su} / (e^{su} + e^{sw})), which written that way loses 10 % of its gradient in fp32 on a 16 x 16 map.
+G is the paper's log(e^{su} / (e^{su} + e^{sw})), which written that way loses 10 % of its gradient in fp32 on a 16 x
+16 map.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ def amd_loss(
         scale: s > 0.
         local_weight: lambda in [0, 1]; L = (1 - lambda) global + lambda * mean over the four quadrants (0.2 in the
             paper's global + local form). Quadrants need H and W of 2 or more.
-        layer_weights: one number per layer, None for all 1, or "area" for (H W)^2: the loss grows about 16 times with each
-            halving of the map, so that without weights the smallest map is nearly all of it.
+        layer_weights: one number per layer, None for all 1, or "area" for (H W)^2: the loss grows about 16 times with
+            each halving of the map, so that without weights the smallest map is nearly all of it.
         reduction: over the weighted layers: "mean", "sum" or "none" (L,).
 
     Returns:
-        float32 (float64 if an input is). The values are small, 1e-3 to 1e-6: weights of 30 to several thousand are usual.
-        A single pixel and an empty batch give 0.
+        float32 (float64 if an input is). The values are small, 1e-3 to 1e-6: weights of 30 to several thousand are
+        usual. A single pixel and an empty batch give 0.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.

@@ -6,7 +6,8 @@ Only the paper's abstract is certain; these equations are the reading that satis
     z_s = student(x~),  z_t = teacher(x~);   p = softmax(z),  q = softmax(z / T)
     L = ce_weight * mean_i CE(y~_i, p_s,i)  +  kd_weight * T^2 * mean_i KL(q_t,i || q_s,i)
 
-and with ``decouple=(w_target, w_other)`` the KL is split into the labelled classes and the rest, S being the rest's mass:
+and with ``decouple=(w_target, w_other)`` the KL is split into the labelled classes and the rest, S being the rest's
+mass:
 
     KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_other NCKD        (DKD, arXiv 2203.08679, for one or two labels)
 """
@@ -40,12 +41,15 @@ def stkd_loss(
     Args:
         student_logits, teacher_logits: (N, C) or (N, L, C) logits of the mixed images. float16, bfloat16, float32
             or float64, any strides. No gradient flows to the teacher.
-        target: int64 labels, (N,) or (N, L), or a dense floating-point target in the logits' shape (somebody else's mixup).
-        target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, a tensor of shape () or (N,). Both
-            or neither; without them this is plain distillation with hard labels. ``mixup`` and ``cutmix`` make them.
+        target: int64 labels, (N,) or (N, L), or a dense floating-point target in the logits' shape (somebody else's
+            mixup).
+        target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, a tensor of shape () or (N,).
+            Both or neither; without them this is plain distillation with hard labels. ``mixup`` and ``cutmix`` make
+            them.
         temperature: T > 0.
         ce_weight, kd_weight: weights of the two terms, each on its own scale.
-        decouple: (w_target, w_other) splits the KL as above; (1, 8) is DKD's recipe for CIFAR-100. Needs integer labels.
+        decouple: (w_target, w_other) splits the KL as above; (1, 8) is DKD's recipe for CIFAR-100. Needs integer
+            labels.
         reduction: "batchmean" (mean over the positions that count), "sum", "none" (one value per position).
         ignore_index: positions with this label in ``target`` or ``target_mixed`` do not count and get no gradient.
 
@@ -103,8 +107,8 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor) -> Tensor:
     expected = logits.shape if target.is_floating_point() else logits.shape[:-1]
     if target.shape != expected:
         raise ValueError(
-            f"stkd_loss: {name} must have shape {tuple(logits.shape[:-1])} (labels) or {tuple(logits.shape)} (dense) for "
-            f"logits {tuple(logits.shape)}, got {tuple(target.shape)}"
+            f"stkd_loss: {name} must have shape {tuple(logits.shape[:-1])} (labels) or {tuple(logits.shape)} (dense), "
+            f"got {tuple(target.shape)}"
         )
     return target.reshape(-1, logits.shape[-1]) if target.is_floating_point() else target.reshape(-1)
 

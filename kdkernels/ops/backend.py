@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -74,10 +75,15 @@ def load(op: str, backend: str) -> ModuleType | str:
         return f"{name} cannot be imported: {error}"
 
 
+def _look_up(op: str, backend: str, tensors: tuple[Tensor, ...]) -> tuple[Any, str | None]:
+    """The implementation, and None or the reason why it cannot run these tensors."""
+    implementation = load(op, backend)
+    return implementation, implementation if isinstance(implementation, str) else implementation.supports(*tensors)
+
+
 def why_not(op: str, backend: str, *tensors: Tensor) -> str | None:
     """None if ``backend`` can run ``op`` on these tensors, else the reason."""
-    module = load(op, backend)
-    return module if isinstance(module, str) else module.supports(*tensors)
+    return _look_up(op, backend, tensors)[1]
 
 
 @cache
@@ -87,25 +93,21 @@ def _log_fallback(op: str, device: str, backend: str, reasons: tuple[str, ...]) 
     logger.log(level, "%s on %s runs on the %s backend: %s", op, device, backend, "; ".join(reasons))
 
 
-def choose(op: str, *tensors: Tensor) -> ModuleType:
+def choose(op: str, *tensors: Tensor) -> Any:
     """The implementation of ``op`` for these tensors, by the request in force."""
     name = requested()
     if name != "auto":
-        module = load(op, name)
-        reason = module if isinstance(module, str) else module.supports(*tensors)
+        implementation, reason = _look_up(op, name, tensors)
         if reason is not None:
             raise BackendError(f"backend {name!r} was asked for by name and cannot run {op}: {reason}")
-        assert isinstance(module, ModuleType)
-        return module
+        return implementation
     device = tensors[0].device.type
     reasons: list[str] = []
     for name in AUTO_ORDER.get(device, ("reference",)):
-        module = load(op, name)
-        reason = module if isinstance(module, str) else module.supports(*tensors)
+        implementation, reason = _look_up(op, name, tensors)
         if reason is None:
             if reasons:
                 _log_fallback(op, device, name, tuple(reasons))
-            assert isinstance(module, ModuleType)
-            return module
+            return implementation
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")

@@ -54,8 +54,8 @@ def set_autograd(
     saved(args, outputs)                the tensors to save, and anything else that backward needs
     backward(grad, tensors, others)     one gradient per input
 
-    The same registration as torch.library.register_autograd makes, which flattens its arguments as a tree: with lists of
-    tensors that alone costs 0.2 ms per call, more than the kernels behind it.
+    The same registration as torch.library.register_autograd makes, which flattens its arguments as a tree: with lists
+    of tensors that alone costs 0.2 ms per call, more than the kernels behind it.
     """
 
     class Function(torch.autograd.Function):

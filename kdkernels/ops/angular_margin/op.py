@@ -1,8 +1,8 @@
 """angular_margin: per layer, the distance between the angular maps of student and teacher, and its gradient.
 
-One read of each activation gives its channel-energy map (B, H, W); everything after that is work on the small maps. What is
-saved is one number per pixel, kappa, with dloss/dA[c, n] = kappa[n] A[c, n]. All layers of a call are one op, so that a backend
-can run them in one launch.
+One read of each activation gives its channel-energy map (B, H, W); everything after that is work on the small maps.
+What is saved is one number per pixel, kappa, with dloss/dA[c, n] = kappa[n] A[c, n]. All layers of a call are one op,
+so that a backend can run them in one launch.
 """
 
 from __future__ import annotations

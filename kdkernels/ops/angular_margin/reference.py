@@ -1,8 +1,8 @@
 """Angular margin maps in plain PyTorch: the definition, the fallback and the oracle of the tests.
 
-Notation, per sample, over the N = H W pixels: r channel energy, R its norm, q = r / (R + eps) the positive and w = 1 - q
-the negative map, u = cos(m acos q), G = -softplus(s (w - u)). Gradients are closed forms; differences of unit vectors are
-formed before they are squared, so that nothing cancels when the student is close to its teacher.
+Notation, per sample, over the N = H W pixels: r channel energy, R its norm, q = r / (R + eps) the positive and w = 1
+- q the negative map, u = cos(m acos q), G = -softplus(s (w - u)). Gradients are closed forms; differences of unit
+vectors are formed before they are squared, so that nothing cancels when the student is close to its teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def regions(height: int, width: int, local_weight: float) -> Iterator[tuple[slic
 
 
 def _energy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """r (B, H, W). On a CPU in parts, so that the squares stay in the cache; a fused vector_norm is five times slower."""
+    """r (B, H, W). On a CPU in parts, to keep the squares in the cache; a fused vector_norm is five times slower."""
     samples = CACHED // max(1, x[0].numel()) if x.device.type == "cpu" else len(x)
     return torch.cat([part.to(dtype).square().sum(1) for part in x.split(max(1, samples))])
 
@@ -50,18 +50,16 @@ def _energy_norm(r: Tensor) -> Tensor:
     return _norm(r / top).mul_(top)
 
 
-def _maps(q: Tensor, margin: float, scale: float) -> Tensor:
+def _maps(q: Tensor, theta: Tensor, margin: float, scale: float) -> Tensor:
     """G, u and w, stacked."""
     w = 1 - q
-    u = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_().mul_(margin).cos_()
+    u = (margin * theta).cos_()
     return torch.stack((-F.softplus(scale * (w - u)), u, w))
 
 
-def _slopes(q: Tensor, u: Tensor, w: Tensor, margin: float, scale: float) -> Tensor:
+def _slopes(q: Tensor, theta: Tensor, u: Tensor, w: Tensor, margin: float, scale: float) -> Tensor:
     """dG/dq, du/dq and dw/dq, stacked."""
-    theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
-    du = (margin * torch.sin(margin * theta)).div_(torch.sin(theta))
-    du.masked_fill_(q.abs() > 1 - CLAMP, 0)
+    du = (margin * torch.sin(margin * theta)).div_(torch.sin(theta)).masked_fill_(q.abs() > 1 - CLAMP, 0)
     return torch.stack((scale * torch.sigmoid(scale * (w - u)) * (du + 1), du, torch.full_like(du, -1)))
 
 
@@ -87,9 +85,10 @@ def forward(
         r = torch.stack((_energy(s, dtype), _energy(t, dtype)))  # (2, B, H, W): student, teacher
         norm = _energy_norm(r)
         q = r / (norm + ENERGY_EPS)
-        maps = _maps(q, margin, scale)  # (3, 2, B, H, W)
+        theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
+        maps = _maps(q, theta, margin, scale)  # (3, 2, B, H, W)
         h = torch.zeros_like(q[0])
-        slopes = _slopes(q[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
+        slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
         for top, left, weight in regions(height, width, local_weight):
             v = maps[..., top, left]
             length = _norm(v).clamp_(min=UNIT_EPS)

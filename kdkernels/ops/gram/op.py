@@ -3,8 +3,8 @@
     sp_gram             sum over layer pairs of scale * ||G_t - G_s||_F^2,  G = Q Q^T with normalised rows
     cosine_similarity   S[i, j] = <a_i, b_j> / (|a_i| |b_j|)
 
-Products are accumulated in fp32 (fp64 for fp64). All layers of an sp_gram call are one op, so that a backend can run them
-in one launch. Only B x B matrices are saved.
+Products are accumulated in fp32 (fp64 for fp64). All layers of an sp_gram call are one op, so that a backend can run
+them in one launch. Only B x B matrices are saved.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def sp_gram(
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) cosines of the rows of a (N, D) and b (M, D); both get gradients. A zero row has cosine 0 to everything."""
+    """(N, M) cosines of the rows of a (N, D) and b (M, D); gradients flow to both. A zero row has cosine 0."""
     check_pair(a, b, "cosine_similarity")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"cosine_similarity: needs (N, D) and (M, D), got {tuple(a.shape)} and {tuple(b.shape)}")

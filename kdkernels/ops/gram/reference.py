@@ -27,7 +27,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def _normalise(k: Tensor, row_norm: str, eps: float) -> tuple[Tensor, Tensor]:
-    """G and the rows' norms before the clamp. Squares are of K / max|K|, so that large features don't overflow."""
+    """G and the rows' norms before the clamp. Squares are of K / max|K|: large features must not overflow."""
     if row_norm == "l1":
         norm = k.abs().sum(1, keepdim=True)
     else:

@@ -51,6 +51,11 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, torch.zeros_like(value), weight * value)
 
 
+def may_hold(condition: Tensor) -> bool:
+    """False if the condition holds nowhere. Only on a CPU is that looked up: elsewhere the host would wait for it."""
+    return condition.device.type != "cpu" or bool(condition.any())
+
+
 class Rest(NamedTuple):
     """The softmax over the classes that a row is not labelled with, for one network."""
 
@@ -100,36 +105,37 @@ def forward(
 
     s_max = student.amax(1, keepdim=True).to(dtype)
     s = student - s_max
-    log_p = s.log_softmax(1) if w_ce else None
+    logz_p = logz_s = logz_t = t_max = torch.zeros_like(s_max)
     rows = torch.zeros(n, 1, dtype=dtype, device=student.device)
     dense = target is not None and target.is_floating_point()
     labels = None
     if target is not None and not dense:
         labels = read_labels(target, target_mixed, lam, ignore_index, classes, dtype)
-    if log_p is not None and target is not None:
+    if w_ce and target is not None:
+        logz_p = _logz(s)
         if labels is not None:
-            ce = _weighted(labels.weight_a, log_p.gather(1, labels.a))
+            ce = _weighted(labels.weight_a, s.gather(1, labels.a) - logz_p)
             if target_mixed is not None:
-                ce = ce + _weighted(labels.weight_b, log_p.gather(1, labels.b))
+                ce = ce + _weighted(labels.weight_b, s.gather(1, labels.b) - logz_p)
         else:
-            ce = _weighted(target.to(dtype), log_p).sum(1, keepdim=True)
+            ce = _weighted(target.to(dtype), s - logz_p).sum(1, keepdim=True)
         rows -= w_ce * ce
 
-    log_qs = log_qt = t_max = None
     rest_stats: list[Tensor] = []
     if w_kl or decoupled:
         t_max = teacher.amax(1, keepdim=True).to(dtype)
         zs, zt = s.mul_(1 / temperature), (teacher - t_max).mul_(1 / temperature)
-        log_qs, log_qt = zs.log_softmax(1), zt.log_softmax(1)
+        logz_s = _logz(zs)
+        kl, logz_t = _kl(zs, logz_s, zt)
         if w_kl:
-            rows += w_kl * _kl(log_qs, log_qt)
+            rows += w_kl * kl
         if decoupled:
             assert labels is not None
             rest_s, rest_t = _rest(zs, labels), _rest(zt, labels)
             if w_target:
-                rows += w_target * _target_kl(log_qs, log_qt, rest_s, rest_t, labels)
+                rows += w_target * _target_kl(zs - logz_s, zt - logz_t, logz_s, logz_t, rest_s, rest_t, labels)
             if w_other:
-                rows += w_other * _kl(_rest_log_q(*rest_s), _rest_log_q(*rest_t))
+                rows += w_other * _other_kl(rest_s, rest_t)
             rest_stats = [rest_s.max, rest_t.max, rest_s.logz, rest_t.logz]
 
     count = torch.full((), max(n, 1), dtype=dtype, device=student.device)
@@ -141,29 +147,41 @@ def forward(
     if not need_grad:
         return loss, loss.new_empty(0), scale
 
-    zero = torch.zeros_like(rows)
-    logz = [zero if x is None else _logz(x) for x in (log_p, log_qs, log_qt)]
-    stats = [s_max, zero if t_max is None else t_max, *logz, *rest_stats]
+    stats = [s_max, t_max, logz_p, logz_s, logz_t, *rest_stats]
     return loss, torch.cat(stats, 1).t().contiguous(), scale
 
 
-def _logz(log_q: Tensor) -> Tensor:
-    return -log_q.amax(1, keepdim=True)  # the largest logit stands for exp(0), so its log-probability is -log Z
+def _logz(z: Tensor) -> Tensor:
+    """log Z of z - max: the largest logit stands for exp(0), so its probability is 1 / Z. exp().sum() is slower."""
+    return -z.softmax(1).amax(1, keepdim=True).log_()
 
 
-def _kl(log_qs: Tensor, log_qt: Tensor) -> Tensor:
-    """sum_k q_t log(q_t / q_s); a class that the teacher gives no probability adds 0."""
-    qt = log_qt.exp()
-    terms = torch.sub(log_qt, log_qs).mul_(qt)
-    return terms.masked_fill_(qt == 0, 0).sum(1, keepdim=True)
+def _kl(zs: Tensor, logz_s: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_k q_t log(q_t / q_s), and log Z_t; a class that the teacher gives no probability adds 0."""
+    qt = zt.softmax(1)
+    logz_t = -qt.amax(1, keepdim=True).log()
+    terms = torch.sub(zt, zs).mul_(qt)
+    kl = terms.sum(1, keepdim=True)
+    if may_hold(kl.isnan()):  # 0 times the infinity of a class at -inf
+        kl = terms.masked_fill_(qt == 0, 0).sum(1, keepdim=True)
+    return kl + (logz_s - logz_t), logz_t
 
 
-def _target_kl(log_qs: Tensor, log_qt: Tensor, rest_s: Rest, rest_t: Rest, labels: Labels) -> Tensor:
+def _other_kl(rest_s: Rest, rest_t: Rest) -> Tensor:
+    """The KL of the other classes, renormalised; 0 where the teacher has no mass there."""
+    log_s, log_t = _rest_log_q(*rest_s), _rest_log_q(*rest_t)
+    qt = log_t.exp()
+    return (log_t - log_s).mul_(qt).masked_fill_(qt == 0, 0).sum(1, keepdim=True)
+
+
+def _target_kl(
+    log_qs: Tensor, log_qt: Tensor, logz_s: Tensor, logz_t: Tensor, rest_s: Rest, rest_t: Rest, labels: Labels
+) -> Tensor:
     """sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s) for the mass S of the others."""
     qt = _labelled(log_qt.exp(), labels)
     qs = _labelled(log_qs.exp(), labels)
-    log_ss = _log_rest(qs[0] + qs[1], rest_s, _logz(log_qs))
-    log_st = _log_rest(qt[0] + qt[1], rest_t, _logz(log_qt))
+    log_ss = _log_rest(qs[0] + qs[1], rest_s, logz_s)
+    log_st = _log_rest(qt[0] + qt[1], rest_t, logz_t)
     result = _weighted(log_st.exp(), log_st - log_ss)
     for q, index in zip(qt, (labels.a, labels.b), strict=True):
         result = result + _weighted(q, log_qt.gather(1, index) - log_qs.gather(1, index))
@@ -186,7 +204,7 @@ def backward(
     dtype = compute_dtype(student, teacher)
     classes = student.shape[1]
     w_ce, w_kl, w_target, w_other = weights
-    s_max, t_max, logz_p, logz_s, logz_t, *rest_stats = stats[:, :, None].unbind(0)
+    s_max, t_max, _, _, _, *rest_stats = stats[:, :, None].unbind(0)
     dense = target is not None and target.is_floating_point()
     labels = None
     if target is not None and not dense:
@@ -195,7 +213,7 @@ def backward(
     s = student - s_max
     result = None
     if w_ce and target is not None:
-        result = torch.sub(s, logz_p).exp_()  # p
+        result = s.softmax(1)  # p
         if labels is not None:
             result.scatter_add_(1, labels.a, -labels.weight_a)
             if target_mixed is not None:
@@ -203,25 +221,27 @@ def backward(
         else:
             y = target.to(dtype)
             result.mul_(y.sum(1, keepdim=True)).sub_(y)
-        if w_ce != 1:
-            result.mul_(w_ce)
+        result.mul_(w_ce)
     if w_kl or w_target or w_other:
         s.mul_(1 / temperature)
         t = (teacher - t_max).mul_(1 / temperature)
-        qs, qt = (s - logz_s).exp_(), (t - logz_t).exp_()
+        qs, qt = s.softmax(1), t.softmax(1)
+        parts = []
         if w_target or w_other:
             assert labels is not None
-            rest = _rest_gradient(s, t, qs, qt, rest_stats, labels, w_target, w_other)
-            result = rest.div_(temperature) if result is None else result.add_(rest, alpha=1 / temperature)
+            parts.append((_rest_gradient(s, t, qs, qt, rest_stats, labels, w_target, w_other), 1.0))
         if w_kl:
-            qs.sub_(qt)
-            result = qs.mul_(w_kl / temperature) if result is None else result.add_(qs, alpha=w_kl / temperature)
+            parts.append((qs.sub_(qt), w_kl))
+        for part, weight in parts:
+            alpha = weight / temperature
+            result = part.mul_(alpha) if result is None else result.add_(part, alpha=alpha)
     if result is None:
         result = torch.zeros_like(s)
     factor = (grad * scale).reshape(-1, 1)  # upstream gradient, one or one per row
     if labels is not None:
         factor = torch.where(labels.valid, factor, math.nan).masked_fill(~labels.keep, 0)
-        result = torch.where(labels.keep, result, 0)  # an ignored row of NaN has zero gradient too
+        if may_hold(~labels.keep):
+            result.masked_fill_(~labels.keep, 0)  # an ignored row of NaN has zero gradient too
     return result.mul_(factor).to(student.dtype).contiguous()
 
 

@@ -1,0 +1,32 @@
+# make demo    distil a student on real images, print a table, draw a picture
+# make test    everything that CI checks but the linters;  make lint: the linters
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test lint bench wheel clean
+
+demo: .venv/installed
+	$(BIN)/kdkernels demo
+
+test: .venv/installed
+	$(PYTEST)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(PYTEST) benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+
+wheel: .venv/installed
+	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs *.egg-info

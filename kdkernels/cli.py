@@ -1,0 +1,85 @@
+"""The command line: ``kdkernels train | demo | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="kdkernels", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="what is available here, and what each op runs on")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="distil a small student on digits with every method (about a minute)")
+    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for metrics and demo.png")
+    demo.add_argument("--seeds", type=_positive, default=3)
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser("train", help="train one student with one method")
+    train.add_argument("--method", default="kd", help="alone, kd, sp, stkd or amd")
+    train.add_argument("--weight", type=float, help="weight of the method's term; default: the paper's")
+    train.add_argument("--data", default="digits", help="'digits', or an .npz with x_train, y_train, x_test, y_test")
+    train.add_argument("--per-class", type=_positive, help="labelled training images per class for the student")
+    train.add_argument("--teacher", type=Path, help="safetensors of a teacher trained before; default: train one")
+    train.add_argument("--teacher-epochs", type=_positive, default=26)
+    train.add_argument("--epochs", type=_positive, default=100)
+    train.add_argument("--batch-size", type=_positive, default=32)
+    train.add_argument("--lr", type=float, default=0.1)
+    train.add_argument("--accumulate", type=_positive, default=1, help="micro-batches per step")
+    train.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--output", type=Path, default=Path("runs/train"))
+    train.set_defaults(run=_train)
+    return top
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
+
+
+def _need_extra() -> None:
+    from .doctor import TRAIN_PACKAGES
+
+    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'kdkernels[train]'")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from .doctor import report
+
+    for line in report():
+        print(line)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _need_extra()
+    from .training.demo import run_demo
+
+    run_demo(args.output, args.seeds)
+
+
+def _train(args: argparse.Namespace) -> None:
+    _need_extra()
+    from .training.run import train
+
+    train(args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"kdkernels {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

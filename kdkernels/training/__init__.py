@@ -1,0 +1,26 @@
+"""The thin trainer. It needs the extra "train": pip install 'kdkernels[train]'."""
+
+from .distillation import Distillation, DistillationOutput
+from .methods import METHODS, Batch, Method, Outputs, make_method
+from .taps import FeatureTaps, stage_names
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Distillation",
+    "DistillationOutput",
+    "FeatureTaps",
+    "Method",
+    "Outputs",
+    "fit",
+    "make_method",
+    "stage_names",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "fit":  # the loop alone needs the extra; Distillation works in any trainer without it
+        from .loop import fit
+
+        return fit
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""Data sets: scikit-learn's digits, which come with the wheel, and .npz files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Split(NamedTuple):
+    """Images (N, C, H, W) float32, standardised over the training set, and int64 labels (N,)."""
+
+    train: TensorDataset
+    test: TensorDataset
+    channels: int
+    classes: int
+
+
+def load(source: str) -> Split:
+    """ "digits", or the path of an .npz file with x_train, y_train, x_test, y_test; x is (N, H, W), (N, H, W, C) or
+    (N, C, H, W) with at most four channels."""
+    if source == "digits":
+        return digits()
+    path = Path(source)
+    if path.suffix != ".npz" or not path.is_file():
+        raise ValueError(f"data must be 'digits' or an existing .npz file, got {source!r}")
+    with np.load(path) as arrays:
+        missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays.files)
+        if missing:
+            raise ValueError(f"{source} lacks {sorted(missing)}; it has {sorted(arrays.files)}")
+        return _split(*(arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")))
+
+
+def digits() -> Split:
+    """8 x 8 scans of handwritten digits (UCI, 1797 images): 1000 to train on, 797 to test on, always the same."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = x.reshape(-1, 8, 8)[order], y[order]
+    return _split(x[:1000], y[:1000], x[1000:], y[1000:])
+
+
+def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> TensorDataset:
+    """``per_class`` images of each class, drawn with that seed."""
+    images, target = dataset.tensors
+    order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+    chosen = []
+    for label in target.unique():
+        members = order[target[order] == label]
+        if len(members) < per_class:
+            raise ValueError(f"class {int(label)} has {len(members)} images, {per_class} were asked for")
+        chosen.append(members[:per_class])
+    index = torch.cat(chosen)
+    return TensorDataset(images[index], target[index])
+
+
+def loader(dataset: TensorDataset, batch_size: int, *, train: bool) -> DataLoader[tuple[Tensor, ...]]:
+    # drop_last: relational losses mean something else on a rest of three images
+    return DataLoader(dataset, batch_size, shuffle=train, drop_last=train and len(dataset) >= batch_size)
+
+
+def _split(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Split:
+    train, test = _images(x_train), _images(x_test)
+    if len(train) != len(y_train) or len(test) != len(y_test):
+        raise ValueError(
+            f"images and labels differ in number: {x_train.shape}, {y_train.shape}, {x_test.shape}, {y_test.shape}"
+        )
+    mean, std = train.mean(), train.std()
+    labels = [torch.as_tensor(np.asarray(y).astype(np.int64)).flatten() for y in (y_train, y_test)]
+    return Split(
+        TensorDataset((train - mean) / std, labels[0]),
+        TensorDataset((test - mean) / std, labels[1]),
+        train.shape[1],
+        int(torch.cat(labels).max()) + 1,
+    )
+
+
+def _images(x: np.ndarray) -> Tensor:
+    images = torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32))
+    if images.dim() == 3:
+        return images[:, None]
+    if images.dim() == 4 and images.shape[3] <= 4:
+        return images.permute(0, 3, 1, 2).contiguous()
+    if images.dim() == 4 and images.shape[1] <= 4:
+        return images
+    raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C <= 4, got {x.shape}")

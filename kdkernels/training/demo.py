@@ -1,0 +1,170 @@
+"""The demo: a teacher, the student alone and the student with each method, on digits, over several seeds."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import TensorDataset
+
+from . import data
+from .distillation import Distillation
+from .loop import History, fit
+from .methods import AMD, KD, SP, STKD, Alone, Method, Outputs
+from .models import ConvNet, small_student, small_teacher
+from .plots import plot_demo
+from .taps import FeatureTaps, stage_names
+
+LABELLED = 10  # per class: few, so that a teacher has something to add
+LR = 0.1
+TEACHER_EPOCHS, STUDENT_EPOCHS = 26, 100  # 400 steps of 64 images, 300 of 32
+
+# Weights for a run of 300 steps: the papers' are made for 240 epochs of CIFAR.
+DEMO_METHODS: dict[str, tuple[str, Method]] = {
+    "alone": ("CE", Alone()),
+    "mixup": ("CE on mixup images", Alone(alpha=1.0)),
+    "kd": ("0.1 CE + 0.9 KD", KD()),
+    "sp": ("CE + 300 SP", SP(weight=300)),
+    "stkd": ("0.1 CE + 0.9 KD, mixup", STKD()),
+    "amd": ("0.1 CE + 0.9 KD + 0.2 AMD", AMD(weight=0.2, layer_weights="area", reduction="sum")),
+}
+
+
+class Result(NamedTuple):
+    name: str
+    what: str
+    accuracies: list[float]
+    histories: list[History]
+    loss_ms: float
+
+
+def run_demo(output: str | Path = "runs/demo", seeds: int = 3, console: Console | None = None) -> list[Result]:
+    """Train everything, print the table, write metrics and ``demo.png`` to ``output``."""
+    console = console or Console()
+    start = time.perf_counter()
+    folder = Path(output)
+    split = data.digits()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+    set_seed(0)
+    teacher = small_teacher(split.channels, split.classes)
+    history = _train(
+        Alone(), None, teacher, split.train, split.test, folder / "teacher", epochs=TEACHER_EPOCHS, batch=64, lr=0.05
+    )
+    console.print(
+        f"teacher: {_size(teacher)} parameters, {len(split.train)} images, {history[-1]['test_accuracy']:.1f} %"
+    )
+
+    results = []
+    for name, (what, method) in DEMO_METHODS.items():
+        histories = []
+        for seed in range(seeds):
+            set_seed(seed)
+            student = small_student(split.channels, split.classes)
+            subset = data.labelled_subset(split.train, LABELLED, seed)
+            where = folder / f"{name}-{seed}"
+            histories.append(
+                _train(
+                    method,
+                    teacher,
+                    student,
+                    subset,
+                    split.test,
+                    where,
+                    epochs=STUDENT_EPOCHS,
+                    batch=32,
+                    lr=LR,
+                    seed=seed,
+                )
+            )
+        accuracies = [history[-1]["test_accuracy"] for history in histories]
+        loss_ms = loss_time(method, teacher, student, subset, batch=32)
+        results.append(Result(name, what, accuracies, histories, loss_ms))
+        console.print(f"{name}: {', '.join(f'{a:.1f}' for a in accuracies)} %")
+
+    rows = _rows(results)
+    table = Table(
+        title=f"Digits: {LABELLED} labelled images per class, {seeds} seeds, a student of {_size(student)} parameters"
+    )
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    picture = plot_demo(results, HEADINGS, rows, folder / "demo.png")
+    console.print(f"{time.perf_counter() - start:.0f} s; curves and table in {picture}")
+    return results
+
+
+def _train(
+    method: Method,
+    teacher: ConvNet | None,
+    student: ConvNet,
+    train: TensorDataset,
+    test: TensorDataset,
+    output: Path,
+    *,
+    epochs: int,
+    batch: int,
+    lr: float,
+    seed: int = 0,
+) -> History:
+    distillation = Distillation(teacher, student, method)
+    loaders = data.loader(train, batch, train=True), data.loader(test, 1000, train=False)
+    history = fit(distillation, *loaders, epochs=epochs, lr=lr, output=output, seed=seed, eval_every=5)
+    distillation.close()
+    return history
+
+
+def loss_time(method: Method, teacher: ConvNet, student: ConvNet, dataset: TensorDataset, batch: int) -> float:
+    """Milliseconds of the loss's own forward and backward pass per step: median of 30, without the networks."""
+    prepared = method.prepare(*dataset[:batch])
+
+    def run(model: ConvNet) -> Outputs:
+        names = stage_names(model)
+        with FeatureTaps(model, names if method.stages == "all" else names[-1:]) as taps:
+            logits = model(prepared.images).detach().requires_grad_()
+            return Outputs(logits, [x.detach().requires_grad_() for x in taps.pop()])
+
+    outputs = run(student), run(teacher)
+    times = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        torch.stack(list(method.terms(*outputs, prepared).values())).sum().backward()
+        times.append(time.perf_counter() - begin)
+    return 1e3 * statistics.median(times)
+
+
+def _size(model: ConvNet) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1000:.1f} k"
+
+
+def spread(values: Sequence[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def gain(result: Result, alone: Result) -> tuple[float, float]:
+    """The mean difference to the student alone over the same seeds, and its standard error."""
+    differences = [a - b for a, b in zip(result.accuracies, alone.accuracies, strict=True)]
+    return statistics.mean(differences), spread(differences) / len(differences) ** 0.5
+
+
+HEADINGS = ("method", "loss", "test accuracy, %", "against alone", "loss, ms/step")
+
+
+def _rows(results: list[Result]) -> list[list[str]]:
+    rows = []
+    for result in results:
+        mean, error = gain(result, results[0])
+        accuracy = f"{statistics.mean(result.accuracies):.1f} ± {spread(result.accuracies):.1f}"
+        against = "" if result is results[0] else f"{mean:+.1f} ({error:.1f})"
+        rows.append([result.name, result.what, accuracy, against, f"{result.loss_ms:.2f}"])
+    return rows

@@ -1,0 +1,101 @@
+"""A teacher, a student and a method as one module that returns the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .methods import Batch, Method, Outputs, make_method
+from .taps import FeatureTaps, stage_names
+
+
+class DistillationOutput(NamedTuple):
+    """loss: the scalar to minimise; terms: its weighted parts, without graph; logits: the student's."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    logits: Tensor
+
+
+class Distillation(nn.Module):
+    """``Distillation(teacher, student, "sp")(images, target)`` is what any trainer needs.
+
+    Args:
+        teacher: a trained model that returns logits, or None for a method that has no teacher. It is put in eval mode
+            and stays there, moves with ``.to()``, gets no gradients, and is in neither ``parameters()`` nor
+            ``state_dict()``.
+        student: the model to train, returning logits for the same images.
+        method: a name ("alone", "kd", "sp", "stkd", "amd"), or a ``Method`` with options of your own.
+        layers, teacher_layers: module names whose outputs a feature method compares; ``teacher_layers`` defaults to
+            ``layers``, and ``layers`` to the networks' stages as the method's paper uses them (the last one or all).
+
+    Call ``close()`` to take the hooks off both models.
+
+    Raises:
+        ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        method: str | Method,
+        *,
+        layers: Sequence[str] | None = None,
+        teacher_layers: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.method = make_method(method) if isinstance(method, str) else method
+        if teacher is None and self.method.needs_teacher:
+            raise ValueError(f"method {type(self.method).__name__} needs a teacher, got None")
+        self.student = student
+        # in a tuple, so that the teacher is no submodule: not in parameters(), state_dict() or DDP's buffers
+        self._teacher = (teacher.eval(),) if teacher is not None and self.method.needs_teacher else ()
+        self._student_taps, self._teacher_taps = self._taps(layers, teacher_layers)
+
+    def _taps(
+        self, layers: Sequence[str] | None, teacher_layers: Sequence[str] | None
+    ) -> tuple[FeatureTaps, FeatureTaps | None]:
+        def choose(model: nn.Module) -> Sequence[str]:
+            if self.method.stages == "none":
+                return []
+            names = stage_names(model)
+            return names[-1:] if self.method.stages == "last" else names
+
+        student_names = choose(self.student) if layers is None else layers
+        if self.teacher is None:
+            return FeatureTaps(self.student, student_names), None
+        teacher_names = teacher_layers or (choose(self.teacher) if layers is None else layers)
+        if len(student_names) != len(teacher_names):
+            raise ValueError(f"as many teacher as student layers are needed, got {student_names} and {teacher_names}")
+        return FeatureTaps(self.student, student_names), FeatureTaps(self.teacher, teacher_names)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher[0] if self._teacher else None
+
+    def forward(self, images: Tensor, target: Tensor) -> DistillationOutput:
+        batch = self.method.prepare(images, target) if self.training else Batch(images, target)
+        student = Outputs(self.student(batch.images), self._student_taps.pop())
+        teacher = None
+        if self.teacher is not None and self._teacher_taps is not None:
+            with torch.no_grad():
+                teacher = Outputs(self.teacher(batch.images), self._teacher_taps.pop())
+        terms = self.method.terms(student, teacher, batch)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        return DistillationOutput(loss, {name: term.detach() for name, term in terms.items()}, student.logits)
+
+    def close(self) -> None:
+        """Take the hooks off both models."""
+        self._student_taps.remove()
+        if self._teacher_taps is not None:
+            self._teacher_taps.remove()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
+        super()._apply(fn, recurse)  # .to(), .cuda(), .half() move the teacher too
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return self

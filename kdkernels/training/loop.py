@@ -1,0 +1,169 @@
+"""The training loop, on Hugging Face Accelerate: devices, precision, processes and accumulation are its business."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import save_model
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
+
+from .distillation import Distillation
+
+Loader = DataLoader[tuple[Tensor, ...]]
+History = list[dict[str, float]]
+
+
+def default_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """SGD, Nesterov momentum 0.9, weight decay 5e-4."""
+    return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def default_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """A linear warm-up over the first 5 % of the steps, under a cosine to zero."""
+    warmup = max(1.0, 0.05 * steps)
+    return LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / steps))) / 2)
+
+
+def make_accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
+    AcceleratorState._reset_state()  # else it refuses another precision than the first one in this process
+    return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+
+
+def fit(
+    distillation: Distillation,
+    train_loader: Loader,
+    test_loader: Loader | None = None,
+    *,
+    epochs: int,
+    lr: float = 0.05,
+    optimizer: torch.optim.Optimizer | None = None,
+    accumulate: int = 1,
+    mixed_precision: str = "no",
+    output: str | Path | None = None,
+    seed: int = 0,
+    eval_every: int = 1,
+    progress: bool = True,
+    accelerator: Accelerator | None = None,
+) -> History:
+    """Train ``distillation.student`` and return one row of metrics per epoch.
+
+    Args:
+        optimizer: over ``distillation.parameters()``; default: SGD with ``lr``. Either way the learning rate warms up
+            over 5 % of the steps and then follows a cosine, from and to what the optimizer was made with.
+        accumulate: micro-batches per optimizer step. Relational losses (sp) see each micro-batch alone.
+        mixed_precision: "no", "fp16" or "bf16".
+        accelerator: your own; its settings replace ``accumulate`` and ``mixed_precision``.
+        output: a folder for metrics.csv, best.safetensors (by test accuracy) and last.safetensors (the student).
+        seed: of the order of the data and of mixing; the models were made before.
+        eval_every: epochs between tests; the last epoch is always tested.
+
+    Returns:
+        Rows with epoch, step, lr, loss, every term, train_accuracy (against the first label where images were mixed),
+        seconds, and test_accuracy where it was taken. Accuracies are in percent.
+
+    Raises:
+        FloatingPointError: an epoch whose loss is not finite.
+    """
+    accelerator = accelerator or make_accelerator(mixed_precision, accumulate)
+    set_seed(seed)
+    optimizer = optimizer or default_optimizer((p for p in distillation.parameters() if p.requires_grad), lr)
+    model, optimizer, train_loader = accelerator.prepare(distillation, optimizer, train_loader)
+    if test_loader is not None:
+        test_loader = accelerator.prepare(test_loader)
+    assert isinstance(train_loader, Sized)
+    if not len(train_loader):
+        raise ValueError("train_loader has no batches")
+    steps_per_epoch = math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps)
+    scheduler = default_scheduler(optimizer, epochs * steps_per_epoch)
+    folder = Path(output) if output is not None and accelerator.is_main_process else None
+    history: History = []
+    best = -1.0
+    show = progress and accelerator.is_main_process and Console().is_terminal
+    with Progress(disable=not show, transient=True) as bar:
+        task = bar.add_task(type(distillation.method).__name__.lower(), total=epochs)
+        for epoch in range(1, epochs + 1):
+            row: dict[str, float] = {
+                "epoch": epoch,
+                "step": epoch * steps_per_epoch,
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+            row |= _train_epoch(model, train_loader, optimizer, scheduler, accelerator)
+            if test_loader is not None and (epoch % eval_every == 0 or epoch == epochs):
+                row["test_accuracy"] = evaluate(distillation.student, test_loader, accelerator)
+            history.append(row)
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"the loss of epoch {epoch} is {row['loss']}: {row}")
+            if folder is not None:
+                _save(folder, distillation.student, history, row.get("test_accuracy", -1.0) > best)
+            best = max(best, row.get("test_accuracy", best))
+            bar.update(task, advance=1)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return history
+
+
+def _train_epoch(
+    model: nn.Module, loader: Loader, optimizer: Any, scheduler: LRScheduler, accelerator: Accelerator
+) -> dict[str, float]:
+    model.train()
+    start = time.perf_counter()
+    sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
+    batches = 0
+    for images, target in loader:
+        with accelerator.accumulate(model):
+            result = model(images, target)
+            accelerator.backward(result.loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+                scheduler.step()
+        batches += 1
+        sums["loss"] += result.loss.detach()
+        for name, term in result.terms.items():
+            sums[name] += term
+        if len(result.logits) == len(target):
+            sums["train_accuracy"] += 100 * (result.logits.argmax(-1) == target).float().mean()
+    means = accelerator.reduce(torch.stack(list(sums.values())) / batches, "mean").tolist()
+    return dict(zip(sums, means, strict=True)) | {"seconds": time.perf_counter() - start}
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> float:
+    """Accuracy in percent, in eval mode; the model's mode is restored."""
+    accelerator = accelerator or Accelerator()
+    training = model.training
+    model.eval()
+    correct, total = 0, 0
+    for images, target in loader:
+        images, target = images.to(accelerator.device), target.to(accelerator.device)
+        with accelerator.autocast():
+            hits = model(images).argmax(-1) == target
+        hits = accelerator.gather_for_metrics(hits)
+        correct, total = correct + int(hits.sum()), total + len(hits)
+    model.train(training)
+    return 100 * correct / total
+
+
+def _save(folder: Path, student: nn.Module, history: History, best: bool) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(student, str(folder / "last.safetensors"))
+    if best:
+        save_model(student, str(folder / "best.safetensors"))
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)

@@ -1,0 +1,24 @@
+"""The methods by name, one file each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .alone import Alone
+from .amd import AMD
+from .base import Batch, Method, Outputs
+from .kd import KD
+from .sp import SP
+from .stkd import STKD
+
+METHODS: dict[str, type[Method]] = {"alone": Alone, "kd": KD, "sp": SP, "stkd": STKD, "amd": AMD}
+
+
+def make_method(name: str, **options: Any) -> Method:
+    """The method of that name with its defaults, or with options of its own."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
+    return METHODS[name](**options)
+
+
+__all__ = ["AMD", "KD", "METHODS", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]

@@ -1,0 +1,24 @@
+"""KD: (1 - weight) CE + weight * T^2 KL."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...kd_loss import kd_loss
+from .base import Batch, Method, Outputs
+
+
+class KD(Method):
+    """Hinton et al. 2015, with the weights that RepDistiller made usual."""
+
+    def __init__(self, weight: float = 0.9, temperature: float = 4.0) -> None:
+        super().__init__()
+        self.weight, self.temperature = weight, temperature
+
+    def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        return {
+            "ce": (1 - self.weight) * F.cross_entropy(student.logits, batch.target),
+            "kd": self.weight * kd_loss(student.logits, teacher.logits, temperature=self.temperature),
+        }

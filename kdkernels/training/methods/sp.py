@@ -1,0 +1,26 @@
+"""SP: CE + weight * L_SP on the last stage."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...sp_loss import sp_loss
+from .base import Batch, Method, Outputs
+
+
+class SP(Method):
+    """Tung & Mori 2019. The usual weight of 3000 is for long training; short runs on small data want 100 to 1000."""
+
+    stages = "last"
+
+    def __init__(self, weight: float = 3000.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        return {
+            "ce": F.cross_entropy(student.logits, batch.target),
+            "sp": self.weight * sp_loss(student.features, teacher.features),
+        }

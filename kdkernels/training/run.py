@@ -1,0 +1,74 @@
+"""``kdkernels train``: one teacher, one student, one method."""
+
+from __future__ import annotations
+
+import argparse
+
+from accelerate.utils import set_seed
+from rich.console import Console
+from safetensors.torch import load_model
+
+from . import data
+from .distillation import Distillation
+from .loop import fit, make_accelerator
+from .methods import METHODS, Method, make_method
+from .models import ConvNet, small_student, small_teacher
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
+    accelerator = make_accelerator(args.mixed_precision, args.accumulate)
+    console = Console(quiet=not accelerator.is_main_process)
+    method = _method(args.method, args.weight)
+    split = data.load(args.data)
+    test_loader = data.loader(split.test, 1000, train=False)
+    teacher = _teacher(args, split, console) if method.needs_teacher else None
+
+    set_seed(args.seed)
+    student = small_student(split.channels, split.classes)
+    dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
+    history = fit(
+        Distillation(teacher, student, method).to(accelerator.device),
+        data.loader(dataset, args.batch_size, train=True),
+        test_loader,
+        epochs=args.epochs,
+        lr=args.lr,
+        output=args.output,
+        seed=args.seed,
+        accelerator=accelerator,
+    )
+    best = max(row["test_accuracy"] for row in history)
+    console.print(
+        f"{args.method}: {history[-1]['test_accuracy']:.1f} % at the end, {best:.1f} % at best; "
+        f"{history[-1]['step']:.0f} steps; metrics and checkpoints in {args.output}"
+    )
+
+
+def _method(name: str, weight: float | None) -> Method:
+    if weight is None:
+        return make_method(name)
+    if name in ("sp", "amd", "kd"):
+        return make_method(name, weight=weight)
+    raise ValueError(f"--weight belongs to the methods sp, amd and kd, got {name!r} (methods: {', '.join(METHODS)})")
+
+
+def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:
+    set_seed(args.seed)
+    teacher = small_teacher(split.channels, split.classes)
+    if args.teacher is not None:
+        if not args.teacher.is_file():
+            raise ValueError(f"--teacher {args.teacher} does not exist")
+        load_model(teacher, str(args.teacher))
+        return teacher
+    folder = args.output / "teacher"
+    loaders = data.loader(split.train, 64, train=True), data.loader(split.test, 1000, train=False)
+    history = fit(
+        Distillation(None, teacher, "alone"),
+        *loaders,
+        epochs=args.teacher_epochs,
+        lr=0.05,
+        output=folder,
+        seed=args.seed,
+    )
+    console.print(f"teacher: {history[-1]['test_accuracy']:.1f} %, kept in {folder / 'last.safetensors'}")
+    return teacher

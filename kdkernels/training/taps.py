@@ -1,0 +1,106 @@
+"""Features of named modules, taken by forward hooks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+# residual networks' stages, and lists of stages: layer1 .. layer4, stage1 .., stages.0 .., blocks.0 ..
+_STAGE = re.compile(r"(layer|stage|block)_?\d+|(layers|stages|blocks)\.\d+")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's wrapper
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+def stage_names(model: nn.Module) -> list[str]:
+    """The names of a network's stages, first to last, where it names them in one of the usual ways."""
+    names = [name for name, _ in unwrap(model).named_modules() if _STAGE.fullmatch(name)]
+    if not names:
+        children = [name for name, _ in unwrap(model).named_children()]
+        raise ValueError(
+            f"no stages (layer1, stages.0, ...) found in {type(model).__name__}: name the layers; it has {children}"
+        )
+    return names
+
+
+class FeatureTaps:
+    """Keeps what the named modules return in the last forward pass.
+
+        with FeatureTaps(model, ["layer3", "layer4"]) as taps:
+            logits = model(images)
+            features = taps.pop()
+
+    The names are those of ``named_modules`` of the bare model, also when it is given inside DistributedDataParallel or
+    torch.compile. A model that was compiled and run before does not call new hooks: tap it first, or call
+    ``torch.compiler.reset()``; ``pop`` says so. ``remove`` leaves nothing behind in the model.
+
+    Raises:
+        ValueError: a name that the model does not have, or one that is given twice.
+        RuntimeError: from ``pop``, when a tapped module did not run.
+        TypeError: from ``pop``, when a tapped module returned something else than a tensor.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        modules = dict(unwrap(model).named_modules())
+        missing = [name for name in names if name not in modules or not name]
+        if missing:
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} has no modules {missing}; it has {[m for m in modules if m]}"
+            )
+        if len(set(names)) != len(names):
+            raise ValueError(f"a layer is named twice: {list(names)}")
+        self.names = list(names)
+        self._features: dict[str, Any] = {}
+        self._hooks = [modules[name].register_forward_hook(self._hook(name)) for name in names]
+
+    def _hook(self, name: str) -> Any:
+        features = self._features
+
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            features[name] = output
+
+        return keep
+
+    def pop(self) -> list[Tensor]:
+        """The features of the last forward pass in the order of the names; they are forgotten here."""
+        missing = [name for name in self.names if name not in self._features]
+        if missing:
+            raise RuntimeError(
+                f"no features from {missing}: the model has not run since, does not use them, or was compiled before "
+                "it was tapped (then call torch.compiler.reset())"
+            )
+        features = [self._features[name] for name in self.names]
+        self._features.clear()
+        for name, x in zip(self.names, features, strict=True):
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"module {name!r} returns a {type(x).__name__}; only modules that return a tensor can be tapped"
+                )
+        return features
+
+    def remove(self) -> None:
+        """Take the hooks off the model and forget what was kept."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._features.clear()
+
+    def __enter__(self) -> FeatureTaps:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()

@@ -1,0 +1,114 @@
+"""The choice of a backend: requests, refusals, fallbacks, what is logged and what the doctor says."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+import kdkernels
+from kdkernels import cli, sp_loss
+from kdkernels.ops import backend
+from kdkernels.ops.gram import reference
+
+X = torch.ones(3, 4)
+
+
+@pytest.fixture
+def fake_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A native backend for gram that counts its calls and refuses what it is told to."""
+
+    def sp_forward(*args: object) -> tuple[Tensor, Tensor]:
+        module.calls += 1
+        return reference.sp_forward(*args)
+
+    module = SimpleNamespace(
+        calls=0,
+        reason=None,
+        supports=lambda *tensors: module.reason,
+        sp_forward=sp_forward,
+        sp_backward=reference.sp_backward,
+    )
+    real = backend.load
+    monkeypatch.setattr(backend, "load", lambda op, name: module if name == "native" else real(op, name))
+    backend._log_fallback.cache_clear()
+    yield module
+    backend._log_fallback.cache_clear()
+
+
+def test_auto_takes_the_first_that_supports_the_arguments(
+    fake_native: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    sp_loss(X, X)
+    assert fake_native.calls == 1
+    fake_native.reason = "no such thing"
+    with caplog.at_level(logging.INFO, logger="kdkernels"):
+        sp_loss(X, X)
+        sp_loss(X, X)
+    assert fake_native.calls == 1
+    assert [r.message for r in caplog.records] == ["gram on cpu runs on the reference backend: native: no such thing"]
+
+
+def test_a_request_that_cannot_be_met_raises_with_the_reason(fake_native: SimpleNamespace) -> None:
+    fake_native.reason = "no such thing"
+    with kdkernels.use_backend("native"), pytest.raises(kdkernels.BackendError, match=r"'native'.*gram: no such thing"):
+        sp_loss(X, X)
+
+
+def test_a_compiled_graph_follows_a_change_of_backend(fake_native: SimpleNamespace) -> None:
+    compiled = torch.compile(lambda x: sp_loss(x, x * x), fullgraph=True)
+    with kdkernels.use_backend("reference"):
+        first = compiled(X)
+        assert fake_native.calls == 0
+    with kdkernels.use_backend("native"):
+        assert torch.equal(compiled(X), first)
+    assert fake_native.calls == 1
+
+
+def test_use_backend_nests_and_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KDKERNELS_BACKEND", "triton")
+    assert backend.requested() == "triton"
+    with kdkernels.use_backend("reference"):
+        assert backend.requested() == "reference"
+        with kdkernels.use_backend("auto"):
+            assert backend.requested() == "auto"
+        assert backend.requested() == "reference"
+    assert backend.requested() == "triton"
+    monkeypatch.setenv("KDKERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"KDKERNELS_BACKEND must be one of 'auto', 'native'.*got 'fast'"):
+        sp_loss(X, X)
+    with pytest.raises(ValueError, match="got 'cuda'"), kdkernels.use_backend("cuda"):
+        pass
+
+
+def test_importing_builds_nothing_and_imports_no_triton() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import kdkernels;"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before};"
+        "bad = new & {'triton', 'subprocess', 'sklearn', 'accelerate', 'rich', 'matplotlib'}; assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_function_and_module_share_a_name() -> None:
+    code = (
+        "import kdkernels.sp_loss, torch; from kdkernels import sp_loss, SPLoss, kd_loss, stkd_loss, amd_loss;"
+        "from kdkernels.sp_loss import SPLoss as S; assert S is SPLoss; x = torch.ones(2, 3);"
+        "assert kdkernels.sp_loss is sp_loss; assert float(kdkernels.sp_loss(x, x)) == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in text
+    for op in backend.OPS:
+        assert f"  {op}\n" in text
+    assert text.count("-> ") == len(backend.OPS) * (2 if torch.cuda.is_available() else 1)

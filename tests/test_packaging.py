@@ -1,0 +1,81 @@
+"""The wheel: made without torch and without a compiler, complete, and usable from anywhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built in an empty environment, with nothing on PATH but that environment."""
+    folder = tmp_path_factory.mktemp("wheel")
+    venv.create(folder / "venv", with_pip=True)
+    python = folder / "venv" / "bin" / "python"
+    source = folder / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    names = (
+        tracked.stdout.split("\n") if tracked.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
+    )
+    for name in names:
+        if name and (ROOT / name).is_file() and ".venv" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    environment = os.environ | {"PATH": str(python.parent)}
+    start = time.perf_counter()
+    subprocess.run(
+        [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)], check=True, env=environment
+    )
+    seconds = time.perf_counter() - start
+    (built,) = folder.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl"), "something was compiled"
+    assert seconds < 30
+    return built
+
+
+def test_the_wheel_is_complete(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "kdkernels").rglob("*.py"):
+        assert str(path.relative_to(ROOT)) in names
+    assert "kdkernels/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    metadata = next(name for name in names if name.endswith("METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    required = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
+    assert sorted(line.split()[1].split(">")[0].rstrip(";") for line in required) == [
+        "ninja",
+        "numpy",
+        "torch",
+        "triton",
+    ]
+
+
+def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True
+    )
+    code = (
+        "import kdkernels.sp_loss; from kdkernels import sp_loss, SPLoss, kd_loss, stkd_loss, amd_loss; import torch;"
+        f"assert kdkernels.__file__.startswith({str(target)!r}), kdkernels.__file__;"
+        "x = torch.randn(4, 3, 5, 5, requires_grad=True); t = torch.randn(4, 2, 5, 5);"
+        "(kdkernels.sp_loss(x, t) + amd_loss(x, t)).backward(); assert x.grad.norm() > 0;"
+        "from kdkernels.cli import main; main(['doctor'])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "kdkernels 0.1.0" in done.stdout

@@ -1,0 +1,350 @@
+"""The thin trainer: taps, Distillation, methods, the loop, the command line."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from checking import DEVICE
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import kdkernels
+from kdkernels import cli
+from kdkernels.training import (
+    METHODS,
+    Batch,
+    Distillation,
+    FeatureTaps,
+    Method,
+    Outputs,
+    data,
+    fit,
+    make_method,
+    stage_names,
+)
+from kdkernels.training.demo import loss_time, run_demo
+from kdkernels.training.loop import evaluate
+from kdkernels.training.models import ConvNet, small_student, small_teacher
+
+
+def network(*channels: int) -> ConvNet:
+    return ConvNet(1, 4, channels or (3, 4, 5)).to(DEVICE)
+
+
+def images(n: int = 6) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 1, 8, 8, device=DEVICE), torch.arange(n, device=DEVICE) % 4
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) for m in model.modules())
+
+
+# ---- taps
+
+
+def test_taps_give_the_modules_outputs_with_their_graph() -> None:
+    model, (x, _) = network(), images()
+    with FeatureTaps(model, ["stages.1", "stages.2"]) as taps:
+        logits = model(x)
+        features = taps.pop()
+        torch.testing.assert_close(features[1], model.stages(x))
+        torch.testing.assert_close(model.stages[2](features[0]), features[1])
+        torch.testing.assert_close(model.fc(features[1].mean((2, 3))), logits)
+        features[0].sum().backward()
+        assert model.stages[0][0].weight.grad is not None
+    assert hooks(model) == 0
+
+
+def test_taps_forget_and_say_what_is_missing() -> None:
+    model, (x, _) = network(), images()
+    taps = FeatureTaps(model, ["stages.0"])
+    with pytest.raises(RuntimeError, match=r"no features from \['stages.0'\]"):
+        taps.pop()
+    model(x)
+    assert len(taps.pop()) == 1
+    with pytest.raises(RuntimeError, match="no features"):
+        taps.pop()
+    taps.remove()
+    assert hooks(model) == 0
+    with pytest.raises(ValueError, match=r"no modules \['layer9'\]; it has .*'stages.0'"):
+        FeatureTaps(model, ["layer9"])
+    with pytest.raises(ValueError, match="named twice"):
+        FeatureTaps(model, ["fc", "fc"])
+
+
+def test_taps_refuse_modules_that_return_something_else() -> None:
+    lstm = nn.Sequential(nn.LSTM(3, 4)).to(DEVICE)
+    taps = FeatureTaps(lstm, ["0"])
+    lstm(torch.randn(2, 3, device=DEVICE))
+    with pytest.raises(TypeError, match="'0' returns a tuple"):
+        taps.pop()
+
+
+def test_taps_work_on_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model, (x, _) = network(), images()
+    expected = model.stages[:2](x)
+    compiled = torch.compile(model, fullgraph=True)
+    with FeatureTaps(compiled, ["stages.1"]) as taps:
+        compiled(x).sum().backward()
+        torch.testing.assert_close(taps.pop()[0], expected, rtol=1e-4, atol=1e-5)
+    assert hooks(model) == 0
+
+
+def test_taps_work_under_distributed_data_parallel(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, (x, _) = network(), images()
+        expected = model.stages(x)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with FeatureTaps(wrapped, ["stages.2"]) as taps:
+            wrapped(x)
+            torch.testing.assert_close(taps.pop()[0], expected)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_stage_names() -> None:
+    assert stage_names(network()) == ["stages.0", "stages.1", "stages.2"]
+    resnet = nn.ModuleDict({name: nn.Linear(1, 1) for name in ("conv1", "layer1", "layer2", "fc")})
+    assert stage_names(resnet) == ["layer1", "layer2"]
+    with pytest.raises(ValueError, match="name the layers"):
+        stage_names(nn.Linear(2, 2))
+
+
+# ---- Distillation
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
+    teacher, student, (x, y) = network(6, 7, 8), network(), images()
+    module = Distillation(teacher, student, method).eval()  # eval: nothing is mixed
+    result = module(x, y)
+    with torch.no_grad():
+        z_s, z_t, f_s, f_t = student(x), teacher(x), student.stages(x), teacher.stages(x)
+        ce = F.cross_entropy(z_s, y)
+        kd = kdkernels.kd_loss(z_s, z_t)
+        stages_s, stages_t = ([m.stages[: i + 1](x) for i in range(3)] for m in (student, teacher))
+        expected = {
+            "alone": ce,
+            "kd": 0.1 * ce + 0.9 * kd,
+            "sp": ce + 3000 * kdkernels.sp_loss(f_s, f_t),
+            "stkd": 0.1 * ce + 0.9 * kd,
+            "amd": 0.1 * ce + 0.9 * kd + 3000 * kdkernels.amd_loss(stages_s, stages_t),
+        }[method]
+    torch.testing.assert_close(result.loss.detach(), expected)
+    torch.testing.assert_close(sum(result.terms.values()), expected)
+    torch.testing.assert_close(result.logits, z_s)
+    result.loss.backward()
+    assert all(p.grad is not None for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    module.close()
+    assert hooks(student) == hooks(teacher) == 0
+
+
+def test_the_teacher_stays_out_of_the_way() -> None:
+    teacher, student = network(6, 7, 8), network()
+    module = Distillation(teacher, student, "kd")
+    module.train()
+    assert student.training
+    assert not teacher.training
+    assert set(module.state_dict()) == {f"student.{name}" for name in student.state_dict()}
+    assert len(list(module.parameters())) == len(list(student.parameters()))
+    before = teacher.stages[0][1].running_mean.clone()
+    module(*images())
+    assert torch.equal(teacher.stages[0][1].running_mean, before)
+    module.double()
+    assert teacher.fc.weight.dtype == torch.float64
+
+
+def test_stkd_trains_on_mixed_images_and_both_networks_see_them() -> None:
+    seen: list[Tensor] = []
+    teacher, student = network(6, 7, 8), network()
+    for model in (teacher, student):
+        model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x, y = images()
+    Distillation(teacher, student, "stkd").train()(x, y)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], x)
+
+
+def test_layers_can_be_named() -> None:
+    teacher, student, (x, y) = network(6, 7, 8), network(), images()
+    module = Distillation(teacher, student, "sp", layers=["stages.0"], teacher_layers=["stages.1"]).eval()
+    expected = 3000 * kdkernels.sp_loss(student.stages[:1](x), teacher.stages[:2](x))
+    torch.testing.assert_close(module(x, y).terms["sp"], expected.detach())
+    with pytest.raises(ValueError, match="as many teacher as student layers"):
+        Distillation(teacher, student, "sp", layers=["stages.0"], teacher_layers=["stages.0", "stages.1"])
+
+
+def test_bad_methods_are_named() -> None:
+    with pytest.raises(ValueError, match=r"'alone', 'kd', 'sp', 'stkd', 'amd'.*got 'rkd'"):
+        Distillation(network(), network(), "rkd")
+    with pytest.raises(ValueError, match="SP needs a teacher"):
+        Distillation(None, network(), "sp")
+
+
+def test_a_method_of_ones_own_trains_its_own_parameters() -> None:
+    class Projected(Method):
+        stages = "last"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Conv2d(5, 8, 1)
+
+        def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+            return {"hint": F.mse_loss(self.head(student.features[0]), teacher.features[0])}
+
+    module = Distillation(network(6, 7, 8), network(), Projected().to(DEVICE))
+    module(*images()).loss.backward()
+    assert module.method.head.weight.grad.norm() > 0
+    assert any(p is module.method.head.weight for p in module.parameters())
+
+
+# ---- the loop
+
+
+def loaders(n: int = 96) -> tuple[DataLoader, DataLoader]:
+    split = data.digits()
+    small = TensorDataset(*(x[:n] for x in split.train.tensors))
+    return data.loader(small, 32, train=True), data.loader(split.test, 500, train=False)
+
+
+def make(method: str = "kd", seed: int = 0) -> Distillation:
+    torch.manual_seed(seed)
+    return Distillation(small_teacher(1, 10), small_student(1, 10), method)
+
+
+def test_fit_writes_metrics_and_checkpoints(tmp_path: Path) -> None:
+    module = make()
+    train, test = loaders()
+    history = fit(module, train, test, epochs=4, eval_every=2, output=tmp_path, progress=False)
+    assert [row["step"] for row in history] == [3, 6, 9, 12]
+    assert ["test_accuracy" in row for row in history] == [False, True, False, True]
+    assert all(math.isclose(row["loss"], row["ce"] + row["kd"], rel_tol=1e-5) for row in history)
+    assert history[-1]["loss"] < history[0]["loss"]
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == [row["loss"] for row in history]
+    last = small_student(1, 10)
+    load_model(last, str(tmp_path / "last.safetensors"))
+    for name, value in last.state_dict().items():
+        assert torch.equal(value, module.student.state_dict()[name].cpu()), name
+    best = small_student(1, 10)
+    load_model(best, str(tmp_path / "best.safetensors"))
+    assert evaluate(best.to(DEVICE), test) == pytest.approx(max(row.get("test_accuracy", 0) for row in history))
+
+
+def test_fit_learns_and_repeats_under_a_seed() -> None:
+    runs = []
+    for _ in range(2):
+        module = make("alone")
+        train, test = loaders(960)
+        history = fit(module, train, test, epochs=3, seed=5, progress=False)
+        runs.append([(row["loss"], row.get("test_accuracy")) for row in history])
+    assert runs[0] == runs[1]
+    assert runs[0][-1][1] > 75
+
+
+def test_fit_accumulates_micro_batches() -> None:
+    weights = []
+    for accumulate, batch in ((1, 64), (2, 32)):
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # no batch norm: it would see the micro-batches
+        module = Distillation(None, student, "alone")
+        dataset = TensorDataset(*(x[:64] for x in data.digits().train.tensors))
+        fit(module, DataLoader(dataset, batch), epochs=2, accumulate=accumulate, progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in module.student.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_fit_stops_at_a_loss_that_is_not_a_number() -> None:
+    train, _ = loaders()
+    module = make("alone")
+    with torch.no_grad():
+        module.student.fc.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="epoch 1 is nan"):
+        fit(module, train, epochs=2, progress=False)
+
+
+def test_bf16_training_runs_on_fp32_losses() -> None:
+    train, test = loaders()
+    history = fit(make("sp"), train, test, epochs=2, mixed_precision="bf16", progress=False)
+    assert all(math.isfinite(row["loss"]) for row in history)
+
+
+# ---- data, the command line, the demo
+
+
+def test_digits_are_standardised_and_always_the_same() -> None:
+    split = data.digits()
+    x = split.train.tensors[0]
+    assert x.shape == (1000, 1, 8, 8)
+    assert len(split.test) == 797
+    assert x.mean().item() == pytest.approx(0, abs=1e-5)
+    assert x.std().item() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(x, data.digits().train.tensors[0])
+    subset = data.labelled_subset(split.train, 7, seed=1)
+    assert torch.bincount(subset.tensors[1]).tolist() == [7] * 10
+    with pytest.raises(ValueError, match="1000 were asked for"):
+        data.labelled_subset(split.train, 1000, seed=0)
+
+
+@pytest.mark.parametrize("shape", [(20, 5, 6), (20, 5, 6, 3), (20, 3, 5, 6)])
+def test_npz_files(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    import numpy as np
+
+    x, y = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8), np.arange(20) % 4
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
+    split = data.load(str(tmp_path / "set.npz"))
+    assert split.train.tensors[0].shape == (20, 1 if len(shape) == 3 else 3, 5, 6)
+    assert split.classes == 4
+    np.savez(tmp_path / "bad.npz", x_train=x)
+    with pytest.raises(ValueError, match="lacks"):
+        data.load(str(tmp_path / "bad.npz"))
+    with pytest.raises(ValueError, match="'imagenet'"):
+        data.load("imagenet")
+
+
+def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["train", "--epochs", "2", "--teacher-epochs", "1", "--per-class", "10"]
+    assert cli.main([*common, "--method", "sp", "--weight", "300", "--output", str(tmp_path / "a")]) == 0
+    assert "sp: " in capsys.readouterr().out
+    teacher = tmp_path / "a" / "teacher" / "last.safetensors"
+    assert (tmp_path / "a" / "metrics.csv").is_file()
+    assert cli.main([*common, "--method", "amd", "--teacher", str(teacher), "--output", str(tmp_path / "b")]) == 0
+    assert cli.main([*common, "--method", "nothing"]) == 2
+    assert "'alone', 'kd'" in capsys.readouterr().err
+    assert cli.main([*common, "--teacher", "missing.safetensors"]) == 2
+
+
+def test_demo_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdkernels.training import demo
+
+    monkeypatch.setattr(demo, "STUDENT_EPOCHS", 2)
+    monkeypatch.setattr(demo, "TEACHER_EPOCHS", 1)
+    results = run_demo(tmp_path, seeds=2)
+    assert [result.name for result in results] == list(demo.DEMO_METHODS)
+    for result in results:
+        assert len(result.accuracies) == 2
+        assert all(0 < accuracy < 100 for accuracy in result.accuracies)
+        assert result.loss_ms > 0
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "stkd-1" / "last.safetensors").is_file()
+    mean, error = demo.gain(results[1], results[0])
+    by_hand = [b - a for a, b in zip(results[0].accuracies, results[1].accuracies, strict=True)]
+    assert mean == pytest.approx(sum(by_hand) / 2)
+    assert error == pytest.approx(abs(by_hand[0] - by_hand[1]) / 2)
+
+
+def test_loss_time_is_of_the_loss_alone() -> None:
+    split = data.digits()
+    milliseconds = loss_time(make_method("kd"), small_teacher(1, 10), small_student(1, 10), split.train, 32)
+    assert 0 < milliseconds < 1000
