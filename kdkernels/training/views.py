@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def rotate_views(images: Tensor, views: int = 4) -> Tensor:
-    """Turn each image by quarters: (B, C, H, W) to (views * B, C, H, W), row views * b + r being image b turned r times.
+    """Turn each image by quarters: (B, C, H, W) to (views * B, C, H, W), row views * b + r: image b turned r times.
 
     Args:
         images: any dtype. Squares, unless views is 1.
