@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import group_of_many, sp_over_ranks
 from .ops.checks import check_choice, check_positive, layer_pairs
 from .ops.gram import sp_gram
 from .ops.gram.op import ROW_NORMS
@@ -26,6 +28,7 @@ def sp_loss(
     row_norm: str = "l2",
     reduction: str = "batchmean",
     eps: float = 1e-12,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The squared distance between the batch similarity matrices of student and teacher.
 
@@ -36,22 +39,32 @@ def sp_loss(
         row_norm: "l2" (the paper) or "l1" (torchdistill's).
         reduction: "batchmean" divides by B^2, "sum" does not.
         eps: rows of the Gram matrix with a smaller norm are divided by eps.
+        group: a torch.distributed group, each rank of which calls with its own rows (any number of them): the batch is
+            the rows of all ranks in rank order, exactly. None: this process's rows alone.
 
     Returns:
         A float32 scalar (float64 if an input is). For non-negative features at most 2 / B per layer, which is
         why the paper weights it with 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
         from its own normalisation.
 
-    In data-parallel training each process sees the similarities of its own batch alone: B = 256 over 8 processes is a
-    loss 6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process would have.
+    Without ``group`` each process of data-parallel training sees the similarities of its own batch alone: B = 256 over
+    8 processes is a loss 6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process has.
+    With it the loss is the same number on every rank, and after DistributedDataParallel's averaging the parameters'
+    gradients are those of one process on the whole batch; for that, ``backward`` hands each rank's features R times the
+    gradient of the whole batch's loss, R being the ranks. See kdkernels/distributed.py.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.
+        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes. Calls that
+            differ over the ranks of a group raise on all of them; a missing rank raises the group's timeout error.
 
     Source: arXiv 1907.09682, eq. 2-4; values equal RepDistiller's ``Similarity``.
     """
     check_choice("reduction", reduction, SP_REDUCTIONS)
     students, teachers = layer_pairs(student, teacher, "sp_loss")
+    if (many := group_of_many(group, "sp_loss")) is not None:
+        check_choice("row_norm", row_norm, ROW_NORMS)
+        check_positive("eps", eps)
+        return sp_over_ranks(students, teachers, row_norm, reduction, eps, many)
     batch = students[0].shape[0]
     scale = 1 / max(batch, 1) ** 2 if reduction == "batchmean" else 1.0
     return sp_gram(students, teachers, row_norm=row_norm, scale=scale, eps=eps)
@@ -60,15 +73,23 @@ def sp_loss(
 class SPLoss(nn.Module):
     """``sp_loss`` with its options as a module: ``SPLoss()(student_features, teacher_features)``."""
 
-    def __init__(self, row_norm: str = "l2", reduction: str = "batchmean", eps: float = 1e-12) -> None:
+    def __init__(
+        self,
+        row_norm: str = "l2",
+        reduction: str = "batchmean",
+        eps: float = 1e-12,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         check_choice("row_norm", row_norm, ROW_NORMS)
         check_choice("reduction", reduction, SP_REDUCTIONS)
         check_positive("eps", eps)
-        self.row_norm, self.reduction, self.eps = row_norm, reduction, eps
+        self.row_norm, self.reduction, self.eps, self.group = row_norm, reduction, eps, group
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        return sp_loss(student, teacher, row_norm=self.row_norm, reduction=self.reduction, eps=self.eps)
+        return sp_loss(
+            student, teacher, row_norm=self.row_norm, reduction=self.reduction, eps=self.eps, group=self.group
+        )
 
     def extra_repr(self) -> str:
         return f"row_norm={self.row_norm!r}, reduction={self.reduction!r}"

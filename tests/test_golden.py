@@ -16,6 +16,7 @@ import kdkernels
 
 ROWS = {row["name"]: row for row in json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())}
 NAMES = [name for name in ROWS if not name.startswith("mlkd")]
+MLKD_NAMES = [name for name in ROWS if name.startswith("mlkd")]
 
 
 def inputs(text: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -73,6 +74,31 @@ def test_golden_row(name: str, dtype: torch.dtype) -> None:
         rel=tolerance["rel"],
         abs=tolerance["abs"] + (1e-6 * size if dtype == torch.float32 else 0),
     )
+
+
+@pytest.mark.parametrize("name", MLKD_NAMES)
+@pytest.mark.usefixtures("backend")
+def test_golden_mlkd_row(name: str) -> None:
+    row, text, n = ROWS[name], ROWS[name]["inputs"], int(re.search(r"wave\(\((\d+),", ROWS[name]["inputs"])[1])
+    student, teacher = inputs(text, torch.float64)
+    projected = re.search(r"already projected: wave\(\(([\d,]+)\),([\d.]+),([\d.]+)\)", text)
+    if projected:
+        student = wave([int(k) for k in projected[1].split(",")], float(projected[2]), float(projected[3]))
+    slope, offset, modulus = map(int, re.search(r"label of image i=\((\d+)i\+(\d+)\)%(\d+)", text).groups())
+    labels = ((slope * torch.arange(n // 4, device=DEVICE) + offset) % modulus).repeat_interleave(4)
+    leaves = [student.requires_grad_(), teacher.requires_grad_()]
+    if name.startswith("mlkd_sup"):
+        loss = kdkernels.supervised_contrastive_loss(*leaves, labels)
+    else:
+        term = kdkernels.correlation_loss if name.startswith("mlkd_corr") else kdkernels.alignment_loss
+        loss, leaves = term(*leaves), leaves[:1]
+        teacher.requires_grad_(False)
+    assert loss.item() == pytest.approx(row["loss"], rel=1e-9, abs=1e-12)
+    gradients = torch.autograd.grad(loss, leaves)
+    assert len(gradients) == len(row["grad_norm"])
+    for gradient, norm, dot in zip(gradients, row["grad_norm"], row["grad_dot_wave"], strict=True):
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-9, abs=1e-12)
+        assert (gradient * wave(gradient.shape, 0.5, 1)).sum().item() == pytest.approx(dot, rel=1e-9, abs=1e-12)
 
 
 AMD_TABLE = {  # H, W: global loss, with quadrants, gradient norm of each (specification of the loss, fp64)

@@ -28,6 +28,16 @@ def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
         raise ValueError(f"{what}: student is on {student.device} and teacher on {teacher.device}; move one of them")
 
 
+def check_rows(student: Tensor, teacher: Tensor, what: str, *, same_width: bool) -> None:
+    """Student and teacher are (N, d), with the same d where the two are compared with each other."""
+    check_pair(student, teacher, what)
+    shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+    if student.dim() != 2 or teacher.dim() != 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"{what}: student and teacher must be (N, d) with the same N, got {shapes}")
+    if same_width and student.shape[1] != teacher.shape[1]:
+        raise ValueError(f"{what}: student and teacher must have the same width (project the student), got {shapes}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -5,6 +5,8 @@ Notation: Q (B, D) features of a batch, K = Q Q^T, G = K with normalised rows, n
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -45,15 +47,30 @@ def sp_forward(
 ) -> tuple[Tensor, Tensor]:
     """Sum over layers of scale * ||G_t - G_s||_F^2, and per layer W = H + H^T with dloss/dQ_s = W Q_s."""
     dtype = compute_dtype(*student, *teacher)
-    loss = torch.zeros((), dtype=dtype, device=student[0].device)
-    weights = []
-    for s, t in zip(student, teacher, strict=True):
-        q_s, q_t = rows(s).to(dtype), rows(t).to(dtype)
-        k_s = q_s @ q_s.t()
+    grams = ((gram(rows(s).to(dtype)), gram(rows(t).to(dtype))) for s, t in zip(student, teacher, strict=True))
+    return sp_from_grams(grams, row_norm, scale, eps, zero_row_grad, need_grad)
+
+
+def gram(q: Tensor) -> Tensor:
+    """K = Q Q^T: a sum over columns, so that the Gram matrices of column shards add up to it."""
+    return q @ q.t()
+
+
+def sp_from_grams(
+    grams: Iterable[tuple[Tensor, Tensor]],
+    row_norm: str,
+    scale: float,
+    eps: float,
+    zero_row_grad: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """sp_forward from each layer's K_s and K_t."""
+    losses, weights = [], []
+    for k_s, k_t in grams:
         g_s, n_s = _normalise(k_s, row_norm, eps)
-        g_t, _ = _normalise(q_t @ q_t.t(), row_norm, eps)
+        g_t, _ = _normalise(k_t, row_norm, eps)
         difference = g_s - g_t
-        loss = loss + scale * difference.square().sum()
+        losses.append(scale * difference.square().sum())
         if need_grad:
             r = difference.mul_(2 * scale)
             inner = (r * g_s).sum(1, keepdim=True).masked_fill_(n_s < eps, 0)  # below eps the norm is a constant
@@ -61,6 +78,7 @@ def sp_forward(
             if not zero_row_grad:
                 h = h.masked_fill(n_s == 0, 0)  # an all-zero row has no direction to normalise
             weights.append(h + h.t())
+    loss = torch.stack(losses).sum()
     return loss, torch.stack(weights) if weights else loss.new_empty(0)
 
 

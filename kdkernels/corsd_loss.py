@@ -1,0 +1,297 @@
+"""CORSD: Class-Oriented Relational Self Distillation (Yu et al., ICASSP 2023, arXiv 2305.00918).
+
+A network teaches its own shallow stages. Per stage l = 1..L (L the deepest) and triplet (anchor, positive, negative
+image), a relation network gives r in (0, 1), small for images of one class, and class logits q; r+, q+ of the pair
+(anchor, positive) and r-, q- of (anchor, negative); y and y' are the labels of anchor and negative. Means are over the
+triplets.
+
+    triplet      sum_l        0.01 mean max(0, r+_l - r-_l + 1)
+    relation     sum_{l < L}  0.01 [mean (r+_l - r+_L)^2 + mean (r-_l - r-_L)^2]
+    classes +    sum_l        0.04 CE(q+_l, y)             + 0.16 KL_T(q+_L -> q+_l)
+    classes -    sum_l        0.01 CE(q-_l, (y + y') / 2)  + 0.04 KL_T(q-_L -> q-_l)
+    KL_T(a -> b) = mean KL(softmax(a / T) || softmax(b / T)), T = 3, no T^2;  0 for l = L
+
+The weights and terms are those of the paper and the authors' code (muzhou-yu/CORSD); that code does not run and hands
+raw logits to its KL, so that KL_T and the logit relation are the evident intent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops.checks import FLOATING, check_positive, check_weight, compute_dtype
+from .ops.softmax_kl import softmax_kl
+
+
+class CORSDWeights(NamedTuple):
+    """The weights of the terms, in the order of the module's formula."""
+
+    triplet: float = 0.01
+    relation: float = 0.01
+    ce_pos: float = 0.04
+    kl_pos: float = 0.16
+    ce_neg: float = 0.01
+    kl_neg: float = 0.04
+
+
+def corsd_loss(
+    relations_pos: Tensor,
+    relations_neg: Tensor,
+    logits_pos: Tensor,
+    logits_neg: Tensor,
+    target: Tensor,
+    target_neg: Tensor,
+    *,
+    temperature: float = 3.0,
+    margin: float = 1.0,
+    weights: Sequence[float] = CORSDWeights(),
+    detach_deepest: bool = True,
+) -> Tensor:
+    """The triplet, relation and class terms of all stages; the task's cross entropy comes beside them.
+
+    Args:
+        relations_pos, relations_neg: (L, B) relation scores, deepest stage last. float16, bfloat16, float32 or float64.
+        logits_pos, logits_neg: (L, B, K) class logits of the relation networks.
+        target, target_neg: (B,) int64 labels of the anchors (and positives) and of the negatives.
+        temperature: T > 0 of the KL terms.
+        margin: of the triplet term. At 1 the hinge never clips, as scores lie in (0, 1): its gradient is constant.
+        weights: six numbers in ``CORSDWeights``' order. Every stage has the same ones.
+        detach_deepest: the deepest stage is a constant in the relation and KL terms, so that knowledge flows from deep
+            to shallow (the paper's words); False lets gradients reach it (the published code).
+
+    Returns:
+        A float32 scalar (float64 if an input is). B = 0 gives 0.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices, labels or options that cannot be meant, with what was given.
+
+    Source: arXiv 2305.00918, eq. 3-8; the authors' muzhou-yu/CORSD.
+    """
+    _check(relations_pos, relations_neg, logits_pos, logits_neg, target, target_neg)
+    check_positive("temperature", temperature)
+    w = CORSDWeights(*weights)
+    for name, weight in w._asdict().items():
+        check_weight(f"corsd_loss: {name} weight", weight)
+    dtype = compute_dtype(relations_pos, relations_neg, logits_pos, logits_neg)
+    near, far = relations_pos.to(dtype), relations_neg.to(dtype)
+    batch = max(near.shape[1], 1)
+    loss = w.triplet * (near - far + margin).relu().sum() / batch
+    for r in (near, far):
+        deepest = r[-1].detach() if detach_deepest else r[-1]
+        loss = loss + w.relation * (r[:-1] - deepest).square().sum() / batch
+    loss = loss + _classes(logits_pos, target, None, temperature, w.ce_pos, w.kl_pos, detach_deepest)
+    return loss + _classes(logits_neg, target, target_neg, temperature, w.ce_neg, w.kl_neg, detach_deepest)
+
+
+def _classes(
+    logits: Tensor,
+    target: Tensor,
+    other: Tensor | None,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    detach_deepest: bool,
+) -> Tensor:
+    """Cross entropy of all stages and KL of the shallow ones to the deepest, whose KL to itself is left out."""
+    shallow, deepest = logits[:-1], logits[-1]
+    stages, batch, classes = shallow.shape
+    half = None if other is None else torch.full((), 0.5, device=logits.device)
+
+    def ce_and_kl(rows: Tensor, teacher: Tensor, repeats: int, kl_weight: float) -> Tensor:
+        # a mean over all stages' rows, times their number, is the sum of the stages' means
+        loss = softmax_kl(
+            rows,
+            teacher,
+            target.repeat(repeats),
+            None if other is None else other.repeat(repeats),
+            half,
+            temperature=temperature,
+            ce_weight=ce_weight,
+            kl_weight=kl_weight,
+        )
+        return loss * repeats
+
+    loss = ce_and_kl(deepest, deepest, 1, 0.0)
+    if stages == 0:
+        return loss
+    rows, teacher = shallow.reshape(-1, classes), deepest.expand_as(shallow).reshape(-1, classes)
+    loss = loss + ce_and_kl(rows, teacher, stages, kl_weight if detach_deepest else 0.0)
+    if not detach_deepest:  # the op's teacher is a constant, and here it is not
+        dtype = compute_dtype(logits)
+        log_q, log_p = ((x.to(dtype) / temperature).log_softmax(1) for x in (rows, teacher))
+        loss = loss + kl_weight * (log_p.exp() * (log_p - log_q)).sum() / max(batch, 1)
+    return loss
+
+
+def _check(near: Tensor, far: Tensor, logits: Tensor, logits_neg: Tensor, target: Tensor, target_neg: Tensor) -> None:
+    for x in (near, far, logits, logits_neg):
+        if x.dtype not in FLOATING:
+            raise TypeError(f"corsd_loss: relations and logits must be floating-point tensors, got {x.dtype}")
+    shapes = [tuple(x.shape) for x in (near, far, logits, logits_neg)]
+    if near.dim() != 2 or not near.shape[0] or logits.dim() != 3 or logits.shape[:2] != near.shape:
+        raise ValueError(f"corsd_loss: relations must be (L, B) and logits (L, B, K), got {shapes}")
+    if near.shape != far.shape or logits.shape != logits_neg.shape:
+        raise ValueError(f"corsd_loss: positives and negatives must have the same shapes, got {shapes}")
+    for name, y in (("target", target), ("target_neg", target_neg)):
+        if y.dtype != torch.int64 or y.shape != near.shape[1:]:
+            raise ValueError(
+                f"corsd_loss: {name} must be int64 labels of shape ({near.shape[1]},), got {y.dtype} {tuple(y.shape)}"
+            )
+
+
+class _SepConv(nn.Sequential):
+    """Depthwise 3x3 stride 2 - 1x1 - BN - ReLU - depthwise 3x3 - 1x1 - BN - ReLU, without biases."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(
+            nn.Conv2d(inputs, inputs, 3, 2, 1, groups=inputs, bias=False),
+            nn.Conv2d(inputs, inputs, 1, bias=False),
+            nn.BatchNorm2d(inputs),
+            nn.ReLU(),
+            nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False),
+            nn.Conv2d(inputs, outputs, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        )
+
+
+class RelationNetwork(nn.Module):
+    """Two images' features of one stage to a relation score (B,) in (0, 1) and class logits (B, K).
+
+    widths: channels of the two images' features together, then of every SepConv block's output; no blocks if there is
+        one.
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(_SepConv(a, b) for a, b in pairwise(widths)))
+        self.relation = nn.Sequential(
+            nn.Linear(widths[-1], hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid()
+        )
+        self.classes = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, anchor: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(torch.cat([anchor, other], 1)).mean((2, 3))
+        return self.relation(h)[:, 0], self.classes(h)
+
+
+class _LogitRelation(nn.Module):
+    """G on [softmax z_j; a class's prototype]: G(own class) - G(a random other class), summed over a triplet's images.
+
+    A prototype is the running sum of its images' softmax outputs, a unit vector at the start; G sees it divided by its
+    total, as the sums grow without bound.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.Linear(2 * num_classes, 1), nn.BatchNorm1d(1), nn.ReLU(), nn.Linear(1, 1), nn.Sigmoid()
+        )
+        self.register_buffer("prototypes", torch.eye(num_classes))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        p = logits.to(compute_dtype(logits)).softmax(1)
+        classes = p.shape[1]
+        other = (labels + torch.randint(1, classes, labels.shape, device=labels.device)) % classes
+        prototypes = (self.prototypes / self.prototypes.sum(1, keepdim=True)).to(p.dtype)
+        own, wrong = (self.score(torch.cat([p, prototypes[y]], 1)) for y in (labels, other))
+        if self.training:
+            with torch.no_grad():
+                self.prototypes.index_add_(0, labels, p.detach().to(self.prototypes.dtype))
+        return 3 * (own.to(p.dtype) - wrong.to(p.dtype)).sum() / max(labels.shape[0], 1)
+
+
+class CORSDLoss(nn.Module):
+    """``corsd_loss`` with its relation networks: ``CORSDLoss((64, 128, 256, 512), 100)(features, target, target_neg)``.
+
+    Args of the module:
+        channels: of the stages' outputs, shallow to deep. The trunk of stage l has one SepConv block per deeper stage
+            and ends with twice the deepest's channels: 3, 2, 1, 0 blocks for four stages.
+        num_classes: K.
+        temperature, margin, weights, detach_deepest: ``corsd_loss``'s.
+        logit_relation: the weight of the optional logit relation (0.01 in the paper), 0 for none.
+
+    forward(features, target, target_neg, logits=None):
+        features: one (3 B, C_l, H_l, W_l) tensor per stage; rows 3i, 3i+1, 3i+2 are anchor, positive and negative i, as
+            ``kdkernels.training.triplets`` makes them.
+        target, target_neg: (B,) int64.
+        logits: (3 B, K), the network's own; needed by the logit relation alone.
+
+    The negatives go through the relation networks first, so BatchNorm sees them first. The parameters train with the
+    network and are dropped afterwards; in data-parallel training wrap this module as the network is wrapped. The cross
+    entropy over all 3 B images, weight 1, is the trainer's.
+
+    Source: arXiv 2305.00918, section 2; the authors' muzhou-yu/CORSD.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        num_classes: int,
+        *,
+        temperature: float = 3.0,
+        margin: float = 1.0,
+        weights: Sequence[float] = CORSDWeights(),
+        detach_deepest: bool = True,
+        logit_relation: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(channels) < 2 or min(channels) < 1:
+            raise ValueError(f"CORSDLoss: channels must be two or more positive numbers, got {tuple(channels)}")
+        if num_classes < 2:
+            raise ValueError(f"CORSDLoss: num_classes must be 2 or more, got {num_classes}")
+        check_weight("logit_relation", logit_relation)
+        self.channels, self.num_classes = tuple(channels), num_classes
+        self.temperature, self.margin, self.detach_deepest = temperature, margin, detach_deepest
+        self.weights, self.logit_weight = CORSDWeights(*weights), logit_relation
+        widths, last = [2 * c for c in channels], len(channels) - 1
+        self.relations = nn.ModuleList(
+            RelationNetwork(widths[i:], channels[0] * (4 if i == last else 2), num_classes) for i in range(last + 1)
+        )
+        self.logit_relation = _LogitRelation(num_classes) if logit_relation else None
+
+    def forward(
+        self, features: Sequence[Tensor], target: Tensor, target_neg: Tensor, logits: Tensor | None = None
+    ) -> Tensor:
+        batch = target.shape[0]
+        shapes = [tuple(f.shape) for f in features]
+        if len(shapes) != len(self.channels) or any(
+            len(s) != 4 or s[:2] != (3 * batch, c) for s, c in zip(shapes, self.channels, strict=True)
+        ):
+            raise ValueError(
+                f"CORSDLoss: features must be (3 B, C, H, W) with B = {batch} targets and channels {self.channels}, "
+                f"got {shapes}"
+            )
+        scores: dict[int, tuple[Tensor, Tensor]] = {}
+        for other in (2, 1):  # negatives first
+            pairs = [net(f[0::3], f[other::3]) for net, f in zip(self.relations, features, strict=True)]
+            relations, classes = zip(*pairs, strict=True)
+            scores[other] = torch.stack(relations), torch.stack(classes)
+        loss = corsd_loss(
+            scores[1][0],
+            scores[2][0],
+            scores[1][1],
+            scores[2][1],
+            target,
+            target_neg,
+            temperature=self.temperature,
+            margin=self.margin,
+            weights=self.weights,
+            detach_deepest=self.detach_deepest,
+        )
+        if self.logit_relation is None:
+            return loss
+        if logits is None or logits.shape != (3 * batch, self.num_classes):
+            given = None if logits is None else tuple(logits.shape)
+            raise ValueError(
+                f"CORSDLoss: the logit relation needs logits ({3 * batch}, {self.num_classes}), got {given}"
+            )
+        labels = torch.stack([target, target, target_neg], 1).flatten()
+        return loss + self.logit_weight * self.logit_relation(logits, labels)

@@ -1,0 +1,84 @@
+"""Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362) as MLKD uses it, between two networks' embeddings.
+
+W = [student; teacher], 2 N rows;  l[i, j] = cos(w_i, w_j) / tau;  P(i) = the other rows of i's class;  m_i = max_j l_ij
+L = mean over i of   m_i + log(1e-7 + sum_{j != i} e^{l_ij - m_i}) - mean over j in P(i) of l_ij
+
+dL/dl_ij = (e^{l_ij - m_i} / (1e-7 + sum) - [j in P(i)] / |P(i)|) / 2N   for j != i, and from there through the cosines
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .distributed import cosine_over_ranks, describe, gather_labels, group_of_many, meet, replicate, shard_rows
+from .ops.checks import check_positive, check_rows, compute_dtype
+from .ops.gram import cosine_similarity
+
+DENOMINATOR_EPS = 1e-7
+
+
+def supervised_contrastive_loss(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 0.07,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Supervised contrastive loss over the 2 N rows of student and teacher together; gradients flow to both.
+
+    Every row is an anchor. Its positives are the other rows of its class, of which its own image's row in the other
+    network is always one; its own entry is left out of the sums. See the module's formula.
+
+    Args:
+        student, teacher: (N, d) embeddings of one width; they need not be normalised. float16, bfloat16, float32 or
+            float64, any strides. The teacher's rows come from a trained embedding, so they get a gradient.
+        target: (N,) int64 labels, one per row.
+        temperature: > 0.
+        group: as ``correlation_loss``'s: rows and labels of all ranks together.
+
+    Returns:
+        A float32 scalar (float64 if an input is). An empty batch gives 0. A row shorter than 1e-8 counts as that long.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant. Calls that differ over the ranks
+            of a group raise on all of them; a missing rank raises the group's timeout error.
+
+    Source: arXiv 2004.11362, eq. 2, in the form of arXiv 2012.00573's code (ifding/DLKD), which adds the 1e-7.
+    """
+    what = "supervised_contrastive_loss"
+    check_rows(student, teacher, what, same_width=True)
+    check_positive("temperature", temperature)
+    if target.dtype != torch.int64 or target.shape != student.shape[:1]:
+        raise ValueError(
+            f"{what}: target must be int64 labels of shape ({student.shape[0]},) for rows {tuple(student.shape)}, "
+            f"got {target.dtype} {tuple(target.shape)}"
+        )
+    if target.device != student.device:
+        raise ValueError(f"{what}: target is on {target.device} and the rows are on {student.device}; move one of them")
+    many = group_of_many(group, what)
+    if many is None:
+        dtype = compute_dtype(student, teacher)
+        rows = torch.cat([student.to(dtype), teacher.to(dtype)])
+        return _supervised(cosine_similarity(rows, rows), target, temperature)
+    pair = f"student {describe([student])}, teacher {describe([teacher])}"
+    ranks = meet(many, student.shape[0], f"{what} of {pair}, {temperature=}", student.device)
+    rows = torch.cat([shard_rows(student, ranks), shard_rows(teacher, ranks)])
+    loss = _supervised(cosine_over_ranks(rows, rows, ranks), gather_labels(target, ranks), temperature)
+    return replicate(loss, ranks)
+
+
+def _supervised(similarity: Tensor, target: Tensor, temperature: float) -> Tensor:
+    rows = similarity.shape[0]
+    if rows == 0:
+        return similarity.sum()
+    logits = similarity / temperature
+    logits = logits - logits.detach().amax(1, keepdim=True)
+    own = torch.eye(rows, dtype=torch.bool, device=logits.device)
+    denominator = logits.exp().masked_fill(own, 0).sum(1) + DENOMINATOR_EPS
+    labels = target.repeat(2)
+    positive = ((labels[:, None] == labels) & ~own).to(logits.dtype)
+    attraction = (logits * positive).sum(1) / positive.sum(1)
+    return (denominator.log() - attraction).mean()
