@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 import kdkernels
 from kdkernels import cli
 from kdkernels.training import (
-    METHODS,
     Batch,
     Distillation,
     FeatureTaps,
@@ -30,6 +32,7 @@ from kdkernels.training import (
     stage_names,
 )
 from kdkernels.training.demo import loss_time, run_demo
+from kdkernels.training.exact import exact_step
 from kdkernels.training.loop import evaluate
 from kdkernels.training.models import ConvNet, small_student, small_teacher
 
@@ -122,7 +125,7 @@ def test_stage_names() -> None:
 # ---- Distillation
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", ["alone", "kd", "sp", "stkd", "amd"])
 def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
     teacher, student, (x, y) = network(6, 7, 8), network(), images()
     module = Distillation(teacher, student, method).eval()  # eval: nothing is mixed
@@ -185,7 +188,7 @@ def test_layers_can_be_named() -> None:
 
 
 def test_bad_methods_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'alone', 'kd', 'sp', 'stkd', 'amd'.*got 'rkd'"):
+    with pytest.raises(ValueError, match=r"'alone', 'kd', 'sp', 'stkd', 'amd', 'mlkd', 'corsd', got 'rkd'"):
         Distillation(network(), network(), "rkd")
     with pytest.raises(ValueError, match="SP needs a teacher"):
         Distillation(None, network(), "sp")
@@ -330,6 +333,8 @@ def test_demo_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(demo, "STUDENT_EPOCHS", 2)
     monkeypatch.setattr(demo, "TEACHER_EPOCHS", 1)
+    few = {name: demo.DEMO_METHODS[name] for name in ("alone", "stkd", "corsd")}
+    monkeypatch.setattr(demo, "DEMO_METHODS", few)
     results = run_demo(tmp_path, seeds=2)
     assert [result.name for result in results] == list(demo.DEMO_METHODS)
     for result in results:
@@ -348,3 +353,102 @@ def test_loss_time_is_of_the_loss_alone() -> None:
     split = data.digits()
     milliseconds = loss_time(make_method("kd"), small_teacher(1, 10), small_student(1, 10), split.train, 32)
     assert 0 < milliseconds < 1000
+
+
+# ---- methods that compare rows, over micro-batches and over processes
+
+
+def plain(width: int, seed: int) -> nn.Module:
+    """A network without batch norm, which would see the micro-batches: its stages are named as usual."""
+    torch.manual_seed(seed)
+    layers = {
+        "layer1": nn.Linear(64, width),
+        "act": nn.Tanh(),
+        "layer2": nn.Linear(width, width),
+        "fc": nn.Linear(width, 4),
+    }
+    model = nn.Sequential(nn.Flatten())
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return model.to(DEVICE).double()
+
+
+@pytest.mark.parametrize("method", ["sp", "mlkd", "kd"])
+def test_micro_batches_are_one_batch(method: str) -> None:
+    x, y = torch.randn(12, 1, 8, 8, dtype=torch.float64, device=DEVICE), torch.arange(12, device=DEVICE) % 4
+    teacher, student = plain(8, 1), plain(6, 2)
+    losses, gradients = [], []
+    for parts in ([(x, y)], [(x[:5], y[:5]), (x[5:], y[5:])]):
+        torch.manual_seed(3)  # mlkd's heads, whose batch norm sees the whole batch either way
+        module = Distillation(teacher, student, method, example=x[:2]).double()
+        student.zero_grad()
+        losses.append(exact_step(module, parts, Tensor.backward, nullcontext).loss)
+        gradients.append([p.grad.clone() for p in student.parameters()])
+        if len(parts) == 1:
+            torch.testing.assert_close(losses[0], module(x, y).loss.detach())
+        module.close()
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_micro_batches_may_each_be_mixed() -> None:
+    x, y = torch.randn(8, 1, 8, 8, dtype=torch.float64, device=DEVICE), torch.arange(8, device=DEVICE) % 4
+    module = Distillation(plain(8, 1), plain(6, 2), "stkd")
+    torch.manual_seed(0)
+    together = exact_step(module, [(x[:4], y[:4]), (x[4:], y[4:])], Tensor.backward, nullcontext).loss
+    torch.manual_seed(0)
+    apart = [module(x[k], y[k]).loss.detach() for k in (slice(4), slice(4, None))]
+    torch.testing.assert_close(together, sum(apart) / 2)
+
+
+def test_fit_takes_micro_batches_of_a_relational_method_as_one_batch() -> None:
+    weights = []
+    for accumulate, batch in ((1, 64), (2, 32)):
+        torch.manual_seed(0)
+        teacher, student = plain(8, 1).float(), plain(6, 2).float()
+        student.fc, teacher.fc = nn.Linear(6, 10), nn.Linear(8, 10)
+        torch.manual_seed(1)
+        nn.init.normal_(student.fc.weight)
+        nn.init.zeros_(student.fc.bias)
+        module = Distillation(teacher, student, make_method("sp", weight=10.0)).to(DEVICE)
+        dataset = TensorDataset(*(x[:64] for x in data.digits().train.tensors))
+        fit(module, DataLoader(dataset, batch), epochs=3, accumulate=accumulate, progress=False)
+        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["mlkd", "corsd"])
+def test_methods_with_heads_need_an_example_and_train_them(method: str) -> None:
+    teacher, student, (x, y) = network(6, 7, 8), network(), images(6)
+    with pytest.raises(ValueError, match=f"{method.upper()} has parameters of its own.*example="):
+        Distillation(teacher, student, method)
+    module = Distillation(teacher, student, method, example=x[:2])
+    result = module(x, y[:2], y[1:3]) if method == "corsd" else module(x, y)
+    assert set(result.terms) == {"ce", method}
+    result.loss.backward()
+    heads = [p for name, p in module.named_parameters() if name.startswith("method.")]
+    assert heads
+    assert all(p.grad is not None for p in heads)
+    assert set(module.eval()(x, y).terms) >= {"ce"}
+
+
+def test_mlkd_sees_four_views_and_scores_the_upright_ones() -> None:
+    teacher, student, (x, y) = network(6, 7, 8).eval(), network(), images(6)
+    module = Distillation(teacher, student, "mlkd", example=x[:2])
+    result = module(x, y)
+    assert len(result.logits) == 24
+    torch.testing.assert_close(result.terms["ce"], F.cross_entropy(result.logits[::4], y).detach())
+
+
+@pytest.mark.parametrize("method", ["mlkd", "corsd"])
+def test_two_processes_from_the_command_line(method: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdkernels", "train"]
+    options = ["--method", method, "--epochs", "1", "--teacher-epochs", "1", "--output", str(tmp_path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (tmp_path / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    batch = 32 if method == "mlkd" else 10
+    assert int(row["step"]) == 1000 // batch // 2  # each process sees its own half
+    assert math.isfinite(float(row[method]))
+    assert ("rows are compared over the batches of all 2 processes" in done.stdout) == (method == "mlkd")

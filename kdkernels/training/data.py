@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from .triplets import TripletDataset, collate_triplets
 
 
 class Split(NamedTuple):
@@ -59,9 +61,14 @@ def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> Tensor
     return TensorDataset(images[index], target[index])
 
 
-def loader(dataset: TensorDataset, batch_size: int, *, train: bool) -> DataLoader[tuple[Tensor, ...]]:
+def loader(dataset: TensorDataset, batch_size: int, *, train: bool, triplets: bool = False) -> DataLoader[Any]:
+    """Batches of ``batch_size`` images; with ``triplets`` a third as many triplets, so as many images a step."""
     # drop_last: relational losses mean something else on a rest of three images
-    return DataLoader(dataset, batch_size, shuffle=train, drop_last=train and len(dataset) >= batch_size)
+    options: dict[str, Any] = {"shuffle": train, "drop_last": train and len(dataset) >= batch_size}
+    if triplets:
+        drawn = TripletDataset(dataset, dataset.tensors[1])
+        return DataLoader(drawn, max(2, batch_size // 3), collate_fn=collate_triplets, **options)
+    return DataLoader(dataset, batch_size, **options)
 
 
 def _split(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Split:

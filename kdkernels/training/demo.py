@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from . import data
 from .distillation import Distillation
 from .loop import History, fit
-from .methods import AMD, KD, SP, STKD, Alone, Method, Outputs
+from .methods import AMD, CORSD, KD, MLKD, SP, STKD, Alone, Method, Outputs
 from .models import ConvNet, small_student, small_teacher
 from .plots import plot_demo
 from .taps import FeatureTaps, stage_names
@@ -35,6 +35,8 @@ DEMO_METHODS: dict[str, tuple[str, Method]] = {
     "sp": ("CE + 300 SP", SP(weight=300)),
     "stkd": ("0.1 CE + 0.9 KD, mixup", STKD()),
     "amd": ("0.1 CE + 0.9 KD + 0.2 AMD", AMD(weight=0.2, layer_weights="area", reduction="sum")),
+    "mlkd": ("CE + 0.1 MLKD", MLKD(weights=(5.0, 0.1, 2.0))),
+    "corsd": ("CE + CORSD, no teacher", CORSD()),
 }
 
 
@@ -117,8 +119,10 @@ def _train(
     lr: float,
     seed: int = 0,
 ) -> History:
-    distillation = Distillation(teacher, student, method)
-    loaders = data.loader(train, batch, train=True), data.loader(test, 1000, train=False)
+    distillation = Distillation(teacher, student, method, example=train.tensors[0][:2])
+    if method.triplets:
+        epochs = round(epochs / 3)  # each epoch shows three times the images
+    loaders = data.loader(train, batch, train=True, triplets=method.triplets), data.loader(test, 1000, train=False)
     history = fit(distillation, *loaders, epochs=epochs, lr=lr, output=output, seed=seed, eval_every=5)
     distillation.close()
     return history
@@ -126,7 +130,8 @@ def _train(
 
 def loss_time(method: Method, teacher: ConvNet, student: ConvNet, dataset: TensorDataset, batch: int) -> float:
     """Milliseconds of the loss's own forward and backward pass per step: median of 30, without the networks."""
-    prepared = method.prepare(*dataset[:batch])
+    images = next(iter(data.loader(dataset, batch, train=True, triplets=method.triplets)))
+    prepared = method.prepare(*images)
 
     def run(model: ConvNet) -> Outputs:
         names = stage_names(model)

@@ -28,11 +28,15 @@ class Distillation(nn.Module):
             and stays there, moves with ``.to()``, gets no gradients, and is in neither ``parameters()`` nor
             ``state_dict()``.
         student: the model to train, returning logits for the same images.
-        method: a name ("alone", "kd", "sp", "stkd", "amd"), or a ``Method`` with options of your own.
+        method: a name ("alone", "kd", "sp", "stkd", "amd", "mlkd", "corsd"), or a ``Method`` with options of your own.
         layers, teacher_layers: module names whose outputs a feature method compares; ``teacher_layers`` defaults to
             ``layers``, and ``layers`` to the networks' stages as the method's paper uses them (the last one or all).
 
-    Call ``close()`` to take the hooks off both models.
+        example: a batch of images on the models' device, which a method with heads of its own ("mlkd", "corsd") runs
+            once, to learn how wide the features are.
+
+    ``distillation(images, target)`` returns the loss, its terms and the student's logits; for "corsd" images and labels
+    are triplets: ``distillation(images, target, target_neg)``. Call ``close()`` to take the hooks off both models.
 
     Raises:
         ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers.
@@ -46,6 +50,7 @@ class Distillation(nn.Module):
         *,
         layers: Sequence[str] | None = None,
         teacher_layers: Sequence[str] | None = None,
+        example: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.method = make_method(method) if isinstance(method, str) else method
@@ -55,6 +60,7 @@ class Distillation(nn.Module):
         # in a tuple, so that the teacher is no submodule: not in parameters(), state_dict() or DDP's buffers
         self._teacher = (teacher.eval(),) if teacher is not None and self.method.needs_teacher else ()
         self._student_taps, self._teacher_taps = self._taps(layers, teacher_layers)
+        self._build(example)
 
     def _taps(
         self, layers: Sequence[str] | None, teacher_layers: Sequence[str] | None
@@ -77,13 +83,40 @@ class Distillation(nn.Module):
     def teacher(self) -> nn.Module | None:
         return self._teacher[0] if self._teacher else None
 
-    def forward(self, images: Tensor, target: Tensor) -> DistillationOutput:
-        batch = self.method.prepare(images, target) if self.training else Batch(images, target)
-        student = Outputs(self.student(batch.images), self._student_taps.pop())
-        teacher = None
-        if self.teacher is not None and self._teacher_taps is not None:
-            with torch.no_grad():
-                teacher = Outputs(self.teacher(batch.images), self._teacher_taps.pop())
+    def _build(self, example: Tensor | None) -> None:
+        if not self.method.needs_example:
+            return
+        if example is None:
+            raise ValueError(
+                f"method {type(self.method).__name__} has parameters of its own, whose sizes depend on the features: "
+                "give a batch of images as example=..."
+            )
+        training = self.student.training
+        self.student.eval()
+        with torch.no_grad():
+            self.method.build(*self.outputs(example))
+        self.student.train(training)
+
+    def outputs(self, images: Tensor) -> tuple[Outputs, Outputs | None]:
+        """Student and teacher on the same images."""
+        student = Outputs(self.student(images), self._student_taps.pop())
+        if self.teacher is None or self._teacher_taps is None:
+            return student, None
+        with torch.no_grad():
+            return student, Outputs(self.teacher(images), self._teacher_taps.pop())
+
+    def batch(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
+        """What the networks are to see: the method's mixing and augmenting happen in training mode alone."""
+        if self.training:
+            return self.method.prepare(images, target, target_neg)
+        return Batch(images, target, target_neg=target_neg)
+
+    def forward(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> DistillationOutput:
+        batch = self.batch(images, target, target_neg)
+        return self.loss(*self.outputs(batch.images), batch)
+
+    def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> DistillationOutput:
+        """The loss of outputs that are there already."""
         terms = self.method.terms(student, teacher, batch)
         loss = torch.stack([term.float() for term in terms.values()]).sum()
         return DistillationOutput(loss, {name: term.detach() for name, term in terms.items()}, student.logits)

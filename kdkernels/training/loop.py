@@ -6,11 +6,13 @@ import csv
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -21,7 +23,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from .distillation import Distillation
+from .distillation import Distillation, DistillationOutput
+from .exact import exact_step
+from .methods import Method
 
 Loader = DataLoader[tuple[Tensor, ...]]
 History = list[dict[str, float]]
@@ -40,7 +44,9 @@ def default_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> LRSchedul
 
 def make_accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
     AcceleratorState._reset_state()  # else it refuses another precision than the first one in this process
-    return Accelerator(mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
+    # without cpu=True, Accelerate makes of several CPU processes several trainings of one process each
+    cpu = not torch.accelerator.is_available()
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, gradient_accumulation_steps=accumulate)
 
 
 def fit(
@@ -64,7 +70,8 @@ def fit(
     Args:
         optimizer: over ``distillation.parameters()``; default: SGD with ``lr``. Either way the learning rate warms up
             over 5 % of the steps and then follows a cosine, from and to what the optimizer was made with.
-        accumulate: micro-batches per optimizer step. Relational losses (sp) see each micro-batch alone.
+        accumulate: micro-batches per optimizer step. A relational method (sp, mlkd) sees them as one batch, at the
+            price of a second forward pass.
         mixed_precision: "no", "fp16" or "bf16".
         accelerator: your own; its settings replace ``accumulate`` and ``mixed_precision``.
         output: a folder for metrics.csv, best.safetensors (by test accuracy) and last.safetensors (the student).
@@ -77,6 +84,8 @@ def fit(
 
     Raises:
         FloatingPointError: an epoch whose loss is not finite.
+
+    Over several processes a relational method sees the batch of all of them, and a line says so.
     """
     accelerator = accelerator or make_accelerator(mixed_precision, accumulate)
     set_seed(seed)
@@ -89,19 +98,25 @@ def fit(
         raise ValueError("train_loader has no batches")
     steps_per_epoch = math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps)
     scheduler = default_scheduler(optimizer, epochs * steps_per_epoch)
+    method = distillation.method
+    if method.relational and accelerator.num_processes > 1:
+        method.group = dist.group.WORLD
+        accelerator.print(
+            f"{_name(method)}: rows are compared over the batches of all {accelerator.num_processes} processes"
+        )
     folder = Path(output) if output is not None and accelerator.is_main_process else None
     history: History = []
     best = -1.0
     show = progress and accelerator.is_main_process and Console().is_terminal
     with Progress(disable=not show, transient=True) as bar:
-        task = bar.add_task(type(distillation.method).__name__.lower(), total=epochs)
+        task = bar.add_task(_name(method), total=epochs)
         for epoch in range(1, epochs + 1):
             row: dict[str, float] = {
                 "epoch": epoch,
                 "step": epoch * steps_per_epoch,
                 "lr": optimizer.param_groups[0]["lr"],
             }
-            row |= _train_epoch(model, train_loader, optimizer, scheduler, accelerator)
+            row |= _train_epoch(distillation, model, train_loader, optimizer, scheduler, accelerator)
             if test_loader is not None and (epoch % eval_every == 0 or epoch == epochs):
                 row["test_accuracy"] = evaluate(distillation.student, test_loader, accelerator)
             history.append(row)
@@ -115,29 +130,66 @@ def fit(
     return history
 
 
+def _name(method: Method) -> str:
+    return type(method).__name__.lower()
+
+
 def _train_epoch(
-    model: nn.Module, loader: Loader, optimizer: Any, scheduler: LRScheduler, accelerator: Accelerator
+    distillation: Distillation,
+    model: nn.Module,
+    loader: Loader,
+    optimizer: Any,
+    scheduler: LRScheduler,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     model.train()
     start = time.perf_counter()
     sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    batches = 0
-    for images, target in loader:
-        with accelerator.accumulate(model):
-            result = model(images, target)
-            accelerator.backward(result.loss)
-            optimizer.step()
-            optimizer.zero_grad()
-            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
-                scheduler.step()
-        batches += 1
+    together = accelerator.gradient_accumulation_steps if distillation.method.relational else 1
+    results = 0
+    for group in _groups(loader, together):
+        if together > 1:
+            result = _exact_backward(distillation, group, accelerator)
+            _step(optimizer, scheduler, accelerator)
+        else:
+            with accelerator.accumulate(model):
+                result = model(*group[0])
+                accelerator.backward(result.loss)
+                _step(optimizer, scheduler, accelerator)
+        results += 1
         sums["loss"] += result.loss.detach()
         for name, term in result.terms.items():
             sums[name] += term
+        target = torch.cat([batch[1] for batch in group])
         if len(result.logits) == len(target):
             sums["train_accuracy"] += 100 * (result.logits.argmax(-1) == target).float().mean()
-    means = accelerator.reduce(torch.stack(list(sums.values())) / batches, "mean").tolist()
+    means = accelerator.reduce(torch.stack(list(sums.values())) / results, "mean").tolist()
     return dict(zip(sums, means, strict=True)) | {"seconds": time.perf_counter() - start}
+
+
+def _groups(loader: Loader, size: int) -> Iterator[list[tuple[Tensor, ...]]]:
+    batches = iter(loader)
+    while group := list(islice(batches, size)):
+        yield group
+
+
+def _step(optimizer: Any, scheduler: LRScheduler, accelerator: Accelerator) -> None:
+    optimizer.step()
+    optimizer.zero_grad()
+    if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
+        scheduler.step()
+
+
+def _exact_backward(
+    distillation: Distillation, group: list[tuple[Tensor, ...]], accelerator: Accelerator
+) -> DistillationOutput:
+    share = accelerator.gradient_accumulation_steps  # accelerator.backward divides by it; this loss is whole already
+    result = exact_step(distillation, group, lambda loss: accelerator.backward(loss * share), accelerator.autocast)
+    if accelerator.num_processes > 1:  # the wrapper that averages gradients was not asked
+        for parameter in distillation.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+    return result
 
 
 @torch.no_grad()

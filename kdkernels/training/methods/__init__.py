@@ -7,11 +7,21 @@ from typing import Any
 from .alone import Alone
 from .amd import AMD
 from .base import Batch, Method, Outputs
+from .corsd import CORSD
 from .kd import KD
+from .mlkd import MLKD
 from .sp import SP
 from .stkd import STKD
 
-METHODS: dict[str, type[Method]] = {"alone": Alone, "kd": KD, "sp": SP, "stkd": STKD, "amd": AMD}
+METHODS: dict[str, type[Method]] = {
+    "alone": Alone,
+    "kd": KD,
+    "sp": SP,
+    "stkd": STKD,
+    "amd": AMD,
+    "mlkd": MLKD,
+    "corsd": CORSD,
+}
 
 
 def make_method(name: str, **options: Any) -> Method:
@@ -21,4 +31,4 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name](**options)
 
 
-__all__ = ["AMD", "KD", "METHODS", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]
+__all__ = ["AMD", "CORSD", "KD", "METHODS", "MLKD", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]

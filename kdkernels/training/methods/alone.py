@@ -18,7 +18,7 @@ class Alone(Method):
         super().__init__()
         self.alpha = alpha
 
-    def prepare(self, images: Tensor, target: Tensor) -> Batch:
+    def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(images, target) if self.alpha is None else Batch(*mixup(images, target, alpha=self.alpha))
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
 class Batch(NamedTuple):
-    """What the networks see, and its labels; two of them per image where images were mixed."""
+    """What the networks see, and its labels: two per image where images were mixed, the negative's for triplets."""
 
     images: Tensor
     target: Tensor
     target_mixed: Tensor | None = None
     lam: Tensor | None = None
+    target_neg: Tensor | None = None
 
 
 class Outputs(NamedTuple):
@@ -27,15 +29,22 @@ class Outputs(NamedTuple):
 class Method(nn.Module):
     """One way of teaching: what the batch becomes, which features it needs, which terms with which weights.
 
-    A method with parameters of its own (projection heads) has them trained with the student's.
+    A method with parameters of its own (heads) makes them in ``build`` and has them trained with the student's.
     """
 
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
     needs_teacher: ClassVar[bool] = True
+    needs_example: ClassVar[bool] = False  # build() has to see the features' widths
+    relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
+    triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
 
-    def prepare(self, images: Tensor, target: Tensor) -> Batch:
+    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+        """Make the method's own parameters, given what the networks return for an example."""
+
+    def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """The training batch; as given, unless the method mixes or augments."""
-        return Batch(images, target)
+        return Batch(images, target, target_neg=target_neg)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of the loss, by name; the loss is their sum."""

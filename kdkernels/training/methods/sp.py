@@ -13,6 +13,7 @@ class SP(Method):
     """Tung & Mori 2019. The usual weight of 3000 is for long training; short runs on small data want 100 to 1000."""
 
     stages = "last"
+    relational = True
 
     def __init__(self, weight: float = 3000.0) -> None:
         super().__init__()
@@ -22,5 +23,5 @@ class SP(Method):
         assert teacher is not None
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
-            "sp": self.weight * sp_loss(student.features, teacher.features),
+            "sp": self.weight * sp_loss(student.features, teacher.features, group=self.group),
         }

@@ -23,7 +23,7 @@ class STKD(Method):
         self.alpha, self.ce_weight, self.kd_weight = alpha, ce_weight, kd_weight
         self.temperature, self.decouple = temperature, decouple
 
-    def prepare(self, images: Tensor, target: Tensor) -> Batch:
+    def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(*mixup(images, target, alpha=self.alpha))
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

@@ -1,0 +1,39 @@
+"""CORSD: CE over all images of the triplets + the network's own deepest stage as the teacher of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...corsd_loss import CORSDLoss
+from ..triplets import triplet_labels
+from .base import Batch, Method, Outputs
+
+
+class CORSD(Method):
+    """Yu et al. 2023, on every stage; there is no other teacher. Batches are triplets, see ``training.triplets``."""
+
+    stages = "all"
+    needs_teacher = False
+    needs_example = True
+    triplets = True
+
+    def __init__(self, **options: Any) -> None:
+        """Options are ``CORSDLoss``'s: temperature, margin, weights, detach_deepest, logit_relation."""
+        super().__init__()
+        self.options = options
+        self.loss: CORSDLoss | None = None
+
+    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+        channels = [x.shape[1] for x in student.features]
+        self.loss = CORSDLoss(channels, student.logits.shape[1], **self.options).to(student.logits.device)
+
+    def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert self.loss is not None
+        if batch.target_neg is None:  # in evaluation images come one by one
+            return {"ce": F.cross_entropy(student.logits, batch.target)}
+        labels = triplet_labels(batch.target, batch.target_neg)
+        corsd = self.loss(student.features, batch.target, batch.target_neg, student.logits)
+        return {"ce": F.cross_entropy(student.logits, labels), "corsd": corsd}

@@ -1,0 +1,45 @@
+"""MLKD: CE on the upright images + correlation, supervised and alignment terms over the rotated views of each."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...mlkd_loss import WEIGHTS, MLKDLoss
+from ..views import rotate_views
+from .base import Batch, Method, Outputs
+
+
+class MLKD(Method):
+    """Ding et al. 2021, on the pooled output of the last stage. Its heads train with the student and are dropped."""
+
+    stages = "last"
+    needs_example = True
+    relational = True
+
+    def __init__(self, weights: tuple[float, float, float] = WEIGHTS, views: int = 4) -> None:
+        super().__init__()
+        self.weights, self.views = weights, views
+        self.loss: MLKDLoss | None = None
+
+    def build(self, student: Outputs, teacher: Outputs | None) -> None:
+        assert teacher is not None
+        widths = (_pooled(x).shape[1] for x in (student.features[0], teacher.features[0]))
+        self.loss = MLKDLoss(*widths, views=self.views, weights=self.weights).to(student.logits.device)
+
+    def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
+        return Batch(rotate_views(images, self.views), target)
+
+    def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        assert self.loss is not None
+        views = len(student.logits) // max(len(batch.target), 1)
+        terms = {"ce": F.cross_entropy(student.logits[::views], batch.target)}
+        if views == self.views:  # in evaluation images come as they are
+            self.loss.group = self.group
+            terms["mlkd"] = self.loss(_pooled(student.features[0]), _pooled(teacher.features[0]), batch.target)
+        return terms
+
+
+def _pooled(x: Tensor) -> Tensor:
+    return x.flatten(2).mean(2) if x.dim() > 2 else x
