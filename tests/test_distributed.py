@@ -102,8 +102,24 @@ def same_numbers(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, An
             modules=model,
             no_sync=model.no_sync,
         )
+        out["buffers"] = buffers_after_two_steps(rank)
         out[f"accumulated {dtype}"] = loss / UPSTREAM, [p.grad for p in model.parameters()]
     return out
+
+
+def buffers_after_two_steps(rank: int) -> tuple[list[Tensor], list[Tensor]]:
+    """BatchNorm's statistics, which DistributedDataParallel takes from rank 0 at each step: ours and a plain loop's."""
+    halves = [torch.randn(n, 6, generator=torch.Generator().manual_seed(rank)) + rank for n in (4, 5)]
+    teacher = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
+    networks = [nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)) for _ in range(2)]
+    networks[1].load_state_dict(networks[0].state_dict())
+    ours, plain = (DistributedDataParallel(n) for n in networks)
+    for _ in range(2):
+        kdkernels.cached_backward(ours, halves, lambda f: sp_loss(f, teacher), no_sync=ours.no_sync)
+        with plain.no_sync():
+            plain(halves[0]).sum().backward()
+        plain(halves[1]).sum().backward()
+    return list(ours.buffers()), list(plain.buffers())
 
 
 def half_leaves(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -250,6 +266,15 @@ def test_loss_and_averaged_gradients_equal_one_process(ranks: Results, name: str
         for i, (a, e) in enumerate(zip(actual, gradients, strict=True)):
             assert e.norm() > 1e-4, "a gradient this small proves nothing"
             check_close(f"gradient {i}", a, e, TOLERANCE[dtype])
+
+
+def test_accumulation_keeps_the_broadcast_of_buffers(ranks: Results) -> None:
+    for out in ranks[1]["same_numbers"]:
+        ours, plain = out["buffers"]
+        assert len(ours) == 3
+        assert ours[2].item() == 4
+        for a, b in zip(ours, plain, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
