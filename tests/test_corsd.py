@@ -77,8 +77,8 @@ def test_equals_plain_loops(stages: int, margin: float, weights: CORSDWeights, d
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype: torch.dtype) -> None:
-    check_op(lambda *x: corsd_loss(*x, *labels(), weights=WEIGHTS), scores(dtype))
-    check_op(lambda *x: corsd_loss(*x, *labels(), weights=WEIGHTS, detach_deepest=False), scores(dtype))
+    for detach in (True, False):
+        check_op(lambda *x, d=detach: corsd_loss(*x, *labels(), weights=WEIGHTS, detach_deepest=d), scores(dtype))
 
 
 def test_gradcheck() -> None:
@@ -113,7 +113,6 @@ def test_kl_of_the_deepest_with_itself_is_not_computed() -> None:
     inputs = scores(stages=1)
     with_kl = corsd_loss(*inputs, *labels(), weights=(0, 0, 0, 1e6, 0, 1e6))
     assert with_kl.item() == 0
-    assert all((g == 0).all() for g in gradients(with_kl, inputs))
     a, b = (
         corsd_loss(*inputs, *labels(), weights=(0.01, 0.01, 0.04, kl, 0.01, kl), detach_deepest=False)
         for kl in (0, 1e6)
@@ -296,7 +295,6 @@ def test_what_cannot_be_meant_raises() -> None:
         loss([f[:4] for f in features], *y)
     with pytest.raises(ValueError, match="channels"):
         loss(features[:2], *y)
-    with pytest.raises(ValueError, match="two or more positive"):
-        CORSDLoss((4,), 3)
-    with pytest.raises(ValueError, match="2 or more, got 1"):
-        CORSDLoss((4, 8), 1)
+    for channels, classes, words in (((4,), 3, "two or more positive"), ((4, 8), 1, "2 or more, got 1")):
+        with pytest.raises(ValueError, match=words):
+            CORSDLoss(channels, classes)
