@@ -14,12 +14,13 @@ as gradient caching: Gao et al. 2021, arXiv 2101.06983.)
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 Forward = Callable[[Any], "Tensor | Sequence[Tensor]"]
 
@@ -70,15 +71,12 @@ def cached_backward(
     if not batches:
         raise ValueError("cached_backward: needs one micro-batch or more, got none")
     devices = _devices(modules, batches)
-    buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers()]
 
     states, parts = [], []
-    with torch.no_grad():
+    with torch.no_grad(), _buffers_kept(modules):
         for batch in batches:
             states.append(_random_state(devices))
             parts.append([x.detach() for x in _outputs(forward(batch))])
-        for buffer, before in buffers:
-            buffer.copy_(before)
     torch.clear_autocast_cache()  # weights cast without a graph must not be used again with one
 
     whole = [torch.cat(column).detach() for column in zip(*parts, strict=True)]
@@ -113,6 +111,37 @@ def cached_backward(
     if not reached:
         raise RuntimeError("cached_backward: no output of forward needs a gradient and gets one from loss_fn")
     return loss.detach()
+
+
+@contextmanager
+def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
+    """Put the modules' buffers back as they were when each module first ran.
+
+    When it first ran, not before: DistributedDataParallel hands out rank 0's buffers between its own call and its
+    module's, and that must last.
+    """
+    before: dict[Tensor, Tensor] = {}
+    seen = set()
+
+    def keep(module: nn.Module, _: Any = None) -> None:
+        if module not in seen:
+            seen.add(module)
+            before.update((b, b.detach().clone()) for b in module.buffers())
+
+    hooks = []
+    for module in modules:
+        inner = module.module if isinstance(module, DistributedDataParallel) else module
+        keep(inner)  # for modules whose methods are called, which run no hooks
+        seen.discard(inner)
+        hooks.append(inner.register_forward_pre_hook(keep))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        with torch.no_grad():
+            for buffer, value in before.items():
+                buffer.copy_(value)
 
 
 def _modules(forward: Forward, modules: nn.Module | Iterable[nn.Module] | None) -> list[nn.Module]:

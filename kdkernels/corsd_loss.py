@@ -70,7 +70,7 @@ def corsd_loss(
     Raises:
         TypeError, ValueError: dtypes, shapes, devices, labels or options that cannot be meant, with what was given.
 
-    Source: arXiv 2305.00918, eq. 3-8; the authors' muzhou-yu/CORSD.
+    Source: arXiv 2305.00918; the authors' muzhou-yu/CORSD.
     """
     _check(relations_pos, relations_neg, logits_pos, logits_neg, target, target_neg)
     check_positive("temperature", temperature)
@@ -183,8 +183,8 @@ class RelationNetwork(nn.Module):
 class _LogitRelation(nn.Module):
     """G on [softmax z_j; a class's prototype]: G(own class) - G(a random other class), summed over a triplet's images.
 
-    A prototype is the running sum of its images' softmax outputs, a unit vector at the start; G sees it divided by its
-    total, as the sums grow without bound.
+    A prototype is the running sum of its images' softmax outputs, a unit vector at the start. Our reading: triplets are
+    averaged, and G sees a prototype divided by its total, as the sums grow without bound.
     """
 
     prototypes: Tensor
@@ -228,7 +228,7 @@ class CORSDLoss(nn.Module):
     network and are dropped afterwards; in data-parallel training wrap this module as the network is wrapped. The cross
     entropy over all 3 B images, weight 1, is the trainer's.
 
-    Source: arXiv 2305.00918, section 2; the authors' muzhou-yu/CORSD.
+    Source: arXiv 2305.00918; the authors' muzhou-yu/CORSD.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ def alignment_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that cannot be meant, with both shapes.
 
-    Source: arXiv 2012.00573, eq. 2; the authors' ifding/DLKD.
+    Source: arXiv 2012.00573 (knowledge alignment); the authors' ifding/DLKD.
     """
     check_rows(student, teacher, "alignment_loss", same_width=True)
     dtype = compute_dtype(student, teacher)
@@ -90,7 +90,7 @@ def correlation_loss(
         TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant. Calls that differ over the ranks
             of a group raise on all of them; a missing rank raises the group's timeout error.
 
-    Source: arXiv 2012.00573, eq. 4-6; the authors' ifding/DLKD.
+    Source: arXiv 2012.00573 (knowledge correlation); the authors' ifding/DLKD.
     """
     what = "correlation_loss"
     check_rows(student, teacher, what, same_width=False)
@@ -165,7 +165,7 @@ def mlkd_loss(
     Raises:
         TypeError, ValueError: what the three terms raise, and options that cannot be meant.
 
-    Source: arXiv 2012.00573, eq. 10; the authors' ifding/DLKD. There is no logit term.
+    Source: arXiv 2012.00573, with the weights of the authors' ifding/DLKD. There is no logit term.
     """
     if len(weights) != 3:
         raise ValueError(f"mlkd_loss: weights must be (correlation, supervised, alignment), got {weights!r}")
@@ -218,7 +218,7 @@ class MLKDLoss(nn.Module):
     parameters stay unused.
 
     forward(student, teacher, target=None): pooled penultimate features (V B, d_s) and (V B, d_t), row V b + r being
-    view r of image b; the teacher's are constants. Source: arXiv 2012.00573, section III; ifding/DLKD.
+    view r of image b; the teacher's are constants. Source: arXiv 2012.00573; ifding/DLKD.
     """
 
     def __init__(

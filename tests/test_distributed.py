@@ -1,218 +1,19 @@
-"""Losses over ranks against one process on the concatenated batch: gloo processes, uneven batches.
-
-Each spawn runs every check of its kind and leaves what it computed in a file; the tests then compare.
-"""
+"""Losses over ranks against one process on the concatenated batch: gloo processes, uneven batches (see ranks.py)."""
 
 from __future__ import annotations
 
-import datetime
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checking import check_close
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from ranks import HALF_LOSSES, LOSSES, TOLERANCE, Student, batch, half_leaves, launch, mine, train_step
 
 import kdkernels
-from kdkernels import correlation_loss, sp_loss, supervised_contrastive_loss
-
-UPSTREAM = 2.5
-VIEWS = 3
-IMAGES = {2: (3, 2), 4: (3, 0, 2, 4)}  # per rank; one rank of four has none
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-class Student(nn.Module):
-    """Two layers whose widths, 11 and 15, no number of ranks here divides."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        self.first = nn.Parameter(torch.randn(6, 11, generator=generator, dtype=torch.float64).to(dtype))
-        self.second = nn.Parameter(torch.randn(11, 15, generator=generator, dtype=torch.float64).to(dtype))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = (x @ self.first).tanh()
-        return y, (y @ self.second).relu().view(-1, 3, 1, 5)
-
-
-def batch(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, teacher features and labels of the whole batch."""
-    generator = torch.Generator().manual_seed(7)
-    rows = VIEWS * sum(IMAGES[size])
-    x, teacher = (torch.randn(rows, n, generator=generator, dtype=torch.float64) for n in (6, 15))
-    labels = torch.randint(3, (rows // VIEWS,), generator=generator).repeat_interleave(VIEWS)
-    return x.to(dtype), teacher.to(dtype), labels
-
-
-def mine(x: Tensor, rank: int, size: int) -> Tensor:
-    return x.split([VIEWS * n for n in IMAGES[size]])[rank]
-
-
-Loss = Callable[..., Tensor]
-LOSSES: dict[str, Loss] = {
-    "sp": lambda f, t, y, **group: sp_loss(f, [t[:, :7], t.view(-1, 5, 3)], **group),
-    "sp_l1_sum": lambda f, t, y, **group: sp_loss(f, [t, t], row_norm="l1", reduction="sum", **group),
-    "correlation": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=VIEWS, **group),
-    "correlation_one_view": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=1, **group),
-    "supervised": lambda f, t, y, **group: supervised_contrastive_loss(f[1].flatten(1), t, y, **group),
-    "mlkd": lambda f, t, y, **group: kdkernels.mlkd_loss(
-        f[1].flatten(1), t, y, views=VIEWS, weights=(50.0, 1.0, 0.0), **group
-    ),
-}
-
-
-def train_step(model: nn.Module, loss: Loss, data: tuple[Tensor, ...], **group: Any) -> tuple[Tensor, list[Tensor]]:
-    value = loss(model(data[0]), *data[1:], **group)
-    (UPSTREAM * value).backward()
-    return value.detach(), [p.grad for p in model.parameters() if p.grad is not None]
-
-
-def raised(function: Callable[[], Any]) -> str:
-    start = time.monotonic()
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__} after {time.monotonic() - start:.0f} s: {error}"
-    return "nothing was raised"
-
-
-def same_numbers(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for dtype in TOLERANCE:
-        data = tuple(mine(x, rank, size) for x in batch(size, dtype))
-        for name, loss in LOSSES.items():
-            model = DistributedDataParallel(Student(dtype), find_unused_parameters=True)
-            out[f"{name} {dtype}"] = train_step(model, loss, data, group=world)
-
-        # accumulation: two micro-batches of the rank's rows, gradients averaged once
-        model = DistributedDataParallel(Student(dtype))
-        halves = list(zip(*(x.split([VIEWS, x.shape[0] - VIEWS] if len(x) else [0, 0]) for x in data), strict=True))
-        loss = kdkernels.cached_backward(
-            lambda b, model=model: (*model(b[0]), *b[1:]),
-            halves,
-            lambda f, g, *rest: UPSTREAM * LOSSES["sp"]((f, g), *rest, group=world),
-            modules=model,
-            no_sync=model.no_sync,
-        )
-        out[f"accumulated {dtype}"] = loss / UPSTREAM, [p.grad for p in model.parameters()]
-    return out
-
-
-def half_leaves(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Features whose Gram matrix is far over 65504."""
-    generator = torch.Generator().manual_seed(5)
-    shape = (VIEWS * sum(IMAGES[size]), 7, 3, 3)
-    return tuple((300 * torch.rand(shape, generator=generator)).to(dtype) for _ in range(2))  # type: ignore[return-value]
-
-
-HALF_LOSSES: dict[str, Loss] = {
-    "sp": lambda s, t, **group: 1e3 * sp_loss(s, t, **group),
-    "correlation": lambda s, t, **group: 1e3 * correlation_loss(s.flatten(1), t.flatten(1), views=VIEWS, **group),
-}
-
-
-def contract(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        for name, loss in HALF_LOSSES.items():
-            s, t = (mine(x, rank, size) for x in half_leaves(size, dtype))
-            if rank == 0:  # the order of the columns is one on all ranks, whatever lies where
-                s = s.contiguous(memory_format=torch.channels_last)
-            s.requires_grad_()
-            value = loss(s, t, group=world)
-            out[f"{name} {dtype}"] = value.detach(), torch.autograd.grad(value, s)[0]
-
-    x, t, y = (mine(v, rank, size) for v in batch(size, torch.float32))
-    x.requires_grad_()
-    t.requires_grad_()
-    for name, loss in (
-        ("sp", lambda: sp_loss(x, t, group=world)),
-        ("correlation", lambda: correlation_loss(x, t, views=VIEWS, group=world)),
-        ("supervised", lambda: supervised_contrastive_loss(x, x.detach() + t[:, :6], y, group=world)),
-    ):
-        first = loss()
-        (gradient,) = torch.autograd.grad(first, x, retain_graph=True)
-        (again,) = torch.autograd.grad(first, x, retain_graph=True)
-        second = raised(lambda first=first: torch.autograd.grad(first, x, create_graph=True))
-        with torch.autocast("cpu", torch.bfloat16):
-            cast = loss()
-            (cast_gradient,) = torch.autograd.grad(cast, x)
-        with torch.no_grad():
-            silent = loss()
-        # upstream gradients that differ are summed: the gradient of the sum of all ranks' terms
-        (uneven,) = torch.autograd.grad((rank + 1) * loss(), x)
-        out[name] = {
-            "backward twice": torch.equal(gradient, again),
-            "autocast": torch.equal(cast, first) and torch.equal(cast_gradient, gradient),
-            "no_grad": torch.equal(silent, first) and silent.grad_fn is None,
-            "second derivative": "second derivative" in second,
-            "uneven upstream": bool((uneven - gradient * (size + 1) / 2).norm() <= 1e-5 * uneven.norm()),
-        }
-
-    alone = [dist.new_group([r]) for r in range(size)]
-    out["one rank"] = {
-        "equals no group": torch.equal(
-            correlation_loss(x, t, views=VIEWS, group=alone[rank]), correlation_loss(x, t, views=VIEWS)
-        )
-    }
-    out["not a member"] = raised(lambda: sp_loss(x, t, group=alone[(rank + 1) % size]))
-    out["not a group"] = raised(lambda: sp_loss(x, t, group="world"))
-
-    odd = rank == size - 1
-    out["mismatch: widths"] = raised(lambda: sp_loss(x[:, : 4 if odd else 6], t, group=world))
-    out["mismatch: dtypes"] = raised(lambda: sp_loss(x.double() if odd else x, t, group=world))
-    out["mismatch: layers"] = raised(lambda: sp_loss([x] * (2 if odd else 1), [t] * (2 if odd else 1), group=world))
-    out["mismatch: gradients"] = raised(lambda: sp_loss(x.detach() if odd else x, t, group=world))
-    out["mismatch: temperature"] = raised(
-        lambda: correlation_loss(x, t, views=VIEWS, temperature=0.7 if odd else 0.5, group=world)
-    )
-    out["mismatch: losses"] = raised(
-        lambda: sp_loss(x, t, group=world) if odd else correlation_loss(x, t, views=VIEWS, group=world)
-    )
-    return out
-
-
-def failures(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
-    everybody, pair = dist.new_group(list(range(size)), timeout=TIMEOUT), dist.new_group([0, 1], timeout=TIMEOUT)
-    x = torch.ones(3, 4)
-    out = {"another group": raised(lambda: sp_loss(x, x, group=pair if rank == 1 else everybody))}
-    dist.barrier(world)
-    if rank == 1:
-        sys.exit(0)
-    out["died"] = raised(lambda: [sp_loss(x, x, group=world) for _ in range(2)])
-    return out
-
-
-TIMEOUT = datetime.timedelta(seconds=4)
-JOBS = {f.__name__: f for f in (same_numbers, contract, failures)}
-
-
-def work(rank: int, size: int, folder: str, jobs: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=3 * TIMEOUT
-    )
-    for job in jobs:
-        torch.save(JOBS[job](rank, size, dist.group.WORLD), f"{folder}/{job}-{rank}.pt")
-
-
-def launch(size: int, folder: Path, *jobs: str) -> dict[str, list[dict[str, Any]]]:
-    start = time.monotonic()
-    context = mp.start_processes(work, (size, str(folder), list(jobs)), size, join=False, start_method="spawn")
-    while not context.join(timeout=5):
-        if time.monotonic() - start > 150:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes hang")
-    return {job: [torch.load(path) for r in range(size) if (path := folder / f"{job}-{r}.pt").exists()] for job in jobs}
+from kdkernels import sp_loss
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -250,6 +51,15 @@ def test_loss_and_averaged_gradients_equal_one_process(ranks: Results, name: str
         for i, (a, e) in enumerate(zip(actual, gradients, strict=True)):
             assert e.norm() > 1e-4, "a gradient this small proves nothing"
             check_close(f"gradient {i}", a, e, TOLERANCE[dtype])
+
+
+def test_accumulation_keeps_the_broadcast_of_buffers(ranks: Results) -> None:
+    for out in ranks[1]["same_numbers"]:
+        ours, plain = out["buffers"]
+        assert len(ours) == 3
+        assert ours[2].item() == 4
+        for a, b in zip(ours, plain, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

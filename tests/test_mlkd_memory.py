@@ -1,0 +1,40 @@
+"""The peak memory of MLKD's correlation beside the published broadcast form, measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checking import DEVICE
+
+MEASURE = r"""
+import re, sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_mlkd import broadcast_correlation, correlation_loss
+torch.set_num_threads(1)
+form = broadcast_correlation if sys.argv[1] == "broadcast" else correlation_loss
+def step(images):
+    student = torch.randn(4 * images, 512, requires_grad=True)
+    teacher = torch.randn(4 * images, 512)
+    form(student, teacher, 4, 0.5).backward() if form is broadcast_correlation else form(student, teacher).backward()
+def memory(what):
+    return int(re.search(what + r":\s+(\d+) kB", open("/proc/self/status").read())[1])
+step(2)
+before = memory("VmRSS")
+step(256)
+print(memory("VmHWM") - before)  # not ru_maxrss, which begins with the parent's
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_memory_of_correlation_is_under_a_twentieth_of_the_broadcast_form() -> None:
+    code = MEASURE.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1]))
+    peak = {
+        form: int(subprocess.run([sys.executable, "-c", code, form], check=True, capture_output=True, text=True).stdout)
+        for form in ("broadcast", "here")
+    }
+    print(peak)
+    assert peak["broadcast"] > 1_000_000  # KiB: three of its (768, 512, 256) products
+    assert 0 < peak["here"] * 20 < peak["broadcast"], peak
