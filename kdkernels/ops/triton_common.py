@@ -1,7 +1,7 @@
 """What the Triton kernels of all ops share: device functions, and how a kernel is launched.
 
-Layers travel as tuples of scalar arguments (pointers, strides, sizes), at most GROUP per launch: a table in device memory
-would have to be copied there first, which breaks CUDA-graph capture and costs more than the launch.
+Layers travel as tuples of scalar arguments (pointers, strides, sizes), at most GROUP per launch: a table in device
+memory would have to be copied there first, which breaks CUDA-graph capture and costs more than the launch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def find(starts, pid):
 @triton.jit
 def store(pointers, x, mask):
     """Store fp32 x in the pointers' dtype, rounded to nearest even."""
-    if INTERPRETED:
+    if INTERPRETED:  # noqa: SIM102
         if pointers.dtype.scalar.element_ty == tl.bfloat16:  # the interpreter truncates; a GPU rounds by itself
             bits = x.to(tl.int32, bitcast=True)
             rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -111,7 +111,7 @@ def matmul_precision(*tensors: Tensor) -> str:
 
 
 def split_precision(x: Tensor) -> str:
-    """For an fp32 matrix times a half one: tf32 holds every half number, and three products hold the fp32 side's digits."""
+    """For fp32 times half: tf32 holds every half number, and three products of it hold the fp32 side's digits."""
     if x.dtype == torch.float32:
         return matmul_precision(x)
     nvidia = x.device.type == "cuda" and torch.version.hip is None

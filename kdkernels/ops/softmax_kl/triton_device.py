@@ -54,7 +54,7 @@ def weighted(weight, value):
 
 @triton.jit
 def online(top, total, z, scale):
-    """[R] maximum of z and sum of exp(scale (z - maximum)) with one more chunk z. A row of -inf alone keeps -inf and 0."""
+    """[R] maximum of z and sum of exp(scale (z - maximum)) with one more chunk; a row of -inf keeps -inf and 0."""
     new = tl.maximum(top, tl.max(z, 1))
     safe = tl.where(new == NEG_INF, 0.0, new)
     old = total * tl.where(top == NEG_INF, 0.0, tl.exp((top - safe) * scale))

@@ -1,11 +1,11 @@
-"""softmax_kl in Triton. Rows are independent; all arithmetic is fp32, exponentials are of differences from a row's maximum.
+"""softmax_kl in Triton. Rows are independent; all arithmetic is fp32, exponentials are of differences from the maximum.
 
-Forward: one launch for the rows, and one that sums what its programs left where there were several. Backward: one launch,
-elementwise from the saved statistics. Notation as in reference.py.
+Forward: one launch for the rows, and one that sums what its programs left where there were several. Backward: one
+launch, elementwise from the saved statistics. Notation as in reference.py.
 
-Sizes: a tile of 2048 numbers per network and program, as many short rows as fit into it; rows of up to 8192 classes are
-held in registers and read once, longer ones are read twice, in chunks of 4096: once for the maxima and sums, and once for
-the terms, which then need no difference of large numbers.
+Sizes: a tile of 2048 numbers per network and program, as many short rows as fit into it; rows of up to 8192 classes
+are held in registers and read once, longer ones are read twice, in chunks of 4096: once for the maxima and sums, and
+once for the terms, which then need no difference of large numbers.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def forward(
     n, classes = student.shape
     options = _options(student, teacher, target, target_mixed, lam, temperature, weights, ignore_index)
     decoupled = options["TARGET"] or options["OTHER"]
-    float32 = {"dtype": torch.float32, "device": student.device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": student.device}
     stats = torch.empty((9 if decoupled else 5, n) if need_grad else (0,), **float32)
     if n == 0:
         return torch.zeros((0,) if reduction == "none" else (), **float32), stats, torch.ones((), **float32)
