@@ -26,7 +26,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 @triton.jit
 def pick(values, index):
     """values[index] of a tuple of scalars."""
-    value = values[0]
+    value = tl.where(index == 0, values[0], values[0])  # a number of the device, also where Triton knew it to be 1
     for i in tl.static_range(1, len(values)):
         value = tl.where(index == i, values[i], value)
     return value

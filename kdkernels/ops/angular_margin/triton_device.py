@@ -83,7 +83,7 @@ def load_pair(r, at, mask, P, eps_s, eps_t):
 
 @triton.jit
 def region_mask(n, N, width, height, REGIONS: tl.constexpr):
-    """[REGIONS, K] whether a pixel is in a region: the whole map, then its quadrants [:h,:w] [:h,w:] [h:,:w] [h:,w:]."""
+    """[REGIONS, K] whether a pixel is in a region: the whole map, and the quadrants [:h,:w] [:h,w:] [h:,:w] [h:,w:]."""
     inside = (n < N)[None, :]
     if REGIONS == 1:
         return inside

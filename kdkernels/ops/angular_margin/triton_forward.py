@@ -1,7 +1,8 @@
 """The forward kernels of angular_margin: energies, then everything else on the small maps, then a sum.
 
-Notation as in reference.py: per sample, over N = H W pixels, r channel energy, R its norm, q = r / (R + eps), w = 1 - q,
-u = cos(m acos q), G = -softplus(s (w - u)); v any of G, u, w, x and y its unit vectors in student and teacher.
+Notation as in reference.py: per sample, over N = H W pixels, r channel energy, R its norm, q = r / (R + eps),
+w = 1 - q, u = cos(m acos q), G = -softplus(s (w - u)); v any of G, u, w; x and y its unit vectors, student's and
+teacher's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""angular_margin in Triton: one read of the activations, work on the small maps, a sum; backward one read and one write.
+"""angular_margin in Triton: one read of the activations, work on the small maps, a sum; back one read, one write.
 
-Sizes: a tile of 4096 numbers of an activation per program and step, 64 to 256 pixels wide where pixels follow each other
-and 64 to 256 channels wide in channels_last; maps in blocks of up to 1024 pixels, or 256 with quadrants, which take a
-row of the tile for each region.
+Sizes: a tile of 4096 numbers of an activation per program and step, up to 256 wide, along the pixels where they follow
+each other and along the channels in channels_last; maps in blocks of up to 1024 pixels, or 256 with quadrants, which
+take a row of the tile for each region.
 """
 
 from __future__ import annotations

@@ -25,8 +25,6 @@ from .triton_device import (
     weighted,
 )
 
-NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def rows_kernel(
@@ -184,7 +182,7 @@ def rows_kernel(
     if DECOUPLED:
         result += (logz_s + logz_t) * 0.0  # NaN or inf among the labelled logits must not hide behind the others
     if LABELS:
-        result = tl.where(keep, tl.where(valid, result, NAN), 0.0)
+        result = tl.where(keep, tl.where(valid, result, float("nan")), 0.0)
 
     if PER_ROW:
         tl.store(loss + row_index, result, mask=inside)

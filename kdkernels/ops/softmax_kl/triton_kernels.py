@@ -3,8 +3,8 @@
 Forward: one launch for the rows, and one that sums what its programs left where there were several. Backward: one
 launch, elementwise from the saved statistics. Notation as in reference.py.
 
-Sizes: a tile of 2048 numbers per network and program, as many short rows as fit into it; rows of up to 8192 classes
-are held in registers and read once, longer ones are read twice, in chunks of 4096: once for the maxima and sums, and
+Sizes: a tile of 2048 numbers per network and program, 8 per thread, as many short rows as fit; rows of up to 8192
+classes are held in registers and read once, longer ones are read twice, in chunks of 4096: once for the maxima and sums, and
 once for the terms, which then need no difference of large numbers.
 """
 
@@ -22,7 +22,6 @@ from .triton_device import load_at, load_labels, load_tile, others, rest_log_q
 from .triton_forward import rows_kernel, sum_kernel
 
 WHOLE, CHUNK, TILE = 8192, 4096, 2048
-NAN = tl.constexpr(float("nan"))
 
 
 def supports(*tensors: Tensor) -> str | None:
@@ -124,7 +123,7 @@ def gradient_kernel(
             result += (w_kl * inverse_t) * difference
     factor = tl.load(grad + rows * grad_stride) * tl.load(scale)
     if LABELS:
-        factor = tl.where(valid, factor, NAN)
+        factor = tl.where(valid, factor, float("nan"))
         result = tl.where(keep[:, None], result * factor[:, None], 0.0)
     else:
         result = result * factor[:, None]
@@ -215,7 +214,7 @@ def forward(
         WHOLE=whole,
         ROWS=rows,
         BLOCK_C=block_c,
-        num_warps=power_of_2(rows * block_c // 512, 4, 16),
+        num_warps=power_of_2(rows * block_c // 256, 4, 16),
     )
     if several:
         launch(
