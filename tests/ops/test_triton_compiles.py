@@ -1,7 +1,7 @@
-"""Every Triton kernel, in every combination that a launch makes of it, goes through Triton's compiler and ptxas for sm_90.
+"""Every Triton kernel goes through the compiler and ptxas for sm_90, in every combination that launches make of it.
 
-Interpretation proves nothing about that. No GPU is needed: the launches stop after compiling. The host code that chooses
-dtypes, block sizes and constants is the real one, so what is compiled here is what runs there.
+Interpretation proves nothing about that. No GPU is needed: the launches stop after compiling. The host code that
+chooses dtypes, block sizes and constants is the real one, so what is compiled here is what runs there.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 if not (TOOLS / "ptxas").exists():
     pytest.skip(f"this Triton has no ptxas in {TOOLS}", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from kdkernels.ops.angular_margin import triton_kernels as angular_margin
-from kdkernels.ops.gram import triton_cosine
-from kdkernels.ops.gram import triton_kernels as gram
-from kdkernels.ops.softmax_kl import triton_kernels as softmax_kl
+from kdkernels.ops.angular_margin import triton_kernels as angular_margin  # noqa: E402
+from kdkernels.ops.gram import triton_cosine  # noqa: E402
+from kdkernels.ops.gram import triton_kernels as gram  # noqa: E402
+from kdkernels.ops.softmax_kl import triton_kernels as softmax_kl  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF = torch.bfloat16
@@ -69,7 +69,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]
 
 
 def check(kernels: list[tuple[str, Any]], expected: set[str], directory: Path) -> None:
-    """All of the expected kernels were compiled, and none spills more than ptxas does to round a register count down."""
+    """The expected kernels were compiled, and none spills more than ptxas does to round a register count down."""
     assert {name for name, _ in kernels} == expected
     for i, (name, kernel) in enumerate(kernels):
         cubin = directory / f"{i}.cubin"

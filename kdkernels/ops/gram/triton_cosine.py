@@ -154,7 +154,7 @@ def cosine_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         MIXED=a.dtype != b.dtype,
         BLOCK=block,
         BLOCK_D=32 if a.dtype == torch.float32 else 64,
-        num_warps=4,
+        num_warps=8 if block == 64 else 4,
     )
     return similarity, inverse_a, inverse_b
 

@@ -3,9 +3,9 @@
 Forward: one launch for the rows, and one that sums what its programs left where there were several. Backward: one
 launch, elementwise from the saved statistics. Notation as in reference.py.
 
-Sizes: a tile of 2048 numbers per network and program, 8 per thread, as many short rows as fit; rows of up to 8192
-classes are held in registers and read once, longer ones are read twice, in chunks of 4096: once for the maxima and sums, and
-once for the terms, which then need no difference of large numbers.
+Sizes: a tile of 2048 numbers per network and program (1024 with decoupled terms, which need more registers), as many
+short rows as fit; rows of up to 8192 classes are held in registers and read once, longer ones are read twice, in
+chunks of 4096: once for the maxima and sums, and once for the terms, which then need no difference of large numbers.
 """
 
 from __future__ import annotations
@@ -172,6 +172,10 @@ def _options(
     }
 
 
+def _tile_size(options: dict[str, Any]) -> int:
+    return TILE // 2 if options["TARGET"] or options["OTHER"] else TILE
+
+
 def forward(
     student: Tensor,
     teacher: Tensor,
@@ -193,7 +197,7 @@ def forward(
         return torch.zeros((0,) if reduction == "none" else (), **float32), stats, torch.ones((), **float32)
     whole = classes <= WHOLE
     block_c = power_of_2(classes, 4, WHOLE) if whole else CHUNK
-    rows = power_of_2(n, 1, max(1, TILE // block_c))
+    rows = power_of_2(n, 1, max(1, _tile_size(options) // block_c))
     programs = triton.cdiv(n, rows)
     mean, per_row = reduction == "batchmean", reduction == "none"
     loss, scale = torch.empty((n,) if per_row else (), **float32), torch.empty((), **float32)
@@ -248,8 +252,10 @@ def backward(
     out = torch.empty((n, classes), dtype=student.dtype, device=student.device)
     if n == 0:
         return out
-    block_c = power_of_2(classes, 4, TILE)
-    rows = power_of_2(n, 1, TILE // block_c)
+    options = _options(student, teacher, target, target_mixed, lam, temperature, weights, ignore_index)
+    tile = _tile_size(options)
+    block_c = power_of_2(classes, 4, tile)
+    rows = power_of_2(n, 1, tile // block_c)
     blocks = triton.cdiv(classes, block_c)
     launch(
         gradient_kernel,
@@ -261,7 +267,7 @@ def backward(
         out=out,
         blocks=blocks,
         grad_stride=grad.stride(0) if grad.dim() else 0,
-        **_options(student, teacher, target, target_mixed, lam, temperature, weights, ignore_index),
+        **options,
         ROWS=rows,
         BLOCK_C=block_c,
         num_warps=4,
