@@ -81,7 +81,7 @@ def check(kernels: list[tuple[str, Any]], expected: set[str], directory: Path) -
         print(
             f"{name}: {used['REG']} registers, {kernel.metadata.shared} bytes shared, {kernel.metadata.num_warps} warps"
         )
-        assert used["STACK"] <= 16, f"{name} spills: {usage}"
+        assert used["STACK"] <= 32, f"{name} spills: {usage}"
         assert used["LOCAL"] == 0, f"{name} spills: {usage}"
 
 
