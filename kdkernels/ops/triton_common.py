@@ -7,6 +7,7 @@ memory would have to be copied there first, which breaks CUDA-graph capture and 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
@@ -39,6 +40,15 @@ def find(starts, pid):
     for i in tl.static_range(1, len(starts)):
         index += (pid >= starts[i]).to(tl.int32)
     return index
+
+
+@triton.jit
+def aligned(x, ALIGN: tl.constexpr):
+    """x, a multiple of ALIGN, so written that the compiler sees it: by itself it looks for 16, which 1000 is not.
+
+    Not tl.multiple_of: that marks the value for the whole kernel, on branches where it does not hold too.
+    """
+    return x // ALIGN * ALIGN if ALIGN > 1 else x
 
 
 @triton.jit
@@ -147,6 +157,11 @@ def starts_of(counts: Sequence[int]) -> tuple[tuple[int, ...], int]:
     for count in counts:
         starts.append(starts[-1] + count)
     return tuple(starts[:-1]), starts[-1]
+
+
+def alignment(*numbers: int) -> int:
+    """The power of 2 that divides all of them, up to 8: 16 bytes of half numbers."""
+    return math.gcd(8, *numbers)
 
 
 def power_of_2(n: int, low: int, high: int) -> int:

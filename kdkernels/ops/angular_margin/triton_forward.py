@@ -10,12 +10,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import find, pick
+from ..triton_common import aligned, find, pick
 from .triton_device import load_pair, maps, pixel_offset, region_mask, region_weights, slopes
 
 ENERGY_EPS = tl.constexpr(1e-6)
 UNIT_EPS = tl.constexpr(1e-12)
 TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+@triton.jit
+def _energy(
+    pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr
+):
+    """[BLOCK_N] energies of pixels that follow each other, with as wide loads as N and the strides allow."""
+    N = aligned(N, ALIGN)
+    pointers = pointer + b.to(tl.int64) * aligned(stride_b, ALIGN) + at[None, :]
+    stride = aligned(stride_c, ALIGN)
+    acc = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)[:, None]
+        x = tl.load(pointers + c.to(tl.int64) * stride, mask=(c < C) & (n < N)[None, :], other=0.0).to(tl.float32)
+        acc += x * x
+    return tl.sum(acc, 0)
 
 
 @triton.jit
@@ -45,10 +61,12 @@ def energy_kernel(
     blocks = tl.cdiv(N, BLOCK_N)
     b = local // blocks
     n = (local % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    c = tl.arange(0, BLOCK_C)
-    pointer = pick(activations, layer) + b.to(tl.int64) * pick(strides_b, layer)
+    pointer = pick(activations, layer)
+    stride_b = pick(strides_b, layer)
+    stride_c = pick(strides_c, layer)
     if LAST:
-        pointers = pointer + pixel_offset(n, 0, 0, 0, C, False)[:, None] + c[None, :]
+        c = tl.arange(0, BLOCK_C)
+        pointers = pointer + b.to(tl.int64) * stride_b + pixel_offset(n, 0, 0, 0, C, False)[:, None] + c[None, :]
         acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in range(0, C, BLOCK_C):
             x = tl.load(pointers + start, mask=(n < N)[:, None] & (start + c < C)[None, :], other=0.0).to(tl.float32)
@@ -56,17 +74,15 @@ def energy_kernel(
         energy = tl.sum(acc, 1)
     else:
         at = pixel_offset(n, pick(widths, layer), pick(strides_h, layer), pick(strides_w, layer), 1, GENERIC)
-        stride_c = pick(strides_c, layer)
-        acc = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-        for start in range(0, C, BLOCK_C):
-            channel = start + c
-            x = tl.load(
-                pointer + channel[:, None].to(tl.int64) * stride_c + at[None, :],
-                mask=(channel < C)[:, None] & (n < N)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            acc += x * x
-        energy = tl.sum(acc, 0)
+        multiple = N | stride_b | stride_c
+        if GENERIC:
+            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 1)
+        elif multiple % 8 == 0:
+            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 8)
+        elif multiple % 4 == 0:
+            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 4)
+        else:
+            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 1)
     tl.store(r + pick(offsets, layer) + b.to(tl.int64) * N + n, energy, mask=n < N)
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import grad_like, is_channels_last
-from ..triton_common import device_reason, find, grouped, launch, pick, power_of_2, starts_of, store
+from ..triton_common import aligned, device_reason, find, grouped, launch, pick, power_of_2, starts_of, store
 from .triton_device import pixel_offset
 from .triton_forward import energy_kernel, maps_kernel, sum_kernel
 
@@ -24,6 +24,17 @@ STEP = 4096
 
 def supports(*tensors: Tensor) -> str | None:
     return device_reason(*tensors)
+
+
+@triton.jit
+def _scale(pointer, target, k, at, b, n, c, N, C, stride_b, stride_c, ALIGN: tl.constexpr):
+    """One tile of kappa A where pixels follow each other, with as wide accesses as N and the strides allow."""
+    N = aligned(N, ALIGN)
+    channel = c[:, None].to(tl.int64)
+    mask = (c < C)[:, None] & (n < N)[None, :]
+    source = pointer + b * aligned(stride_b, ALIGN) + channel * aligned(stride_c, ALIGN) + at[None, :]
+    x = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    store(target + (b * C + channel) * N + n[None, :], x * k[None, :], mask)
 
 
 @triton.jit
@@ -61,19 +72,26 @@ def gradient_kernel(
     c = (local % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     upstream = tl.load(grad + pick(layers, layer) * grad_stride)
     k = tl.load(kappa + pick(offsets, layer) + b * N + n, mask=n < N, other=0.0) * upstream
-    pointer = pick(activations, layer) + b * pick(strides_b, layer)
-    target = pick(gradients, layer) + b * N * C
+    pointer = pick(activations, layer)
+    target = pick(gradients, layer)
+    stride_b = pick(strides_b, layer)
+    stride_c = pick(strides_c, layer)
     if LAST:
         mask = (n < N)[:, None] & (c < C)[None, :]
         at = pixel_offset(n, 0, 0, 0, C, False)[:, None] + c[None, :]
-        x = tl.load(pointer + at, mask=mask, other=0.0).to(tl.float32)
-        store(target + at, x * k[:, None], mask)
+        x = tl.load(pointer + b * stride_b + at, mask=mask, other=0.0).to(tl.float32)
+        store(target + b * N * C + at, x * k[:, None], mask)
     else:
-        mask = (c < C)[:, None] & (n < N)[None, :]
-        channel = c[:, None].to(tl.int64)
         at = pixel_offset(n, pick(widths, layer), pick(strides_h, layer), pick(strides_w, layer), 1, GENERIC)
-        x = tl.load(pointer + channel * pick(strides_c, layer) + at[None, :], mask=mask, other=0.0).to(tl.float32)
-        store(target + channel * N + n[None, :], x * k[None, :], mask)
+        multiple = N | stride_b | stride_c
+        if GENERIC:
+            _scale(pointer, target, k, at, b, n, c, N, C, stride_b, stride_c, 1)
+        elif multiple % 8 == 0:
+            _scale(pointer, target, k, at, b, n, c, N, C, stride_b, stride_c, 8)
+        elif multiple % 4 == 0:
+            _scale(pointer, target, k, at, b, n, c, N, C, stride_b, stride_c, 4)
+        else:
+            _scale(pointer, target, k, at, b, n, c, N, C, stride_b, stride_c, 1)
 
 
 class Map(NamedTuple):

@@ -8,15 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_common import log1p
+from ..triton_common import aligned, log1p
 
 NEG_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
-def load_tile(pointer, rows, cols, strides, C, other):
+def load_tile(pointer, rows, cols, strides, C, other, ALIGN: tl.constexpr):
     """[R, K] in fp32, ``other`` behind the last class. Offsets are 64-bit."""
-    at = (rows * strides[0])[:, None] + cols[None, :].to(tl.int64) * strides[1]
+    at = (rows * aligned(strides[0], ALIGN))[:, None] + cols[None, :].to(tl.int64) * strides[1]
     return tl.load(pointer + at, mask=(cols < C)[None, :], other=other).to(tl.float32)
 
 

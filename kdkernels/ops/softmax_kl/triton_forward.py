@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..triton_common import aligned
 from .triton_device import (
     NEG_INF,
     dense_ce,
@@ -60,11 +61,13 @@ def rows_kernel(
     ONE_PROGRAM: tl.constexpr,
     STATS: tl.constexpr,
     WHOLE: tl.constexpr,  # a row is one chunk
+    ALIGN: tl.constexpr,  # divides C and what lies between rows
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     DECOUPLED: tl.constexpr = TARGET or OTHER
     TEACHER: tl.constexpr = KL or DECOUPLED
+    C = aligned(C, ALIGN)
     pid = tl.program_id(0)
     row_index = pid * ROWS + tl.arange(0, ROWS)
     inside = row_index < N
@@ -86,13 +89,13 @@ def rows_kernel(
     rest_sum_s = tl.zeros([ROWS], tl.float32)
     rest_sum_t = tl.zeros([ROWS], tl.float32)
     if WHOLE:
-        s = load_tile(student, rows, cols, s_strides, C, NEG_INF)
+        s = load_tile(student, rows, cols, s_strides, C, NEG_INF, ALIGN)
         s_max = tl.max(s, 1)
         s = s - s_max[:, None]
         if CE:
             sum_p = tl.sum(tl.exp(s), 1)
         if TEACHER:
-            t = load_tile(teacher, rows, cols, t_strides, C, NEG_INF)
+            t = load_tile(teacher, rows, cols, t_strides, C, NEG_INF, ALIGN)
             t_max = tl.max(t, 1)
             t = (t - t_max[:, None]) * inverse_t
             sum_s = tl.sum(tl.exp(s * inverse_t), 1)
@@ -103,11 +106,11 @@ def rows_kernel(
                 rest_max_t, rest_sum_t = online(rest_max_t, rest_sum_t, tl.where(other, t, NEG_INF), 1.0)
     else:
         for start in range(0, C, BLOCK_C):
-            s = load_tile(student, rows, start + cols, s_strides, C, NEG_INF)
+            s = load_tile(student, rows, start + cols, s_strides, C, NEG_INF, ALIGN)
             if CE:
                 _, sum_p = online(s_max, sum_p, s, 1.0)
             if TEACHER:
-                t = load_tile(teacher, rows, start + cols, t_strides, C, NEG_INF)
+                t = load_tile(teacher, rows, start + cols, t_strides, C, NEG_INF, ALIGN)
                 t_max, sum_t = online(t_max, sum_t, t, inverse_t)
                 if DECOUPLED:
                     other = others(start + cols, a, b)
@@ -135,7 +138,7 @@ def rows_kernel(
     result = tl.zeros([ROWS], tl.float32)
     if WHOLE:
         if CE and DENSE:
-            y = load_tile(target, rows, cols, target_strides, C, 0.0)
+            y = load_tile(target, rows, cols, target_strides, C, 0.0, ALIGN)
             result += w_ce * dense_ce(y, s - logz_p[:, None])
         if KL:
             result += w_kl * kl(s * inverse_t - logz_s[:, None], t - logz_t[:, None])
@@ -145,13 +148,13 @@ def rows_kernel(
             )
     elif KL or OTHER or (CE and DENSE):
         for start in range(0, C, BLOCK_C):
-            s = load_tile(student, rows, start + cols, s_strides, C, NEG_INF) - s_max[:, None]
+            s = load_tile(student, rows, start + cols, s_strides, C, NEG_INF, ALIGN) - s_max[:, None]
             if CE and DENSE:
-                y = load_tile(target, rows, start + cols, target_strides, C, 0.0)
+                y = load_tile(target, rows, start + cols, target_strides, C, 0.0, ALIGN)
                 result += w_ce * dense_ce(y, s - logz_p[:, None])
             if TEACHER:
                 s = s * inverse_t
-                t = (load_tile(teacher, rows, start + cols, t_strides, C, NEG_INF) - t_max[:, None]) * inverse_t
+                t = (load_tile(teacher, rows, start + cols, t_strides, C, NEG_INF, ALIGN) - t_max[:, None]) * inverse_t
                 if KL:
                     result += w_kl * kl(s - logz_s[:, None], t - logz_t[:, None])
                 if OTHER:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import device_reason, launch, power_of_2, store
+from ..triton_common import aligned, alignment, device_reason, launch, power_of_2, store
 from .triton_device import load_at, load_labels, load_tile, others, rest_log_q
 from .triton_forward import rows_kernel, sum_kernel
 
@@ -60,11 +60,13 @@ def gradient_kernel(
     LABELS: tl.constexpr,
     MIXED: tl.constexpr,
     DENSE: tl.constexpr,
+    ALIGN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     DECOUPLED: tl.constexpr = TARGET or OTHER
     TEACHER: tl.constexpr = KL or DECOUPLED
+    C = aligned(C, ALIGN)
     pid = tl.program_id(0)
     row_index = (pid // blocks) * ROWS + tl.arange(0, ROWS)
     inside = row_index < N
@@ -73,7 +75,7 @@ def gradient_kernel(
     step = rows * 0 + N
     s_max = tl.load(stats + rows)
 
-    s = load_tile(student, rows, cols, s_strides, C, 0.0) - s_max[:, None]
+    s = load_tile(student, rows, cols, s_strides, C, 0.0, ALIGN) - s_max[:, None]
     result = tl.zeros([ROWS, BLOCK_C], tl.float32)
     if LABELS:
         a, b, weight_a, weight_b, keep, valid = load_labels(
@@ -88,15 +90,17 @@ def gradient_kernel(
         if DENSE:
             total = tl.zeros([ROWS], tl.float32)
             for start in range(0, C, BLOCK_C):
-                total += tl.sum(load_tile(target, rows, start + tl.arange(0, BLOCK_C), target_strides, C, 0.0), 1)
-            p = p * total[:, None] - load_tile(target, rows, cols, target_strides, C, 0.0)
+                total += tl.sum(
+                    load_tile(target, rows, start + tl.arange(0, BLOCK_C), target_strides, C, 0.0, ALIGN), 1
+                )
+            p = p * total[:, None] - load_tile(target, rows, cols, target_strides, C, 0.0, ALIGN)
         result = w_ce * p
     if TEACHER:
         t_max = tl.load(stats + step + rows)
         logz_s = tl.load(stats + 3 * step + rows)
         logz_t = tl.load(stats + 4 * step + rows)
         s = s * inverse_t
-        t = (load_tile(teacher, rows, cols, t_strides, C, 0.0) - t_max[:, None]) * inverse_t
+        t = (load_tile(teacher, rows, cols, t_strides, C, 0.0, ALIGN) - t_max[:, None]) * inverse_t
         difference = tl.exp(s - logz_s[:, None]) - tl.exp(t - logz_t[:, None])  # q_s - q_t
         if DECOUPLED:
             rest_max_s = tl.load(stats + 5 * step + rows)
@@ -143,6 +147,7 @@ def _options(
     """The arguments that both passes share. A pointer that is not read is the student's."""
     dense = target is not None and target.is_floating_point()
     w_ce, w_kl, w_target, w_other = weights
+    between_rows = [x.stride(0) for x in (student, teacher, target if dense else None) if x is not None]
     lengths = [x.stride(0) if x is not None and x.dim() else 0 for x in (target, target_mixed, lam)]
     return {
         "student": student,
@@ -169,6 +174,7 @@ def _options(
         "LABELS": target is not None and not dense,
         "MIXED": target_mixed is not None,
         "DENSE": dense,
+        "ALIGN": alignment(student.shape[1], *between_rows),
     }
 
 
