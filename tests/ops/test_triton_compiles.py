@@ -138,8 +138,11 @@ def run_sp(student: list[Tensor], teacher: list[Tensor], row_norm: str = "l2") -
 SP_KERNELS = {"product_kernel", "rows_kernel", "weights_kernel", "gradient_kernel"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 16, 64, 200, 600])
+SP_SIZES = [(batch, HALF) for batch in (1, 16, 64, 200, 600)]
+SP_SIZES += [(64, torch.float16), (64, torch.float32), (600, torch.float32)]
+
+
+@pytest.mark.parametrize(("batch", "dtype"), SP_SIZES, ids=str)
 def test_sp_gram(batch: int, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
     features = torch.zeros(batch, 1024, dtype=dtype)
     run_sp([features], [features])
@@ -185,9 +188,11 @@ def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weigh
 AMD_KERNELS = {"energy_kernel", "maps_kernel", "sum_kernel", "gradient_kernel"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("size", [1, 7, 56])
+MAPS = [(56, layout, dtype) for layout in LAYOUTS for dtype in DTYPES]
+MAPS += [(1, "contiguous", HALF), (7, "contiguous", HALF)]
+
+
+@pytest.mark.parametrize(("size", "layout", "dtype"), MAPS, ids=str)
 def test_angular_margin(size: int, layout: str, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
     x = LAYOUTS[layout](torch.zeros(2, 64, size, size, dtype=dtype))
     run_angular_margin([x], [x], 0.0 if size == 1 else 0.2, True)
