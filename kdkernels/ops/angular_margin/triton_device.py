@@ -1,7 +1,7 @@
 """Device functions of the angular_margin kernels: the maps of one network, and where an activation's numbers lie.
 
-acos, cos and sin are polynomials here: the ranges are small (0 <= q <= 1, 0 <= m theta <= pi), the error is under 3e-7, and
-they are the same on every GPU and in the interpreter.
+acos, cos and sin are polynomials here: the ranges are small (0 <= q <= 1, 0 <= m theta <= pi), the error is under 3e-7,
+and they are the same on every GPU and in the interpreter.
 """
 
 from __future__ import annotations
