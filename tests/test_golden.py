@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checking import DEVICE, wave
+from checking import DEVICE, refused, wave
 from torch import Tensor
 
 import kdkernels
@@ -61,6 +61,8 @@ def test_golden_row(name: str, dtype: torch.dtype) -> None:
     tolerance = {"rel": 1e-9, "abs": 1e-12} if dtype == torch.float64 else {"rel": 1e-5, "abs": 1e-7}
     student, teacher = inputs(row["inputs"], dtype)
     student.requires_grad_()
+    if refused(loss_of(name, row["inputs"]), student, teacher):
+        return
     loss = loss_of(name, row["inputs"])(student, teacher)
     loss.backward()
     gradient = student.grad.double()

@@ -1,0 +1,105 @@
+"""Device functions of the angular_margin kernels: the maps of one network, and where an activation's numbers lie.
+
+acos, cos and sin are polynomials here: the ranges are small (0 <= q <= 1, 0 <= m theta <= pi), the error is under 3e-7,
+and they are the same on every GPU and in the interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..triton_common import log1p
+
+CLAMP = tl.constexpr(1 - 1e-7)
+HALF_PI = tl.constexpr(1.5707963267948966)
+HALF_PI_HIGH = tl.constexpr(1.5703125)  # exact in fp32, and so is its product with 0, 1 and 2
+HALF_PI_LOW = tl.constexpr(4.8382679489661923e-4)
+
+
+@triton.jit
+def acos(q):
+    """acos(q) for 0 <= q <= 1: pi/2 - asin(q), or 2 asin(sqrt((1 - q) / 2)) near 1, where 1 - q is exact."""
+    near = q > 0.5
+    x = tl.where(near, tl.sqrt(tl.where(near, (1.0 - q) * 0.5, 0.0)), q)
+    z = x * x
+    p = 4.2163199048e-2 * z + 2.4181311049e-2
+    p = p * z + 4.5470025998e-2
+    p = p * z + 7.4953002686e-2
+    p = p * z + 1.6666752422e-1
+    asin = p * z * x + x
+    return tl.where(near, 2.0 * asin, HALF_PI - asin)
+
+
+@triton.jit
+def sincos(x):
+    """sin(x) and cos(x) for 0 <= x <= pi, by polynomials within pi/4 of the nearest multiple of pi/2."""
+    k = tl.floor(x * (1 / HALF_PI) + 0.5)
+    y = (x - k * HALF_PI_HIGH) - k * HALF_PI_LOW
+    z = y * y
+    s = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * y + y
+    c = ((2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    sin = tl.where(k == 0, s, tl.where(k == 1, c, -s))
+    cos = tl.where(k == 0, c, tl.where(k == 1, -s, -c))
+    return sin, cos
+
+
+@triton.jit
+def maps(q, margin, scale):
+    """G, u and w."""
+    w = 1.0 - q
+    _, u = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
+    x = scale * (w - u)
+    return -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))), u, w
+
+
+@triton.jit
+def slopes(q, u, w, margin, scale):
+    """dG/dq and du/dq; dw/dq is -1."""
+    sin, _ = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
+    sin_theta = tl.sqrt(w * (1.0 + q))
+    du = tl.where(q > CLAMP, 0.0, margin * sin / tl.where(q > CLAMP, 1.0, sin_theta))
+    x = scale * (w - u)
+    e = tl.exp(-tl.abs(x))
+    sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    return scale * sigmoid * (du + 1.0), du
+
+
+@triton.jit
+def pixel_offset(n, width, stride_h, stride_w, stride_pixel, GENERIC: tl.constexpr):
+    """Where pixel n of a map is: pixels follow each other, or each row has a place of its own."""
+    if GENERIC:
+        return (n // width).to(tl.int64) * stride_h + (n % width).to(tl.int64) * stride_w
+    return n.to(tl.int64) * stride_pixel
+
+
+@triton.jit
+def load_pair(r, at, mask, P, eps_s, eps_t):
+    """q of student and teacher; eps_s, eps_t are R + 1e-6."""
+    q_s = tl.load(r + at, mask=mask, other=0.0) / eps_s
+    q_t = tl.load(r + P + at, mask=mask, other=0.0) / eps_t
+    return q_s, q_t
+
+
+@triton.jit
+def region_mask(n, N, width, height, REGIONS: tl.constexpr):
+    """[REGIONS, K] whether a pixel is in a region: the whole map, and the quadrants [:h,:w] [:h,w:] [h:,:w] [h:,w:]."""
+    inside = (n < N)[None, :]
+    if REGIONS == 1:
+        return inside
+    region = tl.arange(0, REGIONS)[:, None]
+    quadrant = 1 + 2 * (n // width >= height // 2).to(tl.int32) + (n % width >= width // 2).to(tl.int32)
+    return inside & ((region == 0) | (region == quadrant[None, :]))
+
+
+@triton.jit
+def region_weights(width, height, weight, local_weight, batch, REGIONS: tl.constexpr):
+    """[REGIONS] c: the layer's weight times the region's, over 3 B |region|; 0 beyond the quadrants."""
+    region = tl.arange(0, REGIONS)
+    h, w = height // 2, width // 2
+    rows = tl.where(region <= 2, h, height - h)
+    cols = tl.where(region % 2 == 1, w, width - w)
+    rows = tl.where(region == 0, height, rows)
+    cols = tl.where(region == 0, width, cols)
+    share = tl.where(region == 0, 1.0 - local_weight, tl.where(region < 5, local_weight * 0.25, 0.0))
+    return weight * share / (3.0 * batch * rows.to(tl.float32) * cols.to(tl.float32))

@@ -1,0 +1,243 @@
+"""gram in Triton: sp_gram in three launches forward and one backward, whatever the number of layers; cosine_similarity.
+
+Sizes: tiles of 16 to 64 rows (128 for batches beyond 256); D is split until there are two programs per multiprocessor,
+at most into 64 parts of four blocks or more. The sums have a fixed order everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..checks import grad_like, is_channels_last
+from ..triton_common import (
+    device_reason,
+    dot,
+    find,
+    grouped,
+    launch,
+    matmul_precision,
+    pick,
+    power_of_2,
+    processors,
+    split_precision,
+    starts_of,
+    store,
+)
+from .triton_cosine import cosine_backward, cosine_forward
+from .triton_forward import product_kernel, rows_kernel, weights_kernel
+
+__all__ = ["cosine_backward", "cosine_forward", "sp_backward", "sp_forward", "supports"]
+MAX_SPLITS, ROW = 64, 512
+
+
+def supports(*tensors: Tensor) -> str | None:
+    return device_reason(*tensors)
+
+
+@triton.jit
+def gradient_kernel(
+    features,  # tuple of [B, D]
+    gradients,  # tuple of [B, D], rows contiguous
+    weights,  # [L, B, B]
+    grad,  # []
+    starts,  # the first program of each layer
+    layers,  # which layer each one is
+    B,
+    lengths,  # D
+    strides_b,
+    strides_d,
+    UNIT: tl.constexpr,  # stride_d is 1
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """dQ = grad W Q, one program per block of rows and block of columns."""
+    pid = tl.program_id(0)
+    layer = find(starts, pid)
+    local = pid - pick(starts, layer)
+    row_blocks = tl.cdiv(B, BLOCK_B)
+    D = pick(lengths, layer)
+    stride_b = pick(strides_b, layer)
+    stride_d = 1 if UNIT else pick(strides_d, layer).to(tl.int64)
+    i = (local % row_blocks) * BLOCK_B + tl.arange(0, BLOCK_B)  # programs that read the same columns run together
+    d = (local // row_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    w = weights + pick(layers, layer).to(tl.int64) * B * B
+    q = pick(features, layer) + d[None, :] * stride_d
+    acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
+    for start in range(0, B, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        at = i[:, None].to(tl.int64) * B + k[None, :]
+        left = tl.load(w + at, mask=(i < B)[:, None] & (k < B)[None, :], other=0.0)
+        right = tl.load(q + k[:, None].to(tl.int64) * stride_b, mask=(k < B)[:, None] & (d < D)[None, :], other=0.0)
+        acc = dot(left, right.to(tl.float32), acc, PRECISION)
+    out = pick(gradients, layer) + i[:, None].to(tl.int64) * D + d[None, :]
+    store(out, acc * tl.load(grad), (i < B)[:, None] & (d < D)[None, :])
+
+
+class Rows(NamedTuple):
+    """A (B, ...) tensor as B rows of D numbers a fixed distance apart, and which layer it is."""
+
+    x: Tensor
+    stride_b: int
+    stride_d: int
+    length: int
+    layer: int  # or matrix
+
+
+def _rows(x: Tensor, index: int, any_order: bool) -> Rows:
+    """x without a copy where its numbers lie a fixed distance apart, in its gradient's order or in any order."""
+    axes = list(range(1, x.dim()))
+    if any_order:  # a Gram matrix does not see the order along D
+        axes.sort(key=x.stride, reverse=True)
+    elif is_channels_last(x):
+        axes = [2, 3, 1]
+    length = x[0].numel() if len(x) else 0
+    axes = [axis for axis in axes if x.shape[axis] != 1]
+    step = x.stride(axes[-1]) if axes else 1
+    expected = step
+    for axis in reversed(axes):
+        if x.stride(axis) != expected or expected == 0:
+            return _rows(x.contiguous(), index, any_order)
+        expected *= x.shape[axis]
+    return Rows(x, x.stride(0), step, length, index)
+
+
+def _key(item: Rows) -> tuple[Any, ...]:
+    return item.x.dtype, item.stride_d == 1
+
+
+def _arguments(group: list[Rows]) -> dict[str, Any]:
+    return {
+        "features": tuple(item.x for item in group),
+        "lengths": tuple(item.length for item in group),
+        "strides_b": tuple(item.stride_b for item in group),
+        "strides_d": tuple(item.stride_d for item in group),
+        "UNIT": group[0].stride_d == 1,
+    }
+
+
+def sp_forward(
+    student: list[Tensor],
+    teacher: list[Tensor],
+    row_norm: str,
+    scale: float,
+    eps: float,
+    zero_row_grad: bool,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    device, batch, layers = student[0].device, student[0].shape[0], len(student)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    weights = torch.empty((layers, batch, batch) if need_grad else (0,), **options)
+    if batch == 0:
+        return torch.zeros((), **options), weights
+    items = [_rows(x, 2 * i + side, True) for i in range(layers) for side, x in enumerate((student[i], teacher[i]))]
+    block_b = power_of_2(batch, 16, 64 if batch <= 256 else 128)
+    side = triton.cdiv(batch, block_b)
+    tiles = side * (side + 1) // 2
+    block_d = 32 if any(item.x.dtype == torch.float32 for item in items) else 64
+    longest = max(item.length for item in items)
+    wanted = triton.cdiv(2 * processors(device), tiles * len(items))
+    splits = max(1, min(MAX_SPLITS, wanted, longest // (4 * block_d)))
+    work = torch.empty(splits, len(items), batch, batch, **options)
+    for group in grouped(items, _key):
+        starts, programs = starts_of([splits * tiles] * len(group))
+        launch(
+            product_kernel,
+            programs,
+            device,
+            work=work,
+            starts=starts,
+            matrices=tuple(item.layer for item in group),
+            B=batch,
+            M=len(items),
+            tiles=tiles,
+            spans=tuple(triton.cdiv(triton.cdiv(item.length, splits), block_d) * block_d for item in group),
+            **_arguments(group),
+            ONE_TILE=tiles == 1,
+            PRECISION=matmul_precision(group[0].x),
+            BLOCK_B=block_b,
+            BLOCK_D=block_d,
+            num_warps=8 if block_b == 128 else 4,
+            num_stages=3,
+        )
+    gram = torch.empty(len(items), batch, batch, **options) if need_grad and splits > 1 else work
+    scalars = torch.empty(layers, 4, batch, **options)
+    launch(
+        rows_kernel,
+        layers * batch,
+        device,
+        work,
+        gram,
+        scalars,
+        batch,
+        len(items),
+        splits,
+        scale,
+        eps,
+        L1=row_norm == "l1",
+        KEEP=need_grad and splits > 1,
+        WHOLE=batch <= ROW,
+        SPLITS=power_of_2(splits, 1, 8),
+        BLOCK=power_of_2(batch, 16, ROW),
+        num_warps=4,
+    )
+    loss = torch.empty((), **options)
+    tile = power_of_2(batch, 16, 32)
+    launch(
+        weights_kernel,
+        1 + (layers * triton.cdiv(batch, tile) ** 2 if need_grad else 0),
+        device,
+        gram,
+        scalars,
+        weights,
+        loss,
+        layers,
+        batch,
+        scale,
+        eps,
+        L1=row_norm == "l1",
+        ZERO_ROW_GRAD=zero_row_grad,
+        NEED_GRAD=need_grad,
+        TILE=tile,
+        BLOCK=power_of_2(layers * batch, 16, 1024),
+        num_warps=4,
+    )
+    return loss, weights
+
+
+def sp_backward(grad: Tensor, student: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """grad * W Q_s of each layer, in the layer's shape, dtype and memory format."""
+    gradients = [grad_like(s) for s in student]
+    batch = student[0].shape[0]
+    block_b = power_of_2(batch, 16, 64)
+    items = [_rows(s, i, False) for i, s in enumerate(student) if s.numel()]
+    for group in grouped(items, _key):
+        block_d = power_of_2(max(item.length for item in group), 16, 64 if block_b == 64 else 128)
+        starts, programs = starts_of(
+            [triton.cdiv(batch, block_b) * triton.cdiv(item.length, block_d) for item in group]
+        )
+        launch(
+            gradient_kernel,
+            programs,
+            student[0].device,
+            gradients=tuple(gradients[item.layer] for item in group),
+            weights=weights,
+            grad=grad,
+            starts=starts,
+            layers=tuple(item.layer for item in group),
+            B=batch,
+            **_arguments(group),
+            PRECISION=split_precision(group[0].x),
+            BLOCK_B=block_b,
+            BLOCK_K=power_of_2(batch, 16, 32),
+            BLOCK_D=block_d,
+            num_warps=4,
+            num_stages=3,
+        )
+    return gradients

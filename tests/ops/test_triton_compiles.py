@@ -1,0 +1,208 @@
+"""Every Triton kernel goes through the compiler and ptxas for sm_90, in every combination that launches make of it.
+
+Interpretation proves nothing about that. No GPU is needed: the launches stop after compiling. The host code that
+chooses dtypes, block sizes and constants is the real one, so what is compiled here is what runs there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+if not (TOOLS / "ptxas").exists():
+    pytest.skip(f"this Triton has no ptxas in {TOOLS}", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from kdkernels.ops.angular_margin import triton_kernels as angular_margin  # noqa: E402
+from kdkernels.ops.gram import triton_cosine  # noqa: E402
+from kdkernels.ops.gram import triton_kernels as gram  # noqa: E402
+from kdkernels.ops.softmax_kl import triton_kernels as softmax_kl  # noqa: E402
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HALF = torch.bfloat16
+
+
+class Hopper:
+    """A driver that knows its target and nothing else."""
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return -1  # a device of its own: what is compiled for it must not be taken for a real one's
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]:
+    """The kernels that the host code launches, compiled instead."""
+    kernels: list[tuple[str, Any]] = []
+
+    def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+        if programs:
+            kernels.append((kernel.__name__, kernel.warmup(*args, grid=(programs,), **options)))
+
+    for module in (angular_margin, gram, triton_cosine, softmax_kl):
+        monkeypatch.setattr(module, "launch", launch)
+    for module in (gram, triton_cosine):
+        monkeypatch.setattr(module, "split_precision", lambda x: "ieee" if x.dtype == torch.float32 else "tf32x3")
+    monkeypatch.setattr(gram, "processors", lambda device: 132)
+    before = dict(vars(triton.runtime.driver))
+    triton.runtime.driver.set_active(Hopper())
+    yield kernels
+    vars(triton.runtime.driver).update(before)
+
+
+def check(kernels: list[tuple[str, Any]], expected: set[str], directory: Path) -> None:
+    """The expected kernels were compiled, and none spills more than ptxas does to round a register count down."""
+    assert {name for name, _ in kernels} == expected
+    for i, (name, kernel) in enumerate(kernels):
+        cubin = directory / f"{i}.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run(
+            [TOOLS / "cuobjdump", "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        print(
+            f"{name}: {used['REG']} registers, {kernel.metadata.shared} bytes shared, {kernel.metadata.num_warps} warps"
+        )
+        assert used["STACK"] <= 32, f"{name} spills: {usage}"
+        assert used["LOCAL"] == 0, f"{name} spills: {usage}"
+
+
+LABELS = {
+    "none": lambda n, c: (None, None, None),
+    "one": lambda n, c: (torch.zeros(n, dtype=torch.int64), None, None),
+    "mixed": lambda n, c: (torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.rand(n)),
+    "dense": lambda n, c: (torch.rand(n, c), None, None),
+}
+TERMS = {  # ce, kl, target, other
+    "kd": ([0.0, 1.0, 0.0, 0.0], "none"),
+    "ce": ([1.0, 0.0, 0.0, 0.0], "mixed"),
+    "stkd": ([1.0, 1.0, 0.0, 0.0], "mixed"),
+    "decoupled": ([1.0, 0.0, 1.0, 8.0], "one"),
+    "all": ([1.0, 1.0, 1.0, 8.0], "mixed"),
+    "dense": ([1.0, 1.0, 0.0, 0.0], "dense"),
+}
+
+
+def run_softmax_kl(student: Tensor, teacher: Tensor, terms: str, reduction: str) -> None:
+    weights, kind = TERMS[terms]
+    labels = LABELS[kind](*student.shape)
+    loss, stats, scale = softmax_kl.forward(student, teacher, *labels, 4.0, weights, -100, reduction, True)
+    softmax_kl.backward(torch.ones_like(loss), student, teacher, *labels, stats, scale, 4.0, weights, -100)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (4, 1000), (2, 8000), (2, 40000)], ids=str)
+@pytest.mark.parametrize("terms", list(TERMS))
+def test_softmax_kl(terms: str, shape: tuple[int, int], compiled: list[Any], tmp_path: Path) -> None:
+    student, teacher = torch.zeros(shape, dtype=HALF), torch.zeros(shape, dtype=HALF)
+    run_softmax_kl(student, teacher, terms, "batchmean")
+    check(
+        compiled,
+        {"rows_kernel", "sum_kernel", "gradient_kernel"} - ({"sum_kernel"} if shape[0] == 1 else set()),
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_kl_dtypes_layouts_and_reductions(dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
+    teacher = torch.zeros(64, 100)
+    run_softmax_kl(torch.zeros(64, 100, dtype=dtype), teacher, "all", "none")
+    run_softmax_kl(torch.zeros(100, 64, dtype=dtype).t(), teacher, "stkd", "sum")
+    run_softmax_kl(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 2), "all", "batchmean")
+    run_softmax_kl(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), "all", "batchmean")
+    check(compiled, {"rows_kernel", "sum_kernel", "gradient_kernel"}, tmp_path)
+
+
+def run_sp(student: list[Tensor], teacher: list[Tensor], row_norm: str = "l2") -> None:
+    loss, weights = gram.sp_forward(student, teacher, row_norm, 1.0, 1e-12, row_norm == "l1", True)
+    gram.sp_backward(torch.ones_like(loss), student, weights)
+
+
+SP_KERNELS = {"product_kernel", "rows_kernel", "weights_kernel", "gradient_kernel"}
+
+
+SP_SIZES = [(batch, HALF) for batch in (1, 16, 64, 200, 600)]
+SP_SIZES += [(64, torch.float16), (64, torch.float32), (600, torch.float32)]
+
+
+@pytest.mark.parametrize(("batch", "dtype"), SP_SIZES, ids=str)
+def test_sp_gram(batch: int, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
+    features = torch.zeros(batch, 1024, dtype=dtype)
+    run_sp([features], [features])
+    check(compiled, SP_KERNELS, tmp_path)
+
+
+@pytest.mark.parametrize("layers", [3, 8, 9])
+def test_sp_gram_of_several_layers_and_layouts(layers: int, compiled: list[Any], tmp_path: Path) -> None:
+    widths = [16 << (i % 4) for i in range(layers)]
+    students = [torch.zeros(32, c, 8, 8).contiguous(memory_format=torch.channels_last) for c in widths]
+    run_sp(students, [torch.zeros(32, c + 1, 4, 4, dtype=HALF) for c in widths], "l1")
+    run_sp([torch.zeros(30, 32).t()], [torch.zeros(32, 7)])
+    check(compiled, SP_KERNELS, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 48, 768])
+def test_cosine_similarity(n: int, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
+    a, b = torch.zeros(n, 512, dtype=dtype), torch.zeros(256, 512, dtype=dtype)
+    outputs = gram.cosine_forward(a, b)
+    gram.cosine_backward(torch.ones_like(outputs[0]), a, b, *outputs)
+    gram.cosine_forward(a, b.float() if dtype != torch.float32 else b.half())
+    check(compiled, {"cosine_kernel", "cosine_gradient_kernel"}, tmp_path)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels_last": channels_last,
+    "generic": lambda x: x.transpose(2, 3),
+}
+
+
+def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weight: float, reduce: bool) -> None:
+    weights = [1.0] * len(student)
+    loss, kappa = angular_margin.forward(student, teacher, weights, 1.35, 64.0, local_weight, reduce, True)
+    angular_margin.backward(torch.ones_like(loss), student, kappa)
+
+
+AMD_KERNELS = {"energy_kernel", "maps_kernel", "sum_kernel", "gradient_kernel"}
+
+
+MAPS = [(56, layout, dtype) for layout in LAYOUTS for dtype in DTYPES]
+MAPS += [(1, "contiguous", HALF), (7, "contiguous", HALF)]
+
+
+@pytest.mark.parametrize(("size", "layout", "dtype"), MAPS, ids=str)
+def test_angular_margin(size: int, layout: str, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
+    x = LAYOUTS[layout](torch.zeros(2, 64, size, size, dtype=dtype))
+    run_angular_margin([x], [x], 0.0 if size == 1 else 0.2, True)
+    check(compiled, AMD_KERNELS, tmp_path)
+
+
+@pytest.mark.parametrize("layers", [4, 9])
+def test_angular_margin_of_several_layers(layers: int, compiled: list[Any], tmp_path: Path) -> None:
+    shapes = [(2, 64 << (i % 4), 56 >> (i % 4), 56 >> (i % 4)) for i in range(layers)]
+    students = [torch.zeros(shape, dtype=HALF) for shape in shapes]
+    run_angular_margin(students, [channels_last(x.float()) for x in students], 0.2, False)
+    run_angular_margin(students, students, 0.0, True)
+    check(compiled, AMD_KERNELS, tmp_path)
