@@ -214,12 +214,13 @@ def test_minus_infinity_is_a_class_with_no_probability() -> None:
     torch.testing.assert_close(gradient, gradients(kept, [student])[0])
 
 
+@pytest.mark.parametrize("place", ["labelled", "other"])
 @pytest.mark.parametrize("terms", list(TERMS))
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_nan_and_inf_come_out(bad: float, terms: str) -> None:
+def test_nan_and_inf_come_out(bad: float, terms: str, place: str) -> None:
     for which in (0, 1) if terms != "ce" else (0,):
         pair = list(logits(4, 6))
-        pair[which][2, 5] = bad
+        pair[which][2, 2 if place == "labelled" else 5] = bad
         student, teacher = pair[0].requires_grad_(), pair[1]
         target = torch.tensor([0, 1, 2, 3], device=DEVICE)
         rows = softmax_kl(student, teacher, target, temperature=2.0, reduction="none", **TERMS[terms])

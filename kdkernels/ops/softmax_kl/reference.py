@@ -64,10 +64,11 @@ class Rest(NamedTuple):
     logz: Tensor  # (N, 1), -inf there
 
 
-def _rest(z: Tensor, labels: Labels) -> Rest:
+def _rest(z: Tensor, z_max: Tensor, labels: Labels) -> Rest:
     z = z.scatter(1, labels.a, NEG_INF).scatter(1, labels.b, NEG_INF)
     top = z.amax(1, keepdim=True)
     top = torch.where(top == NEG_INF, torch.zeros_like(top), top)  # no other class: its mass is exp(-inf) = 0
+    top = top + (z_max - z_max)  # an infinity or NaN among the labelled classes must not hide
     return Rest(z, top, (z - top).exp().sum(1, keepdim=True).log())
 
 
@@ -131,7 +132,7 @@ def forward(
             rows += w_kl * kl
         if decoupled:
             assert labels is not None
-            rest_s, rest_t = _rest(zs, labels), _rest(zt, labels)
+            rest_s, rest_t = _rest(zs, s_max, labels), _rest(zt, t_max, labels)
             if w_target:
                 rows += w_target * _target_kl(zs - logz_s, zt - logz_t, logz_s, logz_t, rest_s, rest_t, labels)
             if w_other:
