@@ -418,11 +418,11 @@ def test_fit_takes_micro_batches_of_a_relational_method_as_one_batch() -> None:
 
 
 @pytest.mark.parametrize("method", ["mlkd", "corsd"])
-def test_methods_with_heads_need_an_example_and_train_them(method: str) -> None:
+@pytest.mark.parametrize("with_example", [False, True])
+def test_methods_with_heads_find_the_widths_and_train_them(method: str, with_example: bool) -> None:
     teacher, student, (x, y) = network(6, 7, 8), network(), images(6)
-    with pytest.raises(ValueError, match=f"{method.upper()} has parameters of its own.*example="):
-        Distillation(teacher, student, method)
-    module = Distillation(teacher, student, method, example=x[:2])
+    teacher = None if method == "corsd" else teacher
+    module = Distillation(teacher, student, method, example=x[:2] if with_example else None).to(DEVICE)
     result = module(x, y[:2], y[1:3]) if method == "corsd" else module(x, y)
     assert set(result.terms) == {"ce", method}
     result.loss.backward()
@@ -452,3 +452,19 @@ def test_two_processes_from_the_command_line(method: str, tmp_path: Path) -> Non
     assert int(row["step"]) == 1000 // batch // 2  # each process sees its own half
     assert math.isfinite(float(row[method]))
     assert ("rows are compared over the batches of all 2 processes" in done.stdout) == (method == "mlkd")
+
+
+def test_widths_that_cannot_be_read_off_need_an_example() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x], 1)
+
+    student = nn.Sequential()
+    for name, layer in {"stage1": Doubled(), "pool": nn.Flatten(), "fc": nn.Linear(128, 4)}.items():
+        student.add_module(name, layer)
+    x = torch.randn(3, 1, 8, 8, device=DEVICE)
+    student, teacher = student.to(DEVICE), network(6, 7, 8)
+    with pytest.raises(ValueError, match=r"MLKD has parameters of its own.*'stage1'.*example="):
+        Distillation(teacher, student, "mlkd", layers=["stage1"], teacher_layers=["stages.2"])
+    module = Distillation(teacher, student, "mlkd", layers=["stage1"], teacher_layers=["stages.2"], example=x)
+    assert module(x, torch.tensor([0, 1, 2], device=DEVICE)).loss.isfinite()

@@ -119,7 +119,7 @@ def _train(
     lr: float,
     seed: int = 0,
 ) -> History:
-    distillation = Distillation(teacher, student, method, example=train.tensors[0][:2])
+    distillation = Distillation(teacher, student, method)
     if method.triplets:
         epochs = round(epochs / 3)  # each epoch shows three times the images
     loaders = data.loader(train, batch, train=True, triplets=method.triplets), data.loader(test, 1000, train=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .methods import Batch, Method, Outputs, make_method
-from .taps import FeatureTaps, stage_names
+from .taps import FeatureTaps, stage_names, unwrap, width
 
 
 class DistillationOutput(NamedTuple):
@@ -32,14 +32,16 @@ class Distillation(nn.Module):
         layers, teacher_layers: module names whose outputs a feature method compares; ``teacher_layers`` defaults to
             ``layers``, and ``layers`` to the networks' stages as the method's paper uses them (the last one or all).
 
-        example: a batch of images on the models' device, which a method with heads of its own ("mlkd", "corsd") runs
-            once, to learn how wide the features are.
+        example: a batch of images on the models' device. A method with heads of its own ("mlkd", "corsd") runs it
+            once to learn how wide the features are; without it their widths are read off the models' layers.
 
     ``distillation(images, target)`` returns the loss, its terms and the student's logits; for "corsd" images and labels
     are triplets: ``distillation(images, target, target_neg)``. Call ``close()`` to take the hooks off both models.
 
     Raises:
-        ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers.
+        ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers, features
+        whose
+            widths only an example could tell.
     """
 
     def __init__(
@@ -60,7 +62,8 @@ class Distillation(nn.Module):
         # in a tuple, so that the teacher is no submodule: not in parameters(), state_dict() or DDP's buffers
         self._teacher = (teacher.eval(),) if teacher is not None and self.method.needs_teacher else ()
         self._student_taps, self._teacher_taps = self._taps(layers, teacher_layers)
-        self._build(example)
+        if self.method.needs_widths:
+            self._build(example)
 
     def _taps(
         self, layers: Sequence[str] | None, teacher_layers: Sequence[str] | None
@@ -84,18 +87,30 @@ class Distillation(nn.Module):
         return self._teacher[0] if self._teacher else None
 
     def _build(self, example: Tensor | None) -> None:
-        if not self.method.needs_example:
-            return
+        """Have the method make its own parameters, whose sizes depend on the features."""
         if example is None:
-            raise ValueError(
-                f"method {type(self.method).__name__} has parameters of its own, whose sizes depend on the features: "
-                "give a batch of images as example=..."
-            )
+            student = self._stated(self.student, self._student_taps)
+            teacher = self._stated(self.teacher, self._teacher_taps) if self._teacher_taps is not None else None
+            self.method.build(student, teacher)
+            return
         training = self.student.training
         self.student.eval()
         with torch.no_grad():
             self.method.build(*self.outputs(example))
         self.student.train(training)
+
+    def _stated(self, model: nn.Module | None, taps: FeatureTaps) -> Outputs:
+        """Outputs as wide as the layers say they are: nothing has to run for it."""
+        assert model is not None
+        bare = unwrap(model)
+        widths = [width(bare), *(width(bare.get_submodule(name)) for name in taps.names)]
+        if None in widths:
+            raise ValueError(
+                f"method {type(self.method).__name__} has parameters of its own, and the widths of {taps.names} of "
+                f"{type(bare).__name__} cannot be read off its layers: give a batch of images as example=..."
+            )
+        logits, *features = (torch.empty(1, n) for n in widths if n is not None)
+        return Outputs(logits, features)
 
     def outputs(self, images: Tensor) -> tuple[Outputs, Outputs | None]:
         """Student and teacher on the same images."""

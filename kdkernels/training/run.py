@@ -27,9 +27,8 @@ def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     student = small_student(split.channels, split.classes)
     dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
-    example = dataset.tensors[0][:2]
     history = fit(
-        Distillation(teacher, student, method, example=example).to(accelerator.device),
+        Distillation(teacher, student, method).to(accelerator.device),
         data.loader(dataset, args.batch_size, train=True, triplets=method.triplets),
         test_loader,
         epochs=args.epochs,

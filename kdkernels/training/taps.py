@@ -35,6 +35,15 @@ def stage_names(model: nn.Module) -> list[str]:
     return names
 
 
+def width(module: nn.Module) -> int | None:
+    """Channels of what a module returns, read off the last layer in it that states them; None if none does."""
+    for layer in reversed(list(module.modules())):
+        for name in ("num_features", "out_channels", "out_features"):
+            if isinstance(value := getattr(layer, name, None), int):
+                return value
+    return None
+
+
 class FeatureTaps:
     """Keeps what the named modules return in the last forward pass.
 

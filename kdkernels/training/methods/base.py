@@ -34,13 +34,13 @@ class Method(nn.Module):
 
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
     needs_teacher: ClassVar[bool] = True
-    needs_example: ClassVar[bool] = False  # build() has to see the features' widths
+    needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
     group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
-        """Make the method's own parameters, given what the networks return for an example."""
+        """Make the method's own parameters; of the outputs only their widths (dimension 1) are meant."""
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """The training batch; as given, unless the method mixes or augments."""

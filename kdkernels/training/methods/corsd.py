@@ -17,7 +17,7 @@ class CORSD(Method):
 
     stages = "all"
     needs_teacher = False
-    needs_example = True
+    needs_widths = True
     triplets = True
 
     def __init__(self, **options: Any) -> None:

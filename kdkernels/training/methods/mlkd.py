@@ -14,7 +14,7 @@ class MLKD(Method):
     """Ding et al. 2021, on the pooled output of the last stage. Its heads train with the student and are dropped."""
 
     stages = "last"
-    needs_example = True
+    needs_widths = True
     relational = True
 
     def __init__(self, weights: tuple[float, float, float] = WEIGHTS, views: int = 4) -> None:
