@@ -7,8 +7,7 @@ Adding up the losses of micro-batches is another loss: it never compares rows of
     pass 2   every micro-batch again, with graph, and that gradient back through it
 
 Memory is one micro-batch's graph and the whole batch's features; the price is a second forward pass. (The scheme is
-known
-as gradient caching: Gao et al. 2021, arXiv 2101.06983.)
+known as gradient caching: Gao et al. 2021, arXiv 2101.06983.)
 """
 
 from __future__ import annotations

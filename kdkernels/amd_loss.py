@@ -6,8 +6,8 @@ Per layer and sample, for student and teacher, over the pixels:
     u = cos(m acos q),  m = 1.35;   G = -softplus(s (w - u)),  s = 64     the angular margin
     L = (1/3) [mse(G^) + mse(u^) + mse(w^)],  v^ = v / ||v||_2            mean over B and pixels
 
-G is the paper's log(e^{su} / (e^{su} + e^{sw})), which written that way loses 10 % of its gradient in fp32 on a 16 x
-16 map.
+G is the paper's log(e^{su} / (e^{su} + e^{sw})), which written that way loses 10 % of its gradient in fp32 on maps
+of 16 x 16.
 """
 
 from __future__ import annotations

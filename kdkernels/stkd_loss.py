@@ -6,8 +6,7 @@ Only the paper's abstract is certain; these equations are the reading that satis
     z_s = student(x~),  z_t = teacher(x~);   p = softmax(z),  q = softmax(z / T)
     L = ce_weight * mean_i CE(y~_i, p_s,i)  +  kd_weight * T^2 * mean_i KL(q_t,i || q_s,i)
 
-and with ``decouple=(w_target, w_other)`` the KL is split into the labelled classes and the rest, S being the rest's
-mass:
+and with ``decouple=(w_target, w_other)`` the KL is split into the labelled classes and the rest, whose mass is S:
 
     KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_other NCKD        (DKD, arXiv 2203.08679, for one or two labels)
 """
@@ -41,11 +40,10 @@ def stkd_loss(
     Args:
         student_logits, teacher_logits: (N, C) or (N, L, C) logits of the mixed images. float16, bfloat16, float32
             or float64, any strides. No gradient flows to the teacher.
-        target: int64 labels, (N,) or (N, L), or a dense floating-point target in the logits' shape (somebody else's
-            mixup).
+        target: int64 labels, (N,) or (N, L), or a dense floating-point target in the logits' shape, as other libraries'
+            mixup makes.
         target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, a tensor of shape () or (N,).
-            Both or neither; without them this is plain distillation with hard labels. ``mixup`` and ``cutmix`` make
-            them.
+            Both or neither; ``mixup`` and ``cutmix`` make them. Without them: plain distillation with hard labels.
         temperature: T > 0.
         ce_weight, kd_weight: weights of the two terms, each on its own scale.
         decouple: (w_target, w_other) splits the KL as above; (1, 8) is DKD's recipe for CIFAR-100. Needs integer

@@ -31,7 +31,6 @@ class Distillation(nn.Module):
         method: a name ("alone", "kd", "sp", "stkd", "amd", "mlkd", "corsd"), or a ``Method`` with options of your own.
         layers, teacher_layers: module names whose outputs a feature method compares; ``teacher_layers`` defaults to
             ``layers``, and ``layers`` to the networks' stages as the method's paper uses them (the last one or all).
-
         example: a batch of images on the models' device. A method with heads of its own ("mlkd", "corsd") runs it
             once to learn how wide the features are; without it their widths are read off the models' layers.
 
@@ -39,9 +38,8 @@ class Distillation(nn.Module):
     are triplets: ``distillation(images, target, target_neg)``. Call ``close()`` to take the hooks off both models.
 
     Raises:
-        ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers, features
-        whose
-            widths only an example could tell.
+        ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers, or
+            features whose widths only an example could tell.
     """
 
     def __init__(
