@@ -111,6 +111,6 @@ def choose(op: str, *tensors: Tensor) -> Any:
         if reason is None:
             if reasons:
                 _log_fallback(op, device, name, tuple(reasons))
-                return module
+            return module
         reasons.append(f"{name}: {reason}")
     raise BackendError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")
