@@ -17,6 +17,34 @@
 #include "cuda.h"
 #endif
 
+#ifdef KD_CUDA
+// Lives in libtorch_cuda: weak, so that the library loads on a torch without it, where no tensor is on CUDA.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace kd {
+namespace cuda {
+
+void check_status(cudaError_t status, const char* what) {
+  STD_TORCH_CHECK(status == cudaSuccess, "kdkernels: ", what, ": ", cudaGetErrorString(status));
+}
+
+Launch::Launch(int device) : device_(device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "kdkernels: this torch has no CUDA");
+  check_status(cudaGetDevice(&before_), "cudaGetDevice");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  stream_ = static_cast<cudaStream_t>(stream);
+  if (before_ != device_) check_status(cudaSetDevice(device_), "cudaSetDevice");
+}
+
+Launch::~Launch() {
+  if (before_ != device_) (void)cudaSetDevice(before_);
+}
+
+}  // namespace cuda
+}  // namespace kd
+#endif
+
 namespace {
 
 using torch::headeronly::MemoryFormat;
@@ -236,6 +264,7 @@ struct AngularInputs {
                         s.size(3) == t.size(3),
                     "kdkernels: activations must be (B, C, H, W) with the same B, H and W");
     check_device(t, s);
+    STD_TORCH_CHECK(layers.empty() || layers[0].batch == s.size(0), "kdkernels: all layers must have the same B");
     fp64 = fp64 || is_double(s) || is_double(t);
     kd::AngularLayer layer;
     layer.student = activation(s);

@@ -3,6 +3,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define KD_BOTH __host__ __device__
+#else
+#define KD_BOTH
+#endif
+
 namespace kd {
 
 enum class DType : int { f16, bf16, f32, f64 };

@@ -27,8 +27,8 @@ struct SoftmaxKl {
 
   double temperature, w_ce, w_kl, w_target, w_other;
 
-  bool decoupled() const { return w_target != 0 || w_other != 0; }
-  bool soft() const { return w_kl != 0 || decoupled(); }
+  KD_BOTH bool decoupled() const { return w_target != 0 || w_other != 0; }
+  KD_BOTH bool soft() const { return w_kl != 0 || decoupled(); }
 };
 
 struct SoftmaxKlForward : SoftmaxKl {
