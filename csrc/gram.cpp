@@ -9,25 +9,23 @@ namespace KD_ISA {
 namespace {
 
 constexpr double kCosineEps = 1e-8;
+constexpr int64_t kSmall = 1 << 17;  // simple operations that are not worth a second thread
 constexpr int64_t kPartMemory = int64_t(1) << 26;  // bytes of partial Gram matrices at most
 
 struct Normalised {
-  double norm, divisor, top;
+  double norm, divisor;
 };
 
 // ||K_i||, by way of K / max |K|: squares of large features overflow
 inline Normalised row_norm(const double* k, int64_t n, bool l1, double eps) {
   double top = 0, sum = 0;
-  for (int64_t j = 0; j < n; ++j) top = most(top, std::fabs(k[j]));
-  if (l1) {
-    for (int64_t j = 0; j < n; ++j) sum += std::fabs(k[j]);
-  } else if (top > 0) {
-    for (int64_t j = 0; j < n; ++j) sum += (k[j] / top) * (k[j] / top);
-    sum = std::sqrt(sum) * top;
-  } else {
-    for (int64_t j = 0; j < n; ++j) sum += k[j];  // 0, or NaN
-  }
-  return {sum, sum < eps ? eps : sum, top};
+#pragma omp simd reduction(max : top)
+  for (int64_t j = 0; j < n; ++j) top = std::fabs(k[j]) > top ? std::fabs(k[j]) : top;
+  const double by = l1 || top == 0 ? 1 : 1 / top;  // NaN does not count in the maximum; it shows in the sum
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += l1 ? std::fabs(k[j]) : (k[j] * by) * (k[j] * by);
+  const double norm = l1 ? sum : std::sqrt(sum) / by;
+  return {norm, norm < eps ? eps : norm};
 }
 
 // H_i of the specification: the row of the student's Gram matrix through its normalisation. Returns ||G_t - G_s||^2.
@@ -35,6 +33,7 @@ double sp_row(const SpGram& x, int64_t i, const double* k_s, const double* k_t, 
   const int64_t n = x.batch;
   const Normalised s = row_norm(k_s, n, x.l1, x.eps), t = row_norm(k_t, n, x.l1, x.eps);
   double loss = 0, inner = 0;
+#pragma omp simd reduction(+ : loss, inner)
   for (int64_t j = 0; j < n; ++j) {
     const double g = k_s[j] / s.divisor, difference = g - k_t[j] / t.divisor;
     loss += difference * difference;
@@ -78,7 +77,7 @@ void sp_forward_as(const SpGram& x, const Pool& pool) {
                           k + (matrix * parts + part) * size, stride);
       }
     });
-    parallel(pool, matrices * n, 32, [&](int64_t begin, int64_t end) {  // sum the parts and mirror
+    parallel(pool, matrices * n, kSmall / (n * parts), [&](int64_t begin, int64_t end) {  // sum the parts and mirror
       for (int64_t task = begin; task < end; ++task) {
         const int64_t i = task % n;
         double* to = k + task / n * parts * size;
@@ -89,7 +88,7 @@ void sp_forward_as(const SpGram& x, const Pool& pool) {
         }
       }
     });
-    parallel(pool, x.count * n, 16, [&](int64_t begin, int64_t end) {
+    parallel(pool, x.count * n, kSmall / (8 * n), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t layer = task / n, i = task % n;
         const double *k_s = k + 2 * layer * parts * size + i * stride, *k_t = k_s + parts * size;
@@ -99,7 +98,7 @@ void sp_forward_as(const SpGram& x, const Pool& pool) {
     for (int64_t i = 0; i < x.count * n; ++i) total += loss[i];
     if (x.weights) {
       T* w = static_cast<T*>(x.weights);
-      parallel(pool, x.count * n, 64, [&](int64_t begin, int64_t end) {
+      parallel(pool, x.count * n, kSmall / (2 * n), [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const double* from = h_data + task / n * n * n;
           for (int64_t i = task % n, j = 0; j < n; ++j) w[task * n + j] = static_cast<T>(from[i * n + j] + from[j * n + i]);
@@ -114,7 +113,7 @@ void sp_forward_as(const SpGram& x, const Pool& pool) {
 template <typename T, typename F>
 void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Rows& q, const F& finish) {
   const int64_t slice = weighted_slice(q.count + count), tasks = (q.width + slice - 1) / slice;
-  parallel(pool, tasks, 1, [&](int64_t begin, int64_t end) {
+  parallel(pool, tasks, 8 * kSmall / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
     for (int64_t task = begin; task < end; ++task)
       weighted_sum<T>(packed_w, count, q, task * slice, least(slice, q.width - task * slice), scratch, finish);
@@ -138,7 +137,7 @@ void sp_backward_as(const SpGram& x, const Pool& pool) {
 
 template <typename T>
 void inverse_norms(const Rows& q, const Pool& pool, T* out) {
-  parallel(pool, q.count, 8, [&](int64_t begin, int64_t end) {
+  parallel(pool, q.count, kSmall / (q.width + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> buffer(q.width);
     for (int64_t i = begin; i < end; ++i) {
       const T* x = load<T>(q.type, q.data, i * q.stride, q.width, buffer);
@@ -159,7 +158,8 @@ void cosine_forward_as(const Cosine& x, const Pool& pool) {
   inverse_norms(x.a, pool, inverse_a);
   inverse_norms(x.b, pool, inverse_b);
   if (m == 0) return;
-  const int64_t step = round_up((n + pool.threads - 1) / pool.threads, kTile);
+  const int64_t threads = n * m * x.a.width < 8 * kSmall ? 1 : pool.threads;
+  const int64_t step = round_up((n + threads - 1) / threads, kTile);
   parallel(pool, step ? (n + step - 1) / step : 0, 1, [&](int64_t begin, int64_t end) {
     Buffer<double> products(step * stride);
     for (int64_t task = begin; task < end; ++task) {

@@ -390,6 +390,11 @@ __global__ void inner_kernel(const T* grad, const T* similarity, int64_t n, int6
   if (threadIdx.x == 0) inner[blockIdx.x] = sum;
 }
 
+template <typename T>
+const T* numbers(const void* data) {
+  return static_cast<const T*>(data);
+}
+
 inline int cosine_splits(const Cosine& x) { return splits_for(tiles_of({x.a, x.b, false, 0}), x.a.width); }
 
 template <typename T>
@@ -416,16 +421,15 @@ template <typename T>
 void cosine_backward_as(const Cosine& x, cudaStream_t stream) {
   const int64_t n = x.a.count, m = x.b.count;
   if (n + m == 0) return;
-  const T* grad = static_cast<const T*>(x.grad);
-  const T* inverse_a = static_cast<const T*>(x.inverse_a);
-  const T* inverse_b = static_cast<const T*>(x.inverse_b);
   double* inner = static_cast<double*>(x.workspace);
-  inner_kernel<T><<<n + m, kRowThreads, 0, stream>>>(grad, static_cast<const T*>(x.similarity), n, m, inner);
+  inner_kernel<T><<<n + m, kRowThreads, 0, stream>>>(numbers<T>(x.grad), numbers<T>(x.similarity), n, m, inner);
   check_launch("cosine inner products");
   WeightedTable<T> table{};
   table.count = 2;
-  table.items[0] = {grad, m, 1, inverse_b, nullptr, x.b, x.a, inverse_a, inner, x.grad_a};
-  table.items[1] = {grad, 1, m, inverse_a, nullptr, x.a, x.b, inverse_b, inner + n, x.grad_b};
+  table.items[0] = {numbers<T>(x.grad), m,   1,   numbers<T>(x.inverse_b), nullptr,
+                    x.b,                x.a, numbers<T>(x.inverse_a), inner, x.grad_a};
+  table.items[1] = {numbers<T>(x.grad), 1,   m,   numbers<T>(x.inverse_a), nullptr,
+                    x.a,                x.b, numbers<T>(x.inverse_b), inner + n, x.grad_b};
   start_weighted(table, stream);
 }
 
