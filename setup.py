@@ -58,7 +58,7 @@ if PLAN is None:
     setup(**PACKAGES)
 else:
     print(f"kdkernels: building the native kernels for the CPU{' and CUDA' if PLAN.cuda else ''}")
-    # a library for torch.ops.load_library and no Python module: one file serves every Python and every torch from 2.11 on
+    # a library for torch.ops.load_library, no Python module: one file serves every Python and every torch from 2.11 on
     setup(
         **PACKAGES,
         ext_modules=[Extension("kdkernels._native", sources=[], py_limited_api=True)],

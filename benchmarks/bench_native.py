@@ -1,9 +1,9 @@
-"""The native CPU kernels against the published formulas, eager and under torch.compile: forward + backward, fp32, 2 threads.
+"""The native CPU kernels against the published formulas, eager and compiled: forward + backward, fp32, 2 threads.
 
-    python benchmarks/bench_native.py [--rounds 30] [--no-compile]
+    python benchmarks/bench_native.py [--rounds 30] [--no-compile] [--only sp]
 
-The candidates take turns in one process, so that a noisy machine is noisy for all of them. Printed are medians and the ratios to
-the native op: above 1, native is faster.
+The candidates take turns in one process, so that a noisy machine is noisy for all of them. Printed are medians and the
+ratios to the native op: above 1, native is faster.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import published
+import published  # noqa: E402
 
-import kdkernels
-from kdkernels.ops.gram import cosine_similarity
-from kdkernels.ops.softmax_kl import softmax_kl
+import kdkernels  # noqa: E402
+from kdkernels.ops.gram import cosine_similarity  # noqa: E402
+from kdkernels.ops.softmax_kl import softmax_kl  # noqa: E402
 
 Candidate = Callable[[], object]
 

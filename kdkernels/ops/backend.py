@@ -1,9 +1,9 @@
 """Which implementation of an op runs, and why.
 
 Every op has up to three implementations with the same names: ``supports(*tensors)``, which returns None or the reason
-why not, ``forward`` and ``backward``. The reference and the Triton one are modules in the op's folder; all native ones come
-from one library, see native.py. They save the same things, so a forward pass of one may be followed by the backward pass
-of another.
+why not, ``forward`` and ``backward``. The reference and the Triton one are modules in the op's folder; all native ones
+come from one library, see native.py. They save the same things, so a forward pass of one may be followed by the
+backward pass of another.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 OPS = ("softmax_kl", "gram", "angular_margin")
 BACKENDS = ("native", "triton", "reference")
 VARIABLE = "KDKERNELS_BACKEND"
-# auto tries these in turn, fastest first; a device that is not listed has the reference alone. On CUDA native comes behind
-# Triton until somebody has measured it on a GPU.
+# auto tries these in turn, fastest first; a device that is not listed has the reference alone. On CUDA native comes
+# behind Triton until somebody has measured it on a GPU.
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference"), "xpu": ("triton", "reference")}
 _MODULES = {"triton": "triton_kernels", "reference": "reference"}
 

@@ -1,10 +1,11 @@
 """The native backend: finds the library of csrc/ in the package, or builds it once into the user's cache, and loads it.
 
     KDKERNELS_JIT=0         never build at run time
+    KDKERNELS_ISA=...       build for base, avx2 or avx512 instead of what the machine has
     XDG_CACHE_HOME          where the cache is, default ~/.cache
 
-Nothing is built when kdkernels is imported; the first use of an op builds. Whatever goes wrong becomes the reason why the
-native backend is not available.
+Nothing is built when kdkernels is imported; the first use of an op builds. Whatever goes wrong becomes the reason why
+the native backend is not available.
 """
 
 from __future__ import annotations
@@ -59,15 +60,13 @@ def _find_and_load() -> str | None:
             logger.warning("%s; building it anew", reason)
     if os.environ.get("KDKERNELS_JIT", "1").lower() in ("0", "false", "off", "no"):
         return f"{reason}, and KDKERNELS_JIT=0 forbids to build it now"
-    cuda = torch.version.cuda is not None and torch.cuda.is_available()
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        try:
+            return _build_and_load(cuda=True)
+        except BuildError as error:
+            logger.warning("building the CUDA kernels failed (%s); building those for the CPU alone", error)
     try:
-        return _build_and_load(cuda)
-    except BuildError as error:
-        if not cuda:
-            return f"{reason}, and it cannot be built now: {error}"
-        logger.warning("building the CUDA kernels failed (%s); building those for the CPU alone", error)
-    try:
-        return _build_and_load(False)
+        return _build_and_load(cuda=False)
     except BuildError as error:
         return f"{reason}, and it cannot be built now: {error}"
 
@@ -132,7 +131,7 @@ def _is_whole(library: Path) -> bool:
         return False
 
 
-def _build_and_load(cuda: bool) -> None:
+def _build_and_load(cuda: bool) -> str | None:
     plan = native_build.plan(PACKAGE, isas=[native_build.host_isa()], cuda=cuda)
     folder = _private(_private(cache_folder()) / plan.fingerprint())
     library = folder / "native.so"
@@ -142,11 +141,12 @@ def _build_and_load(cuda: bool) -> None:
                 _build(plan, library)
             try:
                 torch.ops.load_library(str(library))
-                return
+                return None
             except (OSError, RuntimeError) as error:
                 if attempt:
                     raise BuildError(f"{library} cannot be loaded: {_one_line(error)}") from error
                 library.unlink(missing_ok=True)  # built on another machine, or against another library: once more
+    return None
 
 
 def _build(plan: native_build.Plan, library: Path) -> None:
