@@ -1,6 +1,6 @@
 """The native CPU kernels against the published formulas, eager and compiled: forward + backward, fp32, 2 threads.
 
-    python benchmarks/bench_native.py [--rounds 30] [--no-compile] [--only sp]
+    python benchmarks/bench_native.py [--rounds 30] [--no-compile] [--only sp] [--threads 1 --cpu-time]
 
 The candidates take turns in one process, so that a noisy machine is noisy for all of them. Printed are medians and the
 ratios to the native op: above 1, native is faster.
@@ -38,16 +38,16 @@ def step(loss: Callable[..., Tensor], student: Tensor, *constants: Tensor) -> Ca
     return run
 
 
-def medians(candidates: dict[str, Candidate], rounds: int) -> dict[str, float]:
+def medians(candidates: dict[str, Candidate], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
         candidate()
         candidate()
     for _ in range(rounds):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             candidate()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -111,10 +111,13 @@ def matrix_products(student: Tensor, teacher: Tensor) -> Candidate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time: for a machine that others use too")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     for name, (ours, theirs, (student, *constants)) in cases().items():
         if options.only not in name:
             continue
@@ -129,7 +132,7 @@ def main() -> None:
             candidates["compile"] = step(torch.compile(theirs), student, *constants)
         if name.startswith("sp"):
             candidates["3 mm"] = matrix_products(student, constants[0])
-        result = medians(candidates, 5 if "mlkd" in name else options.rounds)
+        result = medians(candidates, min(options.rounds, 8) if "mlkd" in name else options.rounds, clock)
         ratios = "  ".join(f"{k} {v / result['native']:.2f}x" for k, v in result.items() if k != "native")
         print(f"{name:34} native {result['native'] * 1e3:8.3f} ms   {ratios}", flush=True)
 

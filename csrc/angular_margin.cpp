@@ -9,6 +9,7 @@ namespace {
 
 constexpr double kEnergyEps = 1e-6, kUnitEps = 1e-12, kClamp = 1e-7, kPi = 3.14159265358979323846;
 constexpr int kTerms = 14;
+constexpr int64_t kPixels = 2048;  // whose energies stay in the first cache while the channels go by
 
 template <typename T>
 inline T clamp(T q) {  // NaN stays NaN
@@ -127,21 +128,18 @@ void energy(const Activation& a, int64_t sample, int64_t pixels, T* r, T* buffer
     }
     return;
   }
-  for (int64_t begin = 0; begin < pixels; begin += kChunk) {
-    const int64_t n = least(kChunk, pixels - begin);
+  for (int64_t begin = 0; begin < pixels; begin += kPixels) {
+    const int64_t n = least(kPixels, pixels - begin);
     T* out = r + begin;
     for (int64_t k = 0; k < n; ++k) out[k] = 0;
     int64_t c = 0;
-    for (; c + 4 <= a.channels; c += 4) {
-      const T* x[4];
-      for (int i = 0; i < 4; ++i)
-        x[i] = load<T>(a.type, a.data, first + (c + i) * pixels + begin, n, buffer + i * kChunk);
-      const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+    for (; c + 2 <= a.channels; c += 2) {
+      const T* x = load<T>(a.type, a.data, first + c * pixels + begin, n, buffer);
+      const T* y = load<T>(a.type, a.data, first + (c + 1) * pixels + begin, n, buffer + kPixels);
 #pragma omp simd
-      for (int64_t k = 0; k < n; ++k)
-        out[k] += (x0[k] * x0[k] + x1[k] * x1[k]) + (x2[k] * x2[k] + x3[k] * x3[k]);
+      for (int64_t k = 0; k < n; ++k) out[k] += x[k] * x[k] + y[k] * y[k];
     }
-    for (; c < a.channels; ++c) {
+    if (c < a.channels) {
       const T* x = load<T>(a.type, a.data, first + c * pixels + begin, n, buffer);
 #pragma omp simd
       for (int64_t k = 0; k < n; ++k) out[k] += x[k] * x[k];
@@ -284,7 +282,7 @@ inline int64_t scratch_size(const AngularMargin& x) {
   int64_t size = 0;
   for (int64_t i = 0; i < x.count; ++i) {
     const AngularLayer& l = x.layers[i];
-    size = most(size, 14 * l.height * l.width + most<int64_t>(4 * kChunk, most(l.student.channels, l.teacher.channels)));
+    size = most(size, 14 * l.height * l.width + most<int64_t>(2 * kPixels, most(l.student.channels, l.teacher.channels)));
   }
   return size;
 }

@@ -169,7 +169,8 @@ inline double read(DType dtype, const void* base, int64_t index) {
 
 inline double fast_exp(double x) { return std::exp(x); }
 
-// exp to 1 ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Results below 2^-126 are 0; NaN stays NaN.
+// exp of x <= 0 to 1 ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Results below 2^-126 are 0, NaN stays
+// NaN, and x > 88 gives nonsense: every caller has its maximum subtracted, or throws such a result away.
 inline float fast_exp(float x) {
   const float shifted = KD_FMA(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23 rounds to an integer
   const float n = shifted - 12582912.0f;
@@ -184,8 +185,7 @@ inline float fast_exp(float x) {
   p = KD_FMA(p, r * r, r) + 1.0f;
   const float power = bits<float>((bits<uint32_t>(shifted) + 127u) << 23);
   p *= power;
-  p = x < -87.33654f ? 0.0f : p;
-  return x > 88.37626f ? HUGE_VALF : p;
+  return x < -87.33654f ? 0.0f : p;
 }
 
 template <typename T>

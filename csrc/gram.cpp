@@ -10,6 +10,7 @@ namespace {
 
 constexpr double kCosineEps = 1e-8;
 constexpr int64_t kSmall = 1 << 17;  // simple operations that are not worth a second thread
+constexpr int64_t kProducts = 1 << 22;  // the same for multiply-adds of a matrix product
 constexpr int64_t kPartMemory = int64_t(1) << 26;  // bytes of partial Gram matrices at most
 
 struct Normalised {
@@ -113,7 +114,7 @@ void sp_forward_as(const SpGram& x, const Pool& pool) {
 template <typename T, typename F>
 void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Rows& q, const F& finish) {
   const int64_t slice = weighted_slice(q.count + count), tasks = (q.width + slice - 1) / slice;
-  parallel(pool, tasks, 8 * kSmall / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
+  parallel(pool, tasks, kProducts / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
     for (int64_t task = begin; task < end; ++task)
       weighted_sum<T>(packed_w, count, q, task * slice, least(slice, q.width - task * slice), scratch, finish);
@@ -158,7 +159,7 @@ void cosine_forward_as(const Cosine& x, const Pool& pool) {
   inverse_norms(x.a, pool, inverse_a);
   inverse_norms(x.b, pool, inverse_b);
   if (m == 0) return;
-  const int64_t threads = n * m * x.a.width < 8 * kSmall ? 1 : pool.threads;
+  const int64_t threads = n * m * x.a.width < 2 * kProducts ? 1 : pool.threads;
   const int64_t step = round_up((n + threads - 1) / threads, kTile);
   parallel(pool, step ? (n + step - 1) / step : 0, 1, [&](int64_t begin, int64_t end) {
     Buffer<double> products(step * stride);

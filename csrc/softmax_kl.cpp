@@ -8,6 +8,8 @@ namespace kd {
 namespace KD_ISA {
 namespace {
 
+constexpr int64_t kSmall = 1 << 15;  // logits that are not worth a second thread
+
 struct Labels {
   int64_t a = -1, b = -1;
   double weight_a = 1, weight_b = 0;
@@ -178,7 +180,7 @@ template <typename T>
 void forward(const SoftmaxKlForward& x, const Pool& pool) {
   Buffer<double> losses(x.rows + 1);
   double* row_loss = losses;
-  parallel(pool, x.rows, 8192 / (x.classes + 1), [&](int64_t begin, int64_t end) {
+  parallel(pool, x.rows, kSmall / (x.classes + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> buffer(4 * x.classes);
     for (int64_t row = begin; row < end; ++row) row_loss[row] = row_forward<T>(x, row, buffer);
   });
@@ -317,7 +319,7 @@ void row_backward(const SoftmaxKlBackward& x, int64_t row, T* buffer) {
 
 template <typename T>
 void backward(const SoftmaxKlBackward& x, const Pool& pool) {
-  parallel(pool, x.rows, 8192 / (x.classes + 1), [&](int64_t begin, int64_t end) {
+  parallel(pool, x.rows, kSmall / (x.classes + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> buffer(4 * x.classes);
     for (int64_t row = begin; row < end; ++row) row_backward<T>(x, row, buffer);
   });
