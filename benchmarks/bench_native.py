@@ -9,7 +9,6 @@ ratios to the native op: above 1, native is faster.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +37,9 @@ def step(loss: Callable[..., Tensor], student: Tensor, *constants: Tensor) -> Ca
     return run
 
 
-def medians(candidates: dict[str, Candidate], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+def measure(
+    candidates: dict[str, Candidate], rounds: int, clock: Callable[[], float], quantile: float
+) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
         candidate()
@@ -48,7 +49,7 @@ def medians(candidates: dict[str, Candidate], rounds: int, clock: Callable[[], f
             start = clock()
             candidate()
             times[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: sorted(values)[round(quantile * (rounds - 1))] for name, values in times.items()}
 
 
 def on(backend: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -112,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quantile", type=float, default=0.5, help="of the rounds' times; 0 is the best")
     parser.add_argument("--cpu-time", action="store_true", help="processor time: for a machine that others use too")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -132,7 +134,9 @@ def main() -> None:
             candidates["compile"] = step(torch.compile(theirs), student, *constants)
         if name.startswith("sp"):
             candidates["3 mm"] = matrix_products(student, constants[0])
-        result = medians(candidates, min(options.rounds, 8) if "mlkd" in name else options.rounds, clock)
+        result = measure(
+            candidates, min(options.rounds, 8) if "mlkd" in name else options.rounds, clock, options.quantile
+        )
         ratios = "  ".join(f"{k} {v / result['native']:.2f}x" for k, v in result.items() if k != "native")
         print(f"{name:34} native {result['native'] * 1e3:8.3f} ms   {ratios}", flush=True)
 
