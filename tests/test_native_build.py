@@ -1,0 +1,280 @@
+"""How the native library is built, found and loaded, and everything that can go wrong with that."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdkernels.ops import native, native_build
+
+ROOT = Path(__file__).parents[1]
+# what each process of a test does: a loss in auto mode, and what became of the native backend
+PROBE = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+import kdkernels
+from kdkernels.ops import native
+x = torch.arange(12.0).view(3, 4).requires_grad_()
+loss = kdkernels.sp_loss(x, x.detach().square())
+loss.backward()
+assert loss.isfinite() and x.grad.isfinite().all()
+print("REASON", native.why_not())
+"""
+
+
+def compiler() -> str:
+    try:
+        return native_build.find_compiler()
+    except native_build.BuildError as error:
+        pytest.skip(str(error))
+
+
+def start(cache: Path, code: str = PROBE, **environment: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_") and k != "CXX"}
+    env |= {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+    )
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """The reason why there are no native kernels ("None" with them), and all that was printed."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output.split("REASON ")[1].strip(), output
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that eight processes have filled at once."""
+    compiler()
+    folder = tmp_path_factory.mktemp("cache")
+    outcomes = [outcome(process) for process in [start(folder) for _ in range(8)]]
+    assert [reason for reason, _ in outcomes] == ["None"] * 8
+    assert sum("building the native" in output for _, output in outcomes) == 1
+    return folder
+
+
+def library_in(cache: Path) -> Path:
+    (library,) = cache.glob("kdkernels/*/native.so")
+    return library
+
+
+def test_native_is_there_where_a_compiler_is() -> None:
+    compiler()
+    if native.INSTALLED.exists() or os.environ.get("KDKERNELS_JIT") != "0":
+        assert native.why_not() is None
+
+
+def test_eight_processes_at_once_build_once(cache: Path) -> None:
+    library = library_in(cache)
+    for folder in (cache / "kdkernels", library.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert not list(library.parent.glob(".build-*"))
+    reason, output = outcome(start(cache))
+    assert reason == "None"
+    assert "building" not in output
+
+
+@pytest.mark.parametrize("damage", ["truncated", "stale"])
+def test_a_damaged_library_is_built_anew(cache: Path, damage: str) -> None:
+    library = library_in(cache)
+    if damage == "truncated":
+        library.write_bytes(library.read_bytes()[:10000])
+    else:  # whole, but nothing that this machine can load
+        library.write_bytes(b"made elsewhere")
+        library.with_suffix(".sha256").write_text(native._digest(library))
+    reason, output = outcome(start(cache))
+    assert reason == "None"
+    assert "building the native" in output
+
+
+def test_without_a_compiler(tmp_path: Path) -> None:
+    reason, _ = outcome(start(tmp_path, PATH=str(tmp_path)))
+    assert "no C++ compiler found: install g++" in reason
+
+
+@pytest.mark.parametrize("version_works", [False, True])
+def test_with_a_compiler_that_fails(tmp_path: Path, version_works: bool) -> None:
+    fake = tmp_path / "g++"
+    success = '[ "$1" = --version ] && exit 0' if version_works else ""
+    fake.write_text(
+        f"#!/bin/sh\n{success}\necho 'In file included from x.h:' >&2\necho 'x.h:1:2: error: broken' >&2\nexit 1\n"
+    )
+    fake.chmod(0o755)
+    reason, output = outcome(start(tmp_path / "cache", PATH=f"{tmp_path}:/bin:/usr/bin"))
+    assert "g++ failed: x.h:1:2: error: broken" in reason
+    assert "the native kernels are not available" in output
+
+
+def test_with_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    compiler()
+    (tmp_path / "file").touch()
+    reason, _ = outcome(start(tmp_path / "file"))
+    assert "cannot be written" in reason
+    assert "XDG_CACHE_HOME" in reason
+
+
+def test_with_another_users_lock_held(tmp_path: Path) -> None:
+    compiler()
+    code = PROBE.replace("x = torch", "native.LOCK_TIMEOUT = 0.3; x = torch", 1)
+    plan = native_build.plan(native.PACKAGE, isas=[native_build.host_isa()], cuda=False)
+    folder = tmp_path / "kdkernels" / plan.fingerprint()
+    folder.mkdir(parents=True)
+    import fcntl
+
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        reason, _ = outcome(start(tmp_path, code))
+    assert "another process has held" in reason
+
+
+def test_jit_forbidden(tmp_path: Path) -> None:
+    reason, output = outcome(start(tmp_path, KDKERNELS_JIT="0"))
+    assert "KDKERNELS_JIT=0 forbids" in reason
+    assert "building the native" not in output
+    process = start(tmp_path, KDKERNELS_JIT="0", KDKERNELS_BACKEND="native")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode != 0
+    assert "backend 'native' was asked for by name and cannot run gram: it was not built" in output
+
+
+def test_importing_builds_nothing(tmp_path: Path) -> None:
+    process = start(tmp_path, "import kdkernels, kdkernels.ops.native, sys; assert 'triton' not in sys.modules")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert not list(tmp_path.iterdir())
+
+
+def test_fingerprint_follows_sources_flags_and_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler()
+    (tmp_path / "csrc").mkdir()
+    for path in native_build.find_sources(native.PACKAGE).glob("*.*"):
+        (tmp_path / "csrc" / path.name).write_bytes(path.read_bytes())
+
+    def fingerprint(isa: str = "base") -> str:
+        return native_build.plan(tmp_path, isas=[isa], cuda=False).fingerprint()
+
+    seen = {fingerprint()}
+    assert fingerprint() in seen
+    seen.add(fingerprint(native_build.all_isas()[-1]))
+    monkeypatch.setattr(native_build, "KERNEL_FLAGS", ["-O2"])
+    seen.add(fingerprint())
+    with (tmp_path / "csrc" / "gram.cpp").open("a") as file:
+        file.write("// changed\n")
+    seen.add(fingerprint())
+    monkeypatch.setattr(native_build, "find_torch", lambda: native_build.Torch(tmp_path, "9.9"))
+    seen.add(fingerprint())
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize("isa", [isa for isa in native_build.all_isas() if isa != native_build.host_isa()])
+def test_other_instruction_sets_give_the_same_numbers(isa: str, tmp_path: Path) -> None:
+    compiler()
+    if native_build.all_isas().index(isa) > native_build.all_isas().index(native_build.host_isa()):
+        pytest.skip(f"this machine has no {isa}")
+    run_op_tests(
+        tmp_path, [str(ROOT)], ["-k", "native and (meets or layers or each_term or golden or huge)"], KDKERNELS_ISA=isa
+    )
+
+
+def run_op_tests(folder: Path, path: list[str], arguments: list[str], **environment: str) -> str:
+    """The op tests on the native backend in a process of their own, with kdkernels from ``path``."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_")}
+    env |= {"PYTHONPATH": os.pathsep.join(path), "XDG_CACHE_HOME": str(folder)} | environment
+    tests = [str(ROOT / "tests" / "ops"), str(ROOT / "tests" / "test_golden.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *arguments]
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A wheel with the library in it, CUDA's part too where nvcc is, and what the compilers said."""
+    compiler()
+    if importlib.util.find_spec("pip") is None or importlib.util.find_spec("setuptools") is None:
+        pytest.skip("needs pip and setuptools")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-v",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    env = {**os.environ, "KDKERNELS_BUILD_NATIVE": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (path,) = folder.glob("*.whl")
+    return path, done.stdout + done.stderr
+
+
+def test_everything_compiles_without_warnings(wheel: tuple[Path, str]) -> None:
+    said = [line for line in wheel[1].splitlines() if "warning" in line.lower() and ("csrc/" in line or "#" in line)]
+    assert not said, "\n".join(said)
+
+
+def test_the_cuda_sources_are_in_the_wheel(wheel: tuple[Path, str]) -> None:
+    if native_build.find_cuda() is None:
+        pytest.skip("no nvcc: the CUDA sources cannot be compiled here")
+    assert "building the native kernels for the CPU and CUDA" in wheel[1]
+
+
+def test_the_op_matrix_passes_from_the_wheel(wheel: tuple[Path, str], tmp_path: Path) -> None:
+    assert wheel[0].name.endswith(".whl")
+    assert "-cp310-abi3-" in wheel[0].name
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel[0])]
+    subprocess.run(command, check=True, timeout=240)
+    check = (
+        "import kdkernels.ops.native as n; assert n.INSTALLED.exists(); assert n.why_not() is None; print(n.PACKAGE)"
+    )
+    process = start(tmp_path, check, PYTHONPATH=str(target), KDKERNELS_JIT="0")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert str(target) in output
+    if native_build.find_cuda() and not torch.cuda.is_available():
+        # the library has CUDA code in it, and this torch may have none: it loads all the same
+        process = start(tmp_path, f"{check}; assert n._has_cuda()", PYTHONPATH=str(target), KDKERNELS_JIT="0")
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    run_op_tests(tmp_path, [str(target)], ["-k", "native"], KDKERNELS_JIT="0")
+
+
+def test_without_torch_the_wheel_is_pure_python_and_has_the_sources(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, "KDKERNELS_BUILD_NATIVE": "0"}, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("py3-none-any.whl")
+    import zipfile
+
+    names = zipfile.ZipFile(path).namelist()
+    assert {f"kdkernels/csrc/{p.name}" for p in (ROOT / "csrc").glob("*.*")} <= set(names)
+    assert not [name for name in names if name.endswith(".so")]
