@@ -148,8 +148,10 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
   Sums rest;
   if (x.decoupled()) {
     T *rs = buffer + 2 * n, *rt = buffer + 3 * n;
-    rest_s_max = rest_of(s, n, s_max, inverse_t, l, rs);
-    rest_t_max = rest_of(t, n, t_max, inverse_t, l, rt);
+    // log Z is NaN if anything in the row is, or infinite: it must not hide behind the other classes
+    rest_s_max = rest_of(s, n, s_max, inverse_t, l, rs) + static_cast<T>(log_s * 0);
+    rest_t_max = rest_of(t, n, t_max, inverse_t, l, rt) + static_cast<T>(log_t * 0);
+    result += (log_s + log_t) * 0;
     rest = sums<T, 0, false, true>(rs, rt, n, rest_s_max, rest_t_max, T(1));
     if (x.w_other != 0 && rest.t != 0) result += x.w_other * (rest.s == 0 ? rest.cross : divergence(rest));
     if (x.w_target != 0) {

@@ -152,6 +152,10 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     rest_t_max = team.max(rest_t_max);
     if (rest_s_max == -infinity<T>()) rest_s_max = 0;  // no other class: its mass is exp(-inf) = 0
     if (rest_t_max == -infinity<T>()) rest_t_max = 0;
+    // log Z is NaN if anything in the row is, or infinite: it must not hide behind the other classes
+    rest_s_max += static_cast<T>(log_s * 0);
+    rest_t_max += static_cast<T>(log_t * 0);
+    result += (log_s + log_t) * 0;
     for (int64_t k = team.rank; k < n; k += team.size) {
       if (l.has(k)) continue;
       const T a = (s[k] - s_max) * inverse_t - rest_s_max, b = (t[k] - t_max) * inverse_t - rest_t_max;
