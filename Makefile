@@ -22,8 +22,9 @@ lint: .venv/installed
 bench: .venv/installed
 	$(PYTEST) benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
 
+# one wheel with the native kernels inside, for every torch from 2.11 on and every Python from 3.10 on
 wheel: .venv/installed
-	$(BIN)/pip wheel --no-deps --no-build-isolation -w dist .
+	KDKERNELS_BUILD_NATIVE=1 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

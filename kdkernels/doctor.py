@@ -13,7 +13,7 @@ from . import __version__
 from .ops import backend
 
 TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib")
-VARIABLES = (backend.VARIABLE, "TRITON_INTERPRET")
+VARIABLES = (backend.VARIABLE, "KDKERNELS_JIT", "KDKERNELS_ISA", "XDG_CACHE_HOME", "TRITON_INTERPRET")
 
 
 def _version(package: str) -> str:
@@ -37,7 +37,7 @@ def _devices() -> list[torch.device]:
 def report() -> Iterator[str]:
     """The lines that ``kdkernels doctor`` prints."""
     yield f"kdkernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("triton", "numpy", "ninja"))
+    packages = ", ".join(f"{name} {_version(name)}" for name in ("triton", "numpy"))
     yield f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {packages}"
     for device in _devices():
         what = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from checking import DEVICE
+from checking import DEVICE, backends_under_test
 from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -468,3 +468,28 @@ def test_widths_that_cannot_be_read_off_need_an_example() -> None:
         Distillation(teacher, student, "mlkd", layers=["stage1"], teacher_layers=["stages.2"])
     module = Distillation(teacher, student, "mlkd", layers=["stage1"], teacher_layers=["stages.2"], example=x)
     assert module(x, torch.tensor([0, 1, 2], device=DEVICE)).loss.isfinite()
+
+
+def losses_of_200_steps(method: str, backend: str) -> list[float]:
+    torch.manual_seed(0)
+    x, y = data.digits().train.tensors
+    teacher, student = ConvNet(1, 10, (8, 16, 32)).to(DEVICE), small_student(1, 10).to(DEVICE)
+    options = {"sp": {"weight": 300.0}, "amd": {"weight": 0.2, "layer_weights": "area", "reduction": "sum"}}
+    module = Distillation(teacher, student, make_method(method, **options.get(method, {})))
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
+    losses = []
+    with kdkernels.use_backend(backend):
+        for step in range(200):
+            index = torch.arange(32 * step, 32 * step + 32) % len(x)
+            loss = module(x[index].to(DEVICE), y[index].to(DEVICE)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.skipif("native" not in backends_under_test(), reason="the native kernels are not available here")
+@pytest.mark.parametrize("method", ["sp", "stkd", "amd"])
+def test_200_steps_with_native_follow_the_reference(method: str) -> None:
+    assert losses_of_200_steps(method, "native") == pytest.approx(losses_of_200_steps(method, "reference"), rel=1e-4)
