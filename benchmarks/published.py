@@ -45,3 +45,13 @@ def _angular(x: Tensor, margin: float, scale: float) -> tuple[Tensor, Tensor, Te
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(x, p=2, dim=1)
+
+
+def correlation(student: Tensor, teacher: Tensor, views: int = 4, tau: float = 0.5) -> Tensor:
+    """MLKD's, its operands broadcast to ((V - 1) B, d, B)."""
+    matrices = []
+    for x in (student, teacher):
+        x = x.view(-1, views, x.shape[1])
+        rows, columns = x[:, 1:].flatten(0, 1), x[:, 0]
+        matrices.append(F.cosine_similarity(rows[:, :, None], columns.t()[None], dim=1) / tau)
+    return F.kl_div(F.log_softmax(matrices[0], 1), F.softmax(matrices[1], 1), reduction="batchmean")
