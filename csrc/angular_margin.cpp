@@ -7,7 +7,7 @@ namespace kd {
 namespace KD_ISA {
 namespace {
 
-constexpr double kEnergyEps = 1e-6, kUnitEps = 1e-12, kClamp = 1e-7, kPi = 3.14159265358979323846;
+constexpr double kEnergyEps = 1e-6, kClamp = 1e-7, kPi = 3.14159265358979323846;
 constexpr int kTerms = 14;
 constexpr int64_t kPixels = 2048;  // whose energies stay in the first cache while the channels go by
 
@@ -196,12 +196,13 @@ double branch(const T* vs, const T* vt, const T* slope, const Region& a, int64_t
     e += sum_of_products(difference, difference, n, T(1));
   }
   if (h) {
-    const T half = static_cast<T>(e / 2), factor = static_cast<T>(2 * c / length_s);
+    const T along = static_cast<T>(along_unit(e, std::sqrt(norm_s), std::sqrt(norm_t)));
+    const T factor = static_cast<T>(2 * c / length_s);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = first + i * stride;
       const T *unit = x + i * n, *difference = d + i * n;
 #pragma omp simd
-      for (int64_t k = 0; k < n; ++k) h[at + k] += (difference[k] - half * unit[k]) * factor * slope[at + k];
+      for (int64_t k = 0; k < n; ++k) h[at + k] += (difference[k] - along * unit[k]) * factor * slope[at + k];
     }
   }
   return e;

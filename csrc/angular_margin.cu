@@ -163,8 +163,8 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
       }
       sum_s = sqrt(reduce_block(sum_s, shared, 0.0, Add()));
       sum_t = sqrt(reduce_block(sum_t, shared, 0.0, Add()));
-      const T length_s = static_cast<T>(sum_s < 1e-12 ? 1e-12 : sum_s);
-      const T length_t = static_cast<T>(sum_t < 1e-12 ? 1e-12 : sum_t);
+      const T length_s = static_cast<T>(sum_s < kUnitEps ? kUnitEps : sum_s);
+      const T length_t = static_cast<T>(sum_t < kUnitEps ? kUnitEps : sum_t);
       for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) {
         if (!inside(layer, region, n)) continue;
         const T d = vs[n] / length_s - vt[n] / length_t;
@@ -173,7 +173,7 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
       e = reduce_block(e, shared, 0.0, Add());
       loss += c * e;
       if (!kappa_out) continue;
-      const T half = static_cast<T>(e / 2), factor = static_cast<T>(2 * c / length_s);
+      const T along = static_cast<T>(along_unit(e, sum_s, sum_t)), factor = static_cast<T>(2 * c / length_s);
       for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) {
         if (!inside(layer, region, n)) continue;
         T slope = -1;  // of w
@@ -185,7 +185,7 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
           if (branch == 0) slope = s * sigmoid(s * (w - u)) * (slope + 1);
         }
         const T x = vs[n] / length_s, d = x - vt[n] / length_t;
-        h[n] += (d - half * x) * factor * slope;
+        h[n] += (d - along * x) * factor * slope;
       }
     }
   }

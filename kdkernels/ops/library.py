@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("kdkernels", "DEF")
 
@@ -63,7 +64,8 @@ def set_autograd(
         def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
             outputs = below_autograd(keyset, args)
             tensors, ctx.others = saved(args, outputs)
-            ctx.save_for_backward(*tensors)
+            # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
+            ctx.save_for_backward(*(t.clone() if t is not None and t.is_inference() else t for t in tensors))
             ctx.mark_non_differentiable(*outputs[1:])
             ctx.set_materialize_grads(False)
             return outputs
@@ -83,6 +85,8 @@ def set_autograd(
 
     def autograd(keyset: Any, *args: Any) -> Any:
         tensors = inputs(*args)
+        if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise NotImplementedError(f"{what} has no forward-mode derivative (jvp, jacfwd): it would be a silent zero")
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return Function.apply(keyset, args, *tensors)
         return below_autograd(keyset, args)

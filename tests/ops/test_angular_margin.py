@@ -9,6 +9,7 @@ import torch
 from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients
 from torch import Tensor
 
+import kdkernels
 from kdkernels.ops.angular_margin import angular_margin
 
 SHAPES = [
@@ -43,6 +44,24 @@ def test_meets_the_reference(shape: tuple[int, ...], channels: int, dtype: torch
         constants=[teacher],
         upstream=1e4,
     )
+
+
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (3, 3)])
+def test_quadrants_of_one_bright_pixel(size: tuple[int, int]) -> None:
+    """Their G is so small that its norm is clamped: no unit vectors, and another projection."""
+    student, teacher = activations(8, 4, *size) + 0.3, activations(8, 5, *size) + 0.3
+    student[::2, :, 0, 0] += 9
+    teacher[::3, :, 0, 0] += 9
+    options = {"local_weight": 0.2, **ONE_LAYER}
+    _, (gradient,) = check_op(
+        lambda s, t: angular_margin(s, t, **options), [student], constants=[teacher], upstream=1.0
+    )
+    with kdkernels.use_backend("reference"):
+        exact = student.double()
+        direction = torch.randn_like(exact)
+        moved = [angular_margin(exact + d * direction, teacher.double(), **options) for d in (1e-6, -1e-6)]
+    slope = ((moved[0] - moved[1]) / 2e-6).item()
+    assert (gradient.double() * direction).sum().item() == pytest.approx(slope, rel=1e-3)
 
 
 @pytest.mark.parametrize("reduce", [True, False])

@@ -66,6 +66,16 @@ def test_angular_margin(local_weight: float, reduce: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("size", [(2, 2), (3, 3)])
+def test_angular_margin_of_tiny_quadrants(size: tuple[int, int]) -> None:
+    student, teacher = (torch.rand(6, 3, *size, dtype=D) + 0.2 for _ in range(2))
+    student[::2, :, 0, 0] += 5  # a quadrant whose G is under the clamp of its norm
+    teacher[::3, :, 0, 0] += 5
+    options: dict[str, Any] = {"margin": 1.35, "scale": 64.0, "local_weight": 0.5, "layer_weights": [1e3]}
+    loss = lambda s: angular_margin.angular_margin(s, teacher, **options)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, student.requires_grad_(), rtol=1e-4, atol=1e-4)
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Refuses what makes the host wait for a device: reading values, and shapes that depend on them."""
 

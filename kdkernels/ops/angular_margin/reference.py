@@ -91,14 +91,19 @@ def forward(
         slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
         for top, left, weight in regions(height, width, local_weight):
             v = maps[..., top, left]
-            length = _norm(v).clamp_(min=UNIT_EPS)
+            norms = _norm(v)
+            length = norms.clamp(min=UNIT_EPS)
             unit = v / length
             difference = unit[:, 0] - unit[:, 1]
             e = difference.square().sum((-2, -1), keepdim=True)
             c = layer_weight * weight / (3 * batch * v[0, 0, 0].numel())
             loss += c * e.sum()
             if slopes is not None:
-                dv = difference.sub_((e / 2) * unit[:, 0]).mul_(2 * c / length[:, 0])
+                # <x, D>: e / 2 for unit vectors. Under the clamp (a region of one bright pixel) a vector is shorter
+                than  # 1, and the student's norm is a constant
+                of_1 = (norms / length).square()
+                inner = ((e + of_1[:, 0] - of_1[:, 1]) / 2).masked_fill_(norms[:, 0] < UNIT_EPS, 0)
+                dv = difference.sub_(inner * unit[:, 0]).mul_(2 * c / length[:, 0])
                 h[..., top, left] += dv.mul_(slopes[..., top, left]).sum(0)
         if need_grad:
             direction = torch.where(norm[0] > 0, r[0] / norm[0], 0)  # r / R, and 0 on a dead map

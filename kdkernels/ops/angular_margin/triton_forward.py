@@ -126,11 +126,19 @@ def _gap(v_s, v_t, length_s, length_t, mask):
 
 
 @triton.jit
-def _pull(v_s, v_t, length_s, length_t, e, c, mask):
-    """[K] dL/dv = sum over regions of (2c / ||v||) (D - (e/2) x)"""
+def _along(e, squares_s, squares_t):
+    """[REGIONS] <x, D>: e / 2 for unit vectors. Under the clamp (a region of one bright pixel) a vector is shorter
+    than 1, and the student's norm is a constant."""
+    of_1 = tl.minimum(tl.sqrt(squares_t) / UNIT_EPS, 1.0)
+    return tl.where(tl.sqrt(squares_s) < UNIT_EPS, 0.0, 0.5 * (e + 1.0 - of_1 * of_1))
+
+
+@triton.jit
+def _pull(v_s, v_t, length_s, length_t, along, c, mask):
+    """[K] dL/dv = sum over regions of (2c / ||v||) (D - <x, D> x)"""
     x, d = _unit_difference(v_s, v_t, length_s, length_t)
     factor = (2.0 * c / length_s)[:, None]
-    return tl.sum(tl.where(mask, factor * (d - (0.5 * e)[:, None] * x), 0.0), 0)
+    return tl.sum(tl.where(mask, factor * (d - along[:, None] * x), 0.0), 0)
 
 
 @triton.jit
@@ -203,6 +211,9 @@ def maps_kernel(
     tl.store(losses + pick(layers, layer) * B + b, tl.sum(c * (G_e + u_e + w_e), 0))
 
     if NEED_GRAD:
+        G_a = _along(G_e, G_s2, G_t2)
+        u_a = _along(u_e, u_s2, u_t2)
+        w_a = _along(w_e, w_s2, w_t2)
         inner = tl.zeros([BLOCK], tl.float32)
         for start in range(0, N, BLOCK):
             n = start + tl.arange(0, BLOCK)
@@ -211,9 +222,9 @@ def maps_kernel(
             G_s, u_s, w_s = maps(q_s, margin, scale)
             G_t, u_t, w_t = maps(q_t, margin, scale)
             dG, du = slopes(q_s, u_s, w_s, margin, scale)
-            h = _pull(G_s, G_t, G_ls, G_lt, G_e, c, mask) * dG
-            h += _pull(u_s, u_t, u_ls, u_lt, u_e, c, mask) * du
-            h -= _pull(w_s, w_t, w_ls, w_lt, w_e, c, mask)
+            h = _pull(G_s, G_t, G_ls, G_lt, G_a, c, mask) * dG
+            h += _pull(u_s, u_t, u_ls, u_lt, u_a, c, mask) * du
+            h -= _pull(w_s, w_t, w_ls, w_lt, w_a, c, mask)
             inner += h * q_s
             tl.store(kappa + at + n, h, mask=n < N)
         total = tl.sum(inner, 0)
