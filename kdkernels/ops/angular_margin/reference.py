@@ -100,7 +100,7 @@ def forward(
             loss += c * e.sum()
             if slopes is not None:
                 # <x, D>: e / 2 for unit vectors. Under the clamp (a region of one bright pixel) a vector is shorter
-                than  # 1, and the student's norm is a constant
+                # than 1, and the student's norm is a constant
                 of_1 = (norms / length).square()
                 inner = ((e + of_1[:, 0] - of_1[:, 1]) / 2).masked_fill_(norms[:, 0] < UNIT_EPS, 0)
                 dv = difference.sub_(inner * unit[:, 0]).mul_(2 * c / length[:, 0])
