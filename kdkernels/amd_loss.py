@@ -12,11 +12,12 @@ of 16 x 16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
 from .ops.angular_margin import angular_margin
+from .ops.angular_margin.op import check_options
 from .ops.checks import check_choice, check_weight, layer_pairs
 
 LAYER_REDUCTIONS = ("mean", "sum", "none")
@@ -63,6 +64,8 @@ def amd_loss(
         check_choice("layer_weights", layer_weights, ("area",))
         weights = [float(s.shape[-2] * s.shape[-1]) ** 2 for s in students]
     else:
+        if not isinstance(layer_weights, Iterable):
+            raise TypeError(f"layer_weights must be numbers, 'area' or None, got {type(layer_weights).__name__}")
         weights = list(layer_weights)
         for weight in weights:
             check_weight("layer_weights", weight)
@@ -92,6 +95,7 @@ class AMDLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("reduction", reduction, LAYER_REDUCTIONS)
+        check_options(margin, scale, local_weight)
         self.margin, self.scale, self.local_weight = margin, scale, local_weight
         self.layer_weights, self.reduction = layer_weights, reduction
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops.checks import FLOATING, check_positive, check_weight, compute_dtype
+from .ops.checks import FLOATING, check_labels, check_positive, check_tensor, check_weight, compute_dtype
 from .ops.softmax_kl import softmax_kl
 
 
@@ -73,10 +73,7 @@ def corsd_loss(
     Source: arXiv 2305.00918; the authors' muzhou-yu/CORSD.
     """
     _check(relations_pos, relations_neg, logits_pos, logits_neg, target, target_neg)
-    check_positive("temperature", temperature)
-    w = CORSDWeights(*weights)
-    for name, weight in w._asdict().items():
-        check_weight(f"corsd_loss: {name} weight", weight)
+    w = _check_options(temperature, margin, weights)
     dtype = compute_dtype(relations_pos, relations_neg, logits_pos, logits_neg)
     near, far = relations_pos.to(dtype), relations_neg.to(dtype)
     batch = max(near.shape[1], 1)
@@ -130,6 +127,9 @@ def _classes(
 
 def _check(near: Tensor, far: Tensor, logits: Tensor, logits_neg: Tensor, target: Tensor, target_neg: Tensor) -> None:
     for x in (near, far, logits, logits_neg):
+        check_tensor("corsd_loss: relations and logits", x)
+        if x.device != near.device:
+            raise ValueError(f"corsd_loss: tensors are on {near.device} and {x.device}; move one of them")
         if x.dtype not in FLOATING:
             raise TypeError(f"corsd_loss: relations and logits must be floating-point tensors, got {x.dtype}")
     shapes = [tuple(x.shape) for x in (near, far, logits, logits_neg)]
@@ -138,10 +138,23 @@ def _check(near: Tensor, far: Tensor, logits: Tensor, logits_neg: Tensor, target
     if near.shape != far.shape or logits.shape != logits_neg.shape:
         raise ValueError(f"corsd_loss: positives and negatives must have the same shapes, got {shapes}")
     for name, y in (("target", target), ("target_neg", target_neg)):
-        if y.dtype != torch.int64 or y.shape != near.shape[1:]:
+        check_labels(f"corsd_loss: {name}", y, near.shape[1:], near.device)
+        if y.device.type != "cpu" or torch.compiler.is_compiling() or not y.numel():
+            continue  # values are read only where nothing has to wait for them
+        if not 0 <= int(y.min()) <= int(y.max()) < logits.shape[2]:
             raise ValueError(
-                f"corsd_loss: {name} must be int64 labels of shape ({near.shape[1]},), got {y.dtype} {tuple(y.shape)}"
+                f"corsd_loss: {name} must be in 0..{logits.shape[2] - 1}, none is ignored; got {y.tolist()}"
             )
+
+
+def _check_options(temperature: float, margin: float, weights: Sequence[float]) -> CORSDWeights:
+    check_positive("temperature", temperature)
+    check_weight("margin", margin)
+    if len(weights) != len(CORSDWeights._fields):
+        raise ValueError(f"weights must be six numbers, {CORSDWeights._fields}, got {tuple(weights)}")
+    for name, weight in zip(CORSDWeights._fields, weights, strict=True):
+        check_weight(f"corsd_loss: {name} weight", weight)
+    return CORSDWeights(*weights)
 
 
 class _SepConv(nn.Sequential):
@@ -250,7 +263,7 @@ class CORSDLoss(nn.Module):
         check_weight("logit_relation", logit_relation)
         self.channels, self.num_classes = tuple(channels), num_classes
         self.temperature, self.margin, self.detach_deepest = temperature, margin, detach_deepest
-        self.weights, self.logit_weight = CORSDWeights(*weights), logit_relation
+        self.weights, self.logit_weight = _check_options(temperature, margin, weights), logit_relation
         widths, last = [2 * c for c in channels], len(channels) - 1
         self.relations = nn.ModuleList(
             RelationNetwork(widths[i:], channels[0] * (4 if i == last else 2), num_classes) for i in range(last + 1)
@@ -260,6 +273,7 @@ class CORSDLoss(nn.Module):
     def forward(
         self, features: Sequence[Tensor], target: Tensor, target_neg: Tensor, logits: Tensor | None = None
     ) -> Tensor:
+        check_tensor("CORSDLoss: target", target)
         batch = target.shape[0]
         shapes = [tuple(f.shape) for f in features]
         if len(shapes) != len(self.channels) or any(

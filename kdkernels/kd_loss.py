@@ -22,9 +22,11 @@ def flatten_positions(student: Tensor, teacher: Tensor, class_dim: int, what: st
         )
     if not -student.dim() <= class_dim < student.dim() or class_dim % student.dim() == 0:
         raise ValueError(f"{what}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}")
+    classes = student.shape[class_dim]
+    if classes == 0:
+        raise ValueError(f"{what}: there are no classes in logits of shape {tuple(student.shape)}")
     if student.dim() == 2:
         return student, teacher
-    classes = student.shape[class_dim]
     return student.movedim(class_dim, -1).reshape(-1, classes), teacher.movedim(class_dim, -1).reshape(-1, classes)
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import cosine_over_ranks, describe, group_of_many, meet, replicate, shard_rows
-from .ops.checks import check_positive, check_rows, check_weight, compute_dtype
+from .ops.checks import check_positive, check_rows, check_tensor, check_weight, compute_dtype
 from .ops.gram import cosine_similarity
 from .ops.softmax_kl import softmax_kl
 from .supervised_contrastive_loss import supervised_contrastive_loss
@@ -167,10 +167,7 @@ def mlkd_loss(
 
     Source: arXiv 2012.00573, with the weights of the authors' ifding/DLKD. There is no logit term.
     """
-    if len(weights) != 3:
-        raise ValueError(f"mlkd_loss: weights must be (correlation, supervised, alignment), got {weights!r}")
-    for name, weight in zip(("correlation", "supervised", "alignment"), weights, strict=True):
-        check_weight(f"mlkd_loss: {name} weight", weight)
+    _check_weights(weights)
     students, teachers = _three(student, "student"), _three(teacher, "teacher")
     alpha, beta, delta = weights
     check_rows(students[1], teachers[1], "mlkd_loss", same_width=False)
@@ -180,7 +177,10 @@ def mlkd_loss(
         loss = loss + alpha * correlation_loss(
             students[1], teachers[1], views=views, temperature=temperature, group=group
         )
+    if target is None and not alpha and not delta:
+        raise ValueError(f"mlkd_loss: without a target, weights {tuple(weights)} leave no term")
     if beta and target is not None:
+        check_tensor("mlkd_loss: target", target)
         rows = students[2].shape[0]
         if target.shape == (rows // views,):
             target = target.repeat_interleave(views)
@@ -195,6 +195,13 @@ def mlkd_loss(
     if delta:
         loss = loss + delta * alignment_loss(students[0], teachers[0])
     return loss
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    if len(weights) != 3:
+        raise ValueError(f"mlkd_loss: weights must be (correlation, supervised, alignment), got {weights!r}")
+    for name, weight in zip(("correlation", "supervised", "alignment"), weights, strict=True):
+        check_weight(f"mlkd_loss: {name} weight", weight)
 
 
 def _three(rows: Rows, name: str) -> list[Tensor]:
@@ -243,6 +250,8 @@ class MLKDLoss(nn.Module):
                 raise ValueError(f"MLKDLoss: {name} must be a positive int, got {size!r}")
         check_positive("temperature", temperature)
         check_positive("supervised_temperature", supervised_temperature)
+        _check_weights(weights)
+        _check_views(views, 0, "MLKDLoss")
         self.views, self.weights, self.group = views, weights, group
         self.temperature, self.supervised_temperature = temperature, supervised_temperature
         self.g_a = _head(student_dim, 16 * teacher_dim, teacher_dim)

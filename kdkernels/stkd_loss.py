@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .kd_loss import flatten_positions
-from .ops.checks import REDUCTIONS, check_choice, check_positive, check_weight
+from .ops.checks import REDUCTIONS, check_choice, check_number, check_positive, check_tensor, check_weight
 from .ops.softmax_kl import softmax_kl
 
 
@@ -60,13 +60,10 @@ def stkd_loss(
 
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_positive("temperature", temperature)
-    check_weight("ce_weight", ce_weight)
-    check_weight("kd_weight", kd_weight)
+    _check_options(temperature, ce_weight, kd_weight, decouple, reduction, ignore_index)
+    student, teacher = flatten_positions(student_logits, teacher_logits, -1, "stkd_loss")
     if student_logits.dim() > 3:
         raise ValueError(f"stkd_loss: logits must be (N, C) or (N, L, C), got {tuple(student_logits.shape)}")
-    student, teacher = flatten_positions(student_logits, teacher_logits, -1, "stkd_loss")
     positions = student_logits.shape[:-1]
     target = _flatten_target("target", target, student_logits)
     if target_mixed is not None:
@@ -79,10 +76,6 @@ def stkd_loss(
     kd_weight = kd_weight * temperature**2
     kl_weight, target_weight, other_weight = kd_weight, 0.0, 0.0
     if decouple is not None:
-        if len(decouple) != 2:
-            raise ValueError(f"decouple must be (w_target, w_other), got {decouple!r}")
-        for weight in decouple:
-            check_weight("decouple", weight)
         kl_weight, target_weight, other_weight = 0.0, kd_weight * decouple[0], kd_weight * decouple[1]
     loss = softmax_kl(
         student,
@@ -101,7 +94,30 @@ def stkd_loss(
     return loss.view(positions) if reduction == "none" else loss
 
 
+def _check_options(
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    decouple: tuple[float, float] | None,
+    reduction: str,
+    ignore_index: int,
+) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_positive("temperature", temperature)
+    check_weight("ce_weight", ce_weight)
+    check_weight("kd_weight", kd_weight)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    if decouple is None:
+        return
+    if not isinstance(decouple, (tuple, list)) or len(decouple) != 2:
+        raise ValueError(f"decouple must be (w_target, w_other), got {decouple!r}")
+    for weight in decouple:
+        check_weight("decouple", weight)
+
+
 def _flatten_target(name: str, target: Tensor, logits: Tensor) -> Tensor:
+    check_tensor(f"stkd_loss: {name}", target)
     expected = logits.shape if target.is_floating_point() else logits.shape[:-1]
     if target.shape != expected:
         raise ValueError(
@@ -113,6 +129,7 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor) -> Tensor:
 
 def _flatten_lam(lam: Tensor | float, logits: Tensor) -> Tensor:
     if not isinstance(lam, Tensor):
+        check_number("stkd_loss: lam (if it is no tensor)", lam)
         if not 0 <= lam <= 1:
             raise ValueError(f"stkd_loss: lam must be in [0, 1], got {lam}")
         return torch.full(
@@ -140,8 +157,7 @@ class STKDLoss(nn.Module):
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
-        check_choice("reduction", reduction, REDUCTIONS)
+        _check_options(temperature, ce_weight, kd_weight, decouple, reduction, ignore_index)
         self.temperature, self.ce_weight, self.kd_weight = temperature, ce_weight, kd_weight
         self.decouple, self.reduction, self.ignore_index = decouple, reduction, ignore_index
 
@@ -190,7 +206,7 @@ def mixup(
     Args:
         images: (B, ...) floating-point.
         target: (B,) labels.
-        alpha: > 0; 1 makes lam uniform.
+        alpha: 0.01 or more; 1 makes lam uniform.
         generator: a CPU generator for reproducible draws.
         per_sample: one lam per image instead of one per batch.
 
@@ -215,6 +231,7 @@ def cutmix(
     The box covers about 1 - lam of the image, lam ~ Beta(alpha, alpha), around a uniform centre, cut off at the border;
     the lam that is returned counts its pixels. images: (B, C, H, W).
     """
+    check_tensor("images", images)
     if images.dim() != 4:
         raise ValueError(f"cutmix: images must be (B, C, H, W), got {tuple(images.shape)}")
     lam, order = _draw(images, target, alpha, generator, per_sample)
@@ -235,6 +252,10 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """lam and the permutation, drawn on the CPU and moved."""
     check_positive("alpha", alpha)
+    if alpha < 0.01:  # both of Beta's gamma draws would underflow now and then, and lam be 0.5
+        raise ValueError(f"alpha must be 0.01 or more, got {alpha}")
+    check_tensor("images", images)
+    check_tensor("target", target)
     if not images.is_floating_point():
         raise TypeError(f"images must be floating-point to be mixed, got {images.dtype}")
     if images.shape[0] != target.shape[0]:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .distributed import cosine_over_ranks, describe, gather_labels, group_of_many, meet, replicate, shard_rows
-from .ops.checks import check_positive, check_rows, compute_dtype
+from .ops.checks import check_labels, check_positive, check_rows, compute_dtype
 from .ops.gram import cosine_similarity
 
 DENOMINATOR_EPS = 1e-7
@@ -51,13 +51,7 @@ def supervised_contrastive_loss(
     what = "supervised_contrastive_loss"
     check_rows(student, teacher, what, same_width=True)
     check_positive("temperature", temperature)
-    if target.dtype != torch.int64 or target.shape != student.shape[:1]:
-        raise ValueError(
-            f"{what}: target must be int64 labels of shape ({student.shape[0]},) for rows {tuple(student.shape)}, "
-            f"got {target.dtype} {tuple(target.shape)}"
-        )
-    if target.device != student.device:
-        raise ValueError(f"{what}: target is on {target.device} and the rows are on {student.device}; move one of them")
+    check_labels(f"{what}: target", target, student.shape[:1], student.device)
     many = group_of_many(group, what)
     if many is None:
         dtype = compute_dtype(student, teacher)

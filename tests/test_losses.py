@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -271,7 +272,7 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], object]]]:
         "kd shapes": (ValueError, r"\(4, 3\) and \(4, 5\)", lambda: kd_loss(x, y)),
         "kd one dimension": (ValueError, "two or more dimensions", lambda: kd_loss(x[0], x[0])),
         "kd class_dim": (ValueError, "class_dim 0", lambda: kd_loss(x, x, class_dim=0)),
-        "kd no classes": (ValueError, "N, C", lambda: kd_loss(x[:, :0], x[:, :0])),
+        "kd no classes": (ValueError, "no classes", lambda: kd_loss(x[:, :0], x[:, :0])),
         "kd dtype": (TypeError, "int64", lambda: kd_loss(x, x.long())),
         "kd not a tensor": (TypeError, "list", lambda: kd_loss(x, [1.0])),
         "kd reduction": (ValueError, "'mean'", lambda: kd_loss(x, x, reduction="mean")),
@@ -301,6 +302,25 @@ def bad_calls() -> dict[str, tuple[type[Exception], str, Callable[[], object]]]:
         "amd weights": (ValueError, "2 numbers for 1", lambda: amd_loss(maps, maps, layer_weights=[1, 2])),
         "amd weights name": (ValueError, "'height'", lambda: amd_loss(maps, maps, layer_weights="height")),
         "amd local": (ValueError, "1.5", lambda: amd_loss(maps, maps, local_weight=1.5)),
+        "stkd target list": (
+            TypeError,
+            "target must be a torch.Tensor, got list",
+            lambda: stkd_loss(x, x, [0, 1, 2, 0]),
+        ),
+        "stkd target None": (TypeError, "got NoneType", lambda: stkd_loss(x, x, None)),
+        "stkd lam list": (TypeError, "lam .* got list", lambda: stkd_loss(x, x, a, a, [0.5])),
+        "stkd decouple number": (ValueError, "8.0", lambda: STKDLoss(decouple=8.0)),
+        "stkd ignore_index": (TypeError, "ignore_index must be an int", lambda: stkd_loss(x, x, a, ignore_index=None)),
+        "sp None": (TypeError, "NoneType", lambda: sp_loss(None, None)),
+        "amd layer weights number": (TypeError, "got float", lambda: amd_loss(maps, maps, layer_weights=2.0)),
+        "amd local None": (TypeError, "NoneType", lambda: amd_loss(maps, maps, local_weight=None)),
+        "amd module margin": (ValueError, "got 5", lambda: AMDLoss(margin=5)),
+        "mlkd module views": (ValueError, "views", lambda: kdkernels.MLKDLoss(4, 4, views=0)),
+        "mlkd module weights": (ValueError, "correlation", lambda: kdkernels.MLKDLoss(4, 4, weights=(1,))),
+        "mlkd no term": (ValueError, "leave no term", lambda: kdkernels.mlkd_loss(x, x, weights=(0, 1, 0))),
+        "corsd module temperature": (ValueError, "-1", lambda: kdkernels.CORSDLoss((2, 4), 3, temperature=-1)),
+        "corsd weights": (ValueError, "six numbers", lambda: kdkernels.CORSDLoss((2, 4), 3, weights=(1.0, 2.0))),
+        "mixup tiny alpha": (ValueError, "0.01 or more", lambda: mixup(maps, a[:2], alpha=1e-3)),
         "mixup integers": (TypeError, "uint8", lambda: mixup(maps.byte(), a[:2])),
         "mixup batch": (ValueError, "differ in B", lambda: mixup(maps, a)),
         "mixup alpha": (ValueError, "alpha", lambda: mixup(maps, a[:2], alpha=0)),
@@ -346,3 +366,55 @@ def test_student_close_to_its_teacher_keeps_its_digits() -> None:
     for loss in (sp_loss, amd_loss):
         exact = loss(s.double(), t.double())
         check_close("loss", loss(s, t), exact, 2e-3)
+
+
+# ---- how losses are called elsewhere
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kd": kd_loss,
+    "stkd": lambda s, t: stkd_loss(s, t, torch.arange(len(s), device=s.device) % 3, decouple=(1.0, 8.0)),
+    "sp": sp_loss,
+    "amd": lambda s, t: amd_loss(s.view(-1, 3, 2, 2), t.view(-1, 3, 2, 2), local_weight=0.2),
+    "correlation": lambda s, t: kdkernels.correlation_loss(s, t, views=2),
+}
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_teacher_may_run_in_inference_mode(name: str) -> None:
+    s, t = randn(4, 12, dtype=torch.float32).requires_grad_(), randn(4, 12, dtype=torch.float32)
+    with torch.inference_mode():
+        inference = t * 1
+    torch.testing.assert_close(
+        gradients(LOSSES[name](s, inference), [s])[0], gradients(LOSSES[name](s, t), [s])[0], rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_forward_mode_derivatives_refuse(name: str) -> None:
+    s, t = randn(4, 12, dtype=torch.float32), randn(4, 12, dtype=torch.float32)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        LOSSES[name](torch.autograd.forward_ad.make_dual(s, torch.ones_like(s)), t)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_compiled_with_dynamic_shapes(name: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name], dynamic=True, fullgraph=True)
+    for n in (4, 6):
+        s, t = randn(n, 12, dtype=torch.float32), randn(n, 12, dtype=torch.float32)
+        torch.testing.assert_close(compiled(s, t), LOSSES[name](s, t))
+
+
+def test_compiled_with_a_temperature_that_changes() -> None:
+    torch._dynamo.reset()
+    s, t = randn(4, 12, dtype=torch.float32), randn(4, 12, dtype=torch.float32)
+    compiled = torch.compile(lambda temperature: kd_loss(s, t, temperature=temperature), fullgraph=True)
+    for temperature in (4.0, 3.5, 2.0):
+        torch.testing.assert_close(compiled(temperature), kd_loss(s, t, temperature=temperature))
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    s, t = randn(4, 12), randn(4, 12)
+    for scalar in (np.float32(2), np.float64(2), np.int64(2)):
+        assert torch.equal(kd_loss(s, t, temperature=scalar), kd_loss(s, t, temperature=2.0))

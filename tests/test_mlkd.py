@@ -278,7 +278,7 @@ def test_what_cannot_be_meant_raises() -> None:
         alignment_loss(x, x[:, :4])
     with pytest.raises(TypeError, match="int64"):
         alignment_loss(x.long(), x)
-    with pytest.raises(ValueError, match=r"labels of shape \(8,\).*\(4,\)"):
+    with pytest.raises(ValueError, match=r"shape \(8,\), got \(4,\)"):
         supervised_contrastive_loss(x, x, torch.zeros(4, dtype=torch.int64, device=DEVICE))
     with pytest.raises(ValueError, match=r"\(4,\) or \(8,\) for 8 rows of 2 views, got \(3,\)"):
         mlkd_loss(x, x, torch.zeros(3, dtype=torch.int64, device=DEVICE), views=2)

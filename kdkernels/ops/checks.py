@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
@@ -21,8 +21,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
     """Student and teacher are floating-point tensors on one device."""
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{what}: {name} must be a torch.Tensor, got {type(x).__name__}")
+        check_tensor(f"{what}: {name}", x)
         if x.dtype not in FLOATING:
             raise TypeError(f"{what}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if student.device != teacher.device:
@@ -61,11 +60,28 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name} must be zero or positive and finite, got {value}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """int64 class indices of that shape on that device."""
+    check_tensor(name, labels)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{name} must be int64 class indices, got {labels.dtype}")
+    if labels.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"{name} is on {labels.device} and the student's tensors are on {device}; move one of them")
+
+
 def layer_pairs(
     student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], what: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two tensors, or two sequences of equally many, as two checked lists."""
-    if isinstance(student, Tensor) != isinstance(teacher, Tensor):
+    kinds = [isinstance(x, Tensor) for x in (student, teacher)]
+    if kinds[0] != kinds[1] or not (kinds[0] or (isinstance(student, Iterable) and isinstance(teacher, Iterable))):
         raise TypeError(
             f"{what}: give two tensors or two sequences of tensors, got {type(student).__name__} "
             f"and {type(teacher).__name__}"

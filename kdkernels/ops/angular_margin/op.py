@@ -12,7 +12,7 @@ import math
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_positive, compute_dtype, grad_like, layer_pairs, need_grad
+from ..checks import check_positive, check_weight, compute_dtype, grad_like, layer_pairs, need_grad
 from ..library import define, set_autograd
 
 
@@ -78,6 +78,16 @@ set_autograd(
 )
 
 
+def check_options(margin: float, scale: float, local_weight: float) -> None:
+    check_positive("margin", margin)
+    check_positive("scale", scale)
+    check_weight("local_weight", local_weight)
+    if margin > 2:
+        raise ValueError(f"margin must be in (0, 2], got {margin}")
+    if local_weight > 1:
+        raise ValueError(f"local_weight must be in [0, 1], got {local_weight}")
+
+
 def angular_margin(
     student: Tensor | list[Tensor],
     teacher: Tensor | list[Tensor],
@@ -93,12 +103,7 @@ def angular_margin(
     Args:
         student, teacher: (B, C, H, W) activations, or sequences of them; H and W of a pair are equal, C is free.
     """
-    check_positive("margin", margin)
-    check_positive("scale", scale)
-    if margin > 2:
-        raise ValueError(f"margin must be in (0, 2], got {margin}")
-    if not 0 <= local_weight <= 1:
-        raise ValueError(f"local_weight must be in [0, 1], got {local_weight}")
+    check_options(margin, scale, local_weight)
     students, teachers = layer_pairs(student, teacher, "amd_loss")
     for s, t in zip(students, teachers, strict=True):
         if s.dim() != 4 or t.dim() != 4 or s.shape[2:] != t.shape[2:]:
