@@ -45,7 +45,8 @@ inline T power(T x) {
 inline int integer_temperature(double t) { return t == 1 || t == 2 || t == 3 || t == 4 ? static_cast<int>(t) : 0; }
 
 struct Sums {
-  double p = 0, s = 0, t = 0, cross = 0;  // Z of p, q_s, q_t; sum of e_t (z_t - z_s) / T
+  double p = 0, s = 0, t = 0;      // Z of p, q_s, q_t
+  double cross = 0, gap = 0;  // with d = (z_t - z_s) / T: sum of e_t d, and of e_t (d + expm1(-d))
 };
 
 template <typename T, int N, bool CE, bool KL>
@@ -53,8 +54,8 @@ Sums sums(const T* s, const T* t, int64_t n, T s_max, T t_max, T inverse_t) {
   Sums total;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t end = least(n, begin + kChunk);
-    T p = 0, zs = 0, zt = 0, cross = 0;
-#pragma omp simd reduction(+ : p, zs, zt, cross)
+    T p = 0, zs = 0, zt = 0, cross = 0, gap = 0;
+#pragma omp simd reduction(+ : p, zs, zt, cross, gap)
     for (int64_t k = begin; k < end; ++k) {
       const T d = s[k] - s_max;
       if (KL) {
@@ -63,6 +64,7 @@ Sums sums(const T* s, const T* t, int64_t n, T s_max, T t_max, T inverse_t) {
         zs += es;
         zt += et;
         cross += et == 0 ? T(0) : et * (y - x);  // a class without teacher probability adds nothing
+        gap += divergence_term(y - x, es, et);
         if (CE && N) p += power<N>(es);
       }
       if (CE && !(KL && N)) p += fast_exp(d);
@@ -71,6 +73,7 @@ Sums sums(const T* s, const T* t, int64_t n, T s_max, T t_max, T inverse_t) {
     total.s += zs;
     total.t += zt;
     total.cross += cross;
+    total.gap += gap;
   }
   return total;
 }
@@ -86,7 +89,13 @@ Sums sums_at(int n, const T* s, const T* t, int64_t classes, T s_max, T t_max, T
   }
 }
 
-inline double divergence(const Sums& z) { return z.cross / z.t + std::log(z.s / z.t); }
+// KL = m + log(Z_s / Z_t), m = cross / Z_t, and Z_s / Z_t = 1 + gap / Z_t - m: where the networks are close, that second
+// form keeps the digits that the logarithm of a quotient near 1 has lost.
+inline double divergence(const Sums& z) {
+  const double m = z.cross / z.t, gap = z.gap / z.t;
+  if (m < 0.5 && m > -0.5 && gap < 0.5) return m + std::log1p(gap - m);
+  return m + std::log(z.s / z.t);
+}
 
 // z / T - max of a row, with the labelled classes at -inf: what the other classes' softmax is made of
 template <typename T>

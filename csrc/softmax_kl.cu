@@ -80,10 +80,14 @@ __device__ inline T whole_power(T x, int n) {  // x^n, n in 1..4
 __device__ inline int integer_temperature(double t) { return t == 1 || t == 2 || t == 3 || t == 4 ? static_cast<int>(t) : 0; }
 
 struct Sums {
-  double p, s, t, cross;
+  double p, s, t, cross, gap;  // as on the CPU
 };
 
-__device__ inline double divergence(const Sums& z) { return z.cross / z.t + log(z.s / z.t); }
+__device__ inline double divergence(const Sums& z) {
+  const double m = z.cross / z.t, gap = z.gap / z.t;
+  if (m < 0.5 && m > -0.5 && gap < 0.5) return m + log1p(gap - m);
+  return m + log(z.s / z.t);
+}
 
 template <typename T, bool WARP>
 __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& team) {
@@ -107,7 +111,7 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
 
   const T inverse_t = static_cast<T>(1 / x.temperature);
   const int power = integer_temperature(x.temperature);
-  Sums z{0, 0, 0, 0};
+  Sums z{0, 0, 0, 0, 0};
   T rest_s_max = -infinity<T>(), rest_t_max = -infinity<T>();
   for (int64_t k = team.rank; k < n; k += team.size) {
     const T d = s[k] - s_max;
@@ -119,6 +123,7 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
       z.s += es;
       z.t += et;
       z.cross += et == 0 ? T(0) : et * (b - a);
+      z.gap += divergence_term(b - a, es, et);
       if (!l.has(k)) {
         rest_s_max = Max()(rest_s_max, a);
         rest_t_max = Max()(rest_t_max, b);
@@ -131,6 +136,7 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     z.s = team.sum(z.s);
     z.t = team.sum(z.t);
     z.cross = team.sum(z.cross);
+    z.gap = team.sum(z.gap);
   }
   const double log_p = ce ? log(z.p) : 0, log_s = soft ? log(z.s) : 0, log_t = soft ? log(z.t) : 0;
   double result = 0;
@@ -146,7 +152,7 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
   }
   if (x.w_kl != 0) result += x.w_kl * divergence(z);
 
-  Sums rest{0, 0, 0, 0};
+  Sums rest{0, 0, 0, 0, 0};
   if (x.decoupled()) {
     rest_s_max = team.max(rest_s_max);
     rest_t_max = team.max(rest_t_max);
@@ -159,14 +165,16 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     for (int64_t k = team.rank; k < n; k += team.size) {
       if (l.has(k)) continue;
       const T a = (s[k] - s_max) * inverse_t - rest_s_max, b = (t[k] - t_max) * inverse_t - rest_t_max;
-      const T et = exp(b);
-      rest.s += exp(a);
+      const T es = exp(a), et = exp(b);
+      rest.s += es;
       rest.t += et;
       rest.cross += et == 0 ? T(0) : et * (b - a);
+      rest.gap += divergence_term(b - a, es, et);
     }
     rest.s = team.sum(rest.s);
     rest.t = team.sum(rest.t);
     rest.cross = team.sum(rest.cross);
+    rest.gap = team.sum(rest.gap);
     if (x.w_other != 0 && rest.t != 0) result += x.w_other * (rest.s == 0 ? rest.cross : divergence(rest));
     if (x.w_target != 0) {
       double mass_s = 0, mass_t = 0, target_kl = 0;

@@ -9,6 +9,7 @@ import torch
 from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients
 from torch import Tensor
 
+import kdkernels
 from kdkernels.ops.softmax_kl import softmax_kl
 
 TERMS = {
@@ -197,6 +198,19 @@ def test_identical_logits_have_zero_divergence() -> None:
     loss = softmax_kl(student, student.detach(), temperature=4.0, kl_weight=16.0)
     assert loss.item() == 0
     assert (gradients(loss, [student])[0] == 0).all()
+
+
+@pytest.mark.parametrize("terms", ["kl", "other"])
+@pytest.mark.parametrize("difference", [0.1, 1e-2, 1e-3])
+def test_close_networks_keep_their_digits(difference: float, terms: str) -> None:
+    teacher, noise = logits(16, 200, scale=3)
+    student = teacher + difference * noise
+    target = torch.arange(16, device=DEVICE)
+    call = lambda s, t: softmax_kl(s, t, target, temperature=4.0, reduction="none", **TERMS[terms])  # noqa: E731
+    with kdkernels.use_backend("reference"):
+        exact = call(student.double(), teacher.double())
+    relative = ((call(student, teacher) - exact) / exact).abs().max().item()
+    assert relative < 1e-6 / difference  # what the rounding of the logits alone may cost
 
 
 def test_minus_infinity_is_a_class_with_no_probability() -> None:
