@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from checking import DEVICE, backends_under_test
 from safetensors.torch import load_model
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ from kdkernels.training import (
 )
 from kdkernels.training.demo import loss_time, run_demo
 from kdkernels.training.exact import exact_step
-from kdkernels.training.loop import evaluate
+from kdkernels.training.loop import evaluate, make_accelerator
 from kdkernels.training.models import ConvNet, small_student, small_teacher
 
 
@@ -268,6 +269,52 @@ def test_fit_accumulates_micro_batches() -> None:
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
+def recorded_steps(method: str, batches: int, interrupt_at: int | None = None) -> list[Tensor]:
+    """The gradient of every optimizer step of an epoch with accumulate=4 over equal batches."""
+    gradients: list[Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, *args: object, **kwargs: object) -> None:
+            gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+
+    teacher, student = plain(8, 1).float(), plain(6, 2).float()
+    calls: list[int] = []
+
+    def count(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+
+    student.register_forward_pre_hook(count)
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    loader = DataLoader(TensorDataset(x.repeat(batches, 1, 1, 1), y.repeat(batches)), 4)
+    module = Distillation(teacher, student, method)
+    fit(module, loader, epochs=1, optimizer=Recorder(student.parameters()), accumulate=4, progress=False)
+    return gradients
+
+
+def test_a_partial_accumulation_window_weighs_as_much_as_a_whole_one() -> None:
+    whole, partial = recorded_steps("kd", 5)
+    torch.testing.assert_close(whole, partial)
+
+
+@pytest.mark.parametrize("method", ["kd", "sp"])
+def test_a_run_after_an_interrupted_one_steps_as_ever(method: str) -> None:
+    expected = recorded_steps(method, 8)
+    with pytest.raises(KeyboardInterrupt):
+        recorded_steps("kd", 8, interrupt_at=2)
+    gradients = recorded_steps(method, 8)
+    assert len(gradients) == 2
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_evaluate_leaves_accumulation_alone() -> None:
+    accelerator = make_accelerator("no", 4)
+    evaluate(network(), DataLoader(TensorDataset(*images())))
+    assert accelerator.gradient_accumulation_steps == 4
+
+
 def test_fit_stops_at_a_loss_that_is_not_a_number() -> None:
     train, _ = loaders()
     module = make("alone")
@@ -326,6 +373,14 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main([*common, "--method", "nothing"]) == 2
     assert "'alone', 'kd'" in capsys.readouterr().err
     assert cli.main([*common, "--teacher", "missing.safetensors"]) == 2
+
+
+def test_a_teacher_trained_first_does_not_change_the_students_accumulation(tmp_path: Path) -> None:
+    options = ["--accumulate", "4", "--mixed-precision", "bf16", "--epochs", "1", "--teacher-epochs", "1"]
+    assert cli.main(["train", *options, "--output", str(tmp_path)]) == 0
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["8"]  # 31 batches of 32
+    assert AcceleratorState().mixed_precision == "bf16"
 
 
 def test_demo_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

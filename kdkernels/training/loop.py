@@ -7,6 +7,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,8 @@ def fit(
         accelerator.print(
             f"{_name(method)}: rows are compared over the batches of all {accelerator.num_processes} processes"
         )
+    accelerator.step = 0  # an interrupted run may have left an accumulation window half done
+    optimizer.zero_grad()
     folder = Path(output) if output is not None and accelerator.is_main_process else None
     history: History = []
     best = -1.0
@@ -145,16 +148,20 @@ def _train_epoch(
     model.train()
     start = time.perf_counter()
     sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    together = accelerator.gradient_accumulation_steps if distillation.method.relational else 1
+    share = accelerator.gradient_accumulation_steps
+    together = share if distillation.method.relational else 1
+    rest = len(loader) % share  # batches in the last window, if it is not a whole one
     results = 0
     for group in _groups(loader, together):
         if together > 1:
             result = _exact_backward(distillation, group, accelerator)
+            accelerator.gradient_state._set_sync_gradients(True)  # else what accumulate() left decides on the step
             _step(optimizer, scheduler, accelerator)
         else:
             with accelerator.accumulate(model):
                 result = model(*group[0])
-                accelerator.backward(result.loss)
+                window = rest if results >= len(loader) - rest else share
+                accelerator.backward(result.loss * (share / window))  # which divides by share
                 _step(optimizer, scheduler, accelerator)
         results += 1
         sums["loss"] += result.loss.detach()
@@ -195,15 +202,16 @@ def _exact_backward(
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> float:
     """Accuracy in percent, in eval mode; the model's mode is restored."""
-    accelerator = accelerator or Accelerator()
+    # none is made here: a new one would reset the accumulation of those there are
+    device = accelerator.device if accelerator else next(model.parameters()).device
     training = model.training
     model.eval()
     correct, total = 0, 0
     for images, target in loader:
-        images, target = images.to(accelerator.device), target.to(accelerator.device)
-        with accelerator.autocast():
-            hits = model(images).argmax(-1) == target
-        hits = accelerator.gather_for_metrics(hits)
+        with accelerator.autocast() if accelerator else nullcontext():
+            hits = model(images.to(device)).argmax(-1) == target.to(device)
+        if accelerator:
+            hits = accelerator.gather_for_metrics(hits)
         correct, total = correct + int(hits.sum()), total + len(hits)
     model.train(training)
     return 100 * correct / total
