@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import io
 import math
 import subprocess
 import sys
@@ -47,7 +49,7 @@ def images(n: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) for m in model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # ---- taps
@@ -113,6 +115,61 @@ def test_taps_work_under_distributed_data_parallel(tmp_path: Path) -> None:
             torch.testing.assert_close(taps.pop()[0], expected)
     finally:
         dist.destroy_process_group()
+
+
+class Skipping(nn.Module):
+    """Leaves layer2 out where asked to, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1, self.layer2, self.skip = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(x)
+        return (x if self.skip else self.layer2(x)).mean((2, 3))
+
+
+def test_taps_do_not_show_features_of_an_earlier_pass() -> None:
+    model, (x, _) = Skipping().to(DEVICE), images()
+    with FeatureTaps(model, ["layer2"]) as taps:
+        model(x)
+        model.skip = True
+        model(x)
+        with pytest.raises(RuntimeError, match="no features from"):
+            taps.pop()
+    assert hooks(model) == 0
+
+
+def test_copies_of_a_tapped_model_keep_to_themselves() -> None:
+    model, (x, y) = network(), images()
+    taps = FeatureTaps(model, ["stages.2"])
+    model(x)  # features with a graph are there while it is copied
+    twin = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    taps.pop()
+    twin(x)
+    with pytest.raises(RuntimeError, match="no features"):
+        taps.pop()
+    buffer.seek(0)
+    torch.testing.assert_close(torch.load(buffer, weights_only=False).fc.weight, model.fc.weight)
+    module = Distillation(network(6, 7, 8), model, "sp").eval()
+    other = copy.deepcopy(module)
+    torch.testing.assert_close(other(x, y).loss, module(x, y).loss)
+    assert other._student_taps._features is not module._student_taps._features
+    other.close()
+    assert hooks(other._teacher[0]) == 0
+    assert hooks(module._teacher[0]) == 2
+
+
+def test_a_shared_module_has_two_names() -> None:
+    model = nn.Sequential()
+    for name, layer in {"a": nn.Linear(3, 3), "act": nn.Tanh()}.items():
+        model.add_module(name, layer)
+    model.add_module("b", model.a)
+    with FeatureTaps(model.to(DEVICE), "b") as taps:
+        out = model(torch.randn(2, 3, device=DEVICE))
+        torch.testing.assert_close(taps.pop()[0], out)
 
 
 def test_stage_names() -> None:
@@ -186,6 +243,86 @@ def test_layers_can_be_named() -> None:
     torch.testing.assert_close(module(x, y).terms["sp"], expected.detach())
     with pytest.raises(ValueError, match="as many teacher as student layers"):
         Distillation(teacher, student, "sp", layers=["stages.0"], teacher_layers=["stages.0", "stages.1"])
+
+
+def test_one_layer_can_be_named_by_a_string() -> None:
+    module = Distillation(network(6, 7, 8), network(), "sp", layers="stages.1")
+    assert module._student_taps.names == module._teacher_taps.names == ["stages.1"]
+
+
+def test_a_distillation_that_fails_leaves_no_hooks() -> None:
+    teacher, student = network(6, 7, 8), network()
+    with pytest.raises(ValueError, match="no modules"):
+        Distillation(teacher, student, "sp", layers=["stages.2"], teacher_layers=["nope"])
+    with pytest.raises(ValueError, match="cannot be read off"):
+        Distillation(teacher, student, "mlkd", layers=["stages.2.2"])
+    with pytest.raises(ValueError, match="as many teacher as student"):
+        Distillation(teacher, student, "sp", teacher_layers=[])
+    with pytest.raises(ValueError, match="same module"):
+        Distillation(torch.compile(student), student, "kd")
+    assert hooks(student) == hooks(teacher) == 0
+
+
+class HeadFirst(nn.Module):
+    """Its last layer is not registered last, and its stage returns more channels than its last layer."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.conv(x)], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+        self.layer1, self.layer2, self.layer3 = self.Dense(), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def test_logits_width_read_wrongly_is_told() -> None:
+    x, y = images()
+    layers = ["layer2", "layer3"]
+    with pytest.raises(ValueError, match=r"\(\[8, 8, 8\], \[\]\), but they are \(\[8, 8, 4\], \[\]\).*example="):
+        Distillation(None, HeadFirst(), "corsd", layers=layers).to(DEVICE)(x, y[:2], y[1:3])
+    module = Distillation(None, HeadFirst().to(DEVICE), "corsd", layers=layers, example=x)
+    assert module(x, y[:2], y[1:3]).loss.isfinite()
+
+
+def test_features_width_read_wrongly_is_told() -> None:
+    x, y = images()
+    options = {"layers": "layer1", "teacher_layers": "stages.2"}
+    with pytest.raises(ValueError, match=r"\(\[3\], \[5\]\), but they are \(\[4\], \[5\]\).*example="):
+        Distillation(network(), HeadFirst(), "mlkd", **options).to(DEVICE)(x, y)
+    assert Distillation(network(), HeadFirst().to(DEVICE), "mlkd", example=x, **options)(x, y).loss.isfinite()
+    # mlkd's heads do not depend on the logits, so theirs may be read wrongly
+    Distillation(network(), HeadFirst(), "mlkd", layers="layer2", teacher_layers="stages.2").to(DEVICE)(x, y)
+
+
+def test_a_methods_heads_belong_to_one_distillation() -> None:
+    method = make_method("mlkd")
+    Distillation(network(), network(), method)
+    with pytest.raises(ValueError, match="MLKD has heads for another Distillation already"):
+        Distillation(network(), network(), method)
+
+
+def test_submodules_keep_their_modes() -> None:
+    student, (x, y) = network(), images()
+    student.stages[0].eval()
+    modes = [module.training for module in student.modules()]
+    Distillation(network(), student, "mlkd", example=x)
+    assert [module.training for module in student.modules()] == modes
+    evaluate(student, DataLoader(TensorDataset(x, y)))
+    assert [module.training for module in student.modules()] == modes
+
+
+def test_float64_stays() -> None:
+    x, y = images()
+    module = Distillation(network().double(), network().double(), "kd")
+    assert module(x.double(), y).loss.dtype == torch.float64
 
 
 def test_bad_methods_are_named() -> None:
@@ -313,6 +450,12 @@ def test_evaluate_leaves_accumulation_alone() -> None:
     accelerator = make_accelerator("no", 4)
     evaluate(network(), DataLoader(TensorDataset(*images())))
     assert accelerator.gradient_accumulation_steps == 4
+
+
+def test_checkpoints_of_a_compiled_student_load_into_a_plain_one(tmp_path: Path) -> None:
+    student = torch.compile(small_student(1, 10), backend="eager")
+    fit(Distillation(None, student, "alone"), loaders()[0], epochs=1, output=tmp_path, progress=False)
+    load_model(small_student(1, 10), str(tmp_path / "last.safetensors"))
 
 
 def test_fit_stops_at_a_loss_that_is_not_a_number() -> None:

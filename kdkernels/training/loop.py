@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from .distillation import Distillation, DistillationOutput
+from .distillation import Distillation, DistillationOutput, eval_mode
 from .exact import exact_step
 from .methods import Method
+from .taps import unwrap
 
 Loader = DataLoader[tuple[Tensor, ...]]
 History = list[dict[str, float]]
@@ -108,6 +109,8 @@ def fit(
     accelerator.step = 0  # an interrupted run may have left an accumulation window half done
     optimizer.zero_grad()
     folder = Path(output) if output is not None and accelerator.is_main_process else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # where that is impossible it fails before the training
     history: History = []
     best = -1.0
     show = progress and accelerator.is_main_process and Console().is_terminal
@@ -201,24 +204,24 @@ def _exact_backward(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> float:
-    """Accuracy in percent, in eval mode; the model's mode is restored."""
+    """Accuracy in percent, in eval mode; the mode of every submodule is restored."""
     # none is made here: a new one would reset the accumulation of those there are
     device = accelerator.device if accelerator else next(model.parameters()).device
-    training = model.training
-    model.eval()
     correct, total = 0, 0
-    for images, target in loader:
-        with accelerator.autocast() if accelerator else nullcontext():
-            hits = model(images.to(device)).argmax(-1) == target.to(device)
-        if accelerator:
-            hits = accelerator.gather_for_metrics(hits)
-        correct, total = correct + int(hits.sum()), total + len(hits)
-    model.train(training)
+    with eval_mode(model):
+        for images, target in loader:
+            with accelerator.autocast() if accelerator else nullcontext():
+                hits = model(images.to(device)).argmax(-1) == target.to(device)
+            if accelerator:
+                hits = accelerator.gather_for_metrics(hits)
+            correct, total = correct + int(hits.sum()), total + len(hits)
+    if not total:
+        raise ValueError("evaluate: the loader has no images")
     return 100 * correct / total
 
 
 def _save(folder: Path, student: nn.Module, history: History, best: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    student = unwrap(student)  # the keys of the network itself, compiled or not
     save_model(student, str(folder / "last.safetensors"))
     if best:
         save_model(student, str(folder / "best.safetensors"))

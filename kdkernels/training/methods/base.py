@@ -35,8 +35,10 @@ class Method(nn.Module):
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
+    needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:

@@ -15,6 +15,7 @@ class MLKD(Method):
 
     stages = "last"
     needs_widths = True
+    needs_classes = False
     relational = True
 
     def __init__(self, weights: tuple[float, float, float] = WEIGHTS, views: int = 4) -> None:
