@@ -8,18 +8,21 @@ import io
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from checking import DEVICE, backends_under_test
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import kdkernels
 from kdkernels import cli
@@ -458,6 +461,41 @@ def test_checkpoints_of_a_compiled_student_load_into_a_plain_one(tmp_path: Path)
     load_model(small_student(1, 10), str(tmp_path / "last.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["epochs", "eval_every", "accumulate"])
+def test_fit_names_numbers_below_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        fit(make(), *loaders(), **({"epochs": 1} | {name: 0}))
+
+
+def test_fit_wants_loaders_with_batches() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+            yield torch.zeros(1, 8, 8), 0
+
+    train, _ = loaders()
+    empty = DataLoader(TensorDataset(*images(0)))
+    with pytest.raises(ValueError, match="test_loader has no batches"):
+        fit(make(), train, empty, epochs=1)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(network(), empty)
+    with pytest.raises(TypeError, match="train_loader must have a length"):
+        fit(make(), DataLoader(Stream()), epochs=1)
+
+
+def test_weights_out_of_range_are_refused() -> None:
+    for method, options in (
+        ("kd", {"weight": 3.0}),
+        ("kd", {"weight": -0.1}),
+        ("sp", {"weight": math.nan}),
+        ("amd", {"weight": -1.0}),
+        ("amd", {"kd_weight": 1.5}),
+        ("stkd", {"ce_weight": -1.0}),
+        ("mlkd", {"weights": (1.0, -1.0, 1.0)}),
+    ):
+        with pytest.raises(ValueError, match=rf"{method.upper()}: {next(iter(options))} must be .*, got"):
+            make_method(method, **options)
+
+
 def test_fit_stops_at_a_loss_that_is_not_a_number() -> None:
     train, _ = loaders()
     module = make("alone")
@@ -490,10 +528,53 @@ def test_digits_are_standardised_and_always_the_same() -> None:
         data.labelled_subset(split.train, 1000, seed=0)
 
 
+def saved(path: Path, **arrays: object) -> str:
+    """An .npz file of nine small images and labels, some of its arrays others."""
+    x, y = np.random.default_rng(0).random((9, 5, 6)), np.arange(9) % 3
+    np.savez(path, **({"x_train": x, "y_train": y, "x_test": x[:3], "y_test": y[:3]} | arrays))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y_train": np.eye(9)}, r"y_train must hold one label per image, got shape \(9, 9\)"),
+        ({"y_train": np.arange(9) + 0.5}, "y_train must hold whole numbers"),
+        ({"y_train": np.full(9, np.nan)}, "y_train must hold whole numbers"),
+        ({"y_train": np.array(list("abcabcabc"))}, "y_train must hold whole numbers"),
+        ({"y_test": np.array([-1, 0, 1])}, "y_test must hold whole numbers"),
+        ({"x_train": np.full((9, 5, 6), np.nan)}, "x_train has NaN"),
+        ({"x_test": np.full((3, 5, 6), np.inf)}, "x_test has NaN or infinite"),
+        ({"x_train": np.ones((9, 5, 6))}, "x_train has 9 images, all pixels the same"),
+        ({"x_train": np.ones((0, 5, 6)), "y_train": np.arange(0)}, "x_train has 0 images"),
+        ({"x_test": np.ones((3, 3, 5, 6))}, "have 1 channels, those of x_test 3"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.load(saved(tmp_path / "bad.npz", **arrays))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((9, 1, 4, 4), (1, 4, 4)), ((9, 1, 9, 2), (1, 9, 2)), ((9, 4, 4, 3), (3, 4, 4)), ((9, 4, 4, 1), (1, 4, 4))],
+)
+def test_one_channel_may_come_first_in_small_images(
+    tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    x = np.random.default_rng(0).random(shape)
+    split = data.load(saved(tmp_path / "set.npz", x_train=x, x_test=x[:3], y_train=np.arange(9.0)[:, None] % 3))
+    assert split.train.tensors[0].shape[1:] == expected
+    assert split.train.tensors[1].tolist() == [0, 1, 2] * 3
+
+
+def test_no_batch_of_a_single_triplet() -> None:
+    subset = data.labelled_subset(data.digits().train, 1, seed=0)  # 10 images, in batches of 3 triplets
+    assert [len(batch[1]) for batch in data.loader(subset, 11, train=True, triplets=True)] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("shape", [(20, 5, 6), (20, 5, 6, 3), (20, 3, 5, 6)])
 def test_npz_files(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    import numpy as np
-
     x, y = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8), np.arange(20) % 4
     np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
     split = data.load(str(tmp_path / "set.npz"))
@@ -504,6 +585,9 @@ def test_npz_files(tmp_path: Path, shape: tuple[int, ...]) -> None:
         data.load(str(tmp_path / "bad.npz"))
     with pytest.raises(ValueError, match="'imagenet'"):
         data.load("imagenet")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "set.npz").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"no \.npz file"):
+        data.load(str(tmp_path / "cut.npz"))
 
 
 def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -516,6 +600,34 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main([*common, "--method", "nothing"]) == 2
     assert "'alone', 'kd'" in capsys.readouterr().err
     assert cli.main([*common, "--teacher", "missing.safetensors"]) == 2
+
+
+def test_the_command_line_fails_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def message(*options: str, method: str = "kd") -> str:
+        assert (
+            cli.main(["train", "--method", method, "--epochs", "1", "--output", str(tmp_path / "out"), *options]) == 2
+        )
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    file = tmp_path / "file"
+    file.write_text("text")
+    assert str(file) in message("--output", str(file), method="alone")
+    assert "holds no teacher" in message("--teacher", str(file))
+    student = tmp_path / "student.safetensors"
+    save_model(small_student(1, 10), str(student))
+    assert "holds no teacher" in message("--teacher", str(student))
+    assert "weight must be in [0, 1]" in message("--weight", "3")
+    teacher = tmp_path / "teacher.safetensors"
+    save_model(small_teacher(1, 10), str(teacher))
+    unavailable = mock.Mock(side_effect=kdkernels.BackendError("no such kernels"))
+    monkeypatch.setattr("kdkernels.training.methods.kd.kd_loss", unavailable)
+    assert message("--teacher", str(teacher)) == "kdkernels train: no such kernels"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--epochs", "abc"])
+    assert "must be a whole number, 1 or more, got 'abc'" in capsys.readouterr().err
 
 
 def test_a_teacher_trained_first_does_not_change_the_students_accumulation(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import csv
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -81,23 +81,31 @@ def fit(
         eval_every: epochs between tests; the last epoch is always tested.
 
     Returns:
-        Rows with epoch, step, lr, loss, every term, train_accuracy (against the first label where images were mixed),
-        seconds, and test_accuracy where it was taken. Accuracies are in percent.
+        Rows with epoch, step, lr, loss, every term, train_accuracy, seconds, and test_accuracy where it was taken.
+        Accuracies are in percent; train_accuracy is against the first label where images were mixed, and absent for
+        mlkd and corsd, whose rows do not match the labels.
 
     Raises:
+        ValueError: epochs, eval_every or accumulate below 1, or a loader without batches.
+        TypeError: a loader without len().
         FloatingPointError: an epoch whose loss is not finite.
 
     Over several processes a relational method sees the batch of all of them, and a line says so.
     """
+    for name, value in (("epochs", epochs), ("eval_every", eval_every), ("accumulate", accumulate)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    for name, loader in (("train_loader", train_loader), ("test_loader", test_loader)):
+        if loader is not None and not _length(name, loader):
+            raise ValueError(f"{name} has no batches")
     accelerator = accelerator or make_accelerator(mixed_precision, accumulate)
     set_seed(seed)
     optimizer = optimizer or default_optimizer((p for p in distillation.parameters() if p.requires_grad), lr)
     model, optimizer, train_loader = accelerator.prepare(distillation, optimizer, train_loader)
     if test_loader is not None:
         test_loader = accelerator.prepare(test_loader)
-    assert isinstance(train_loader, Sized)
     if not len(train_loader):
-        raise ValueError("train_loader has no batches")
+        raise ValueError(f"train_loader has too few batches for {accelerator.num_processes} processes")
     steps_per_epoch = math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps)
     scheduler = default_scheduler(optimizer, epochs * steps_per_epoch)
     method = distillation.method
@@ -134,6 +142,13 @@ def fit(
             bar.update(task, advance=1)
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return history
+
+
+def _length(name: str, loader: Loader) -> int:
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise TypeError(f"{name} must have a length, which the learning rate and accumulation go by: {error}") from None
 
 
 def _name(method: Method) -> str:

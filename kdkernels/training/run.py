@@ -8,6 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 
 from . import data
@@ -61,7 +62,11 @@ def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> C
     if args.teacher is not None:
         if not args.teacher.is_file():
             raise ValueError(f"--teacher {args.teacher} does not exist")
-        load_model(teacher, str(args.teacher))
+        try:
+            load_model(teacher, str(args.teacher))
+        except (SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--teacher {args.teacher} holds no teacher for this data: {reason}") from None
         return teacher
     folder = args.output / "teacher"
     loaders = data.loader(split.train, 64, train=True), data.loader(split.test, 1000, train=False)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def check_weight(name: str, value: float, most: float = math.inf) -> None:
+    if not (0 <= value <= most and math.isfinite(value)):
+        limits = "0 or more and finite" if most == math.inf else f"in [0, {most:g}]"
+        raise ValueError(f"{name} must be {limits}, got {value}")
 
 
 class Batch(NamedTuple):

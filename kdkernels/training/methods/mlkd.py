@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ...mlkd_loss import WEIGHTS, MLKDLoss
 from ..views import rotate_views
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, check_weight
 
 
 class MLKD(Method):
@@ -20,6 +20,8 @@ class MLKD(Method):
 
     def __init__(self, weights: tuple[float, float, float] = WEIGHTS, views: int = 4) -> None:
         super().__init__()
+        for weight in weights:
+            check_weight("MLKD: weights", weight)
         self.weights, self.views = weights, views
         self.loss: MLKDLoss | None = None
 

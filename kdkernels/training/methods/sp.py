@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...sp_loss import sp_loss
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, check_weight
 
 
 class SP(Method):
@@ -17,6 +17,7 @@ class SP(Method):
 
     def __init__(self, weight: float = 3000.0) -> None:
         super().__init__()
+        check_weight("SP: weight", weight)
         self.weight = weight
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

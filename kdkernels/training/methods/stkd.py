@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...stkd_loss import mixup, stkd_loss
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, check_weight
 
 
 class STKD(Method):
@@ -20,6 +20,8 @@ class STKD(Method):
         decouple: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
+        check_weight("STKD: ce_weight", ce_weight)
+        check_weight("STKD: kd_weight", kd_weight)
         self.alpha, self.ce_weight, self.kd_weight = alpha, ce_weight, kd_weight
         self.temperature, self.decouple = temperature, decouple
 
