@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -30,13 +30,9 @@ def load(source: str) -> Split:
     if source == "digits":
         return digits()
     path = Path(source)
-    if path.suffix != ".npz" or not path.is_file():
-        raise ValueError(f"data must be 'digits' or an existing .npz file, got {source!r}")
-    try:
-        arrays = np.load(path)
-    except BadZipFile as error:
-        raise ValueError(f"{source} is no .npz file: {error}") from None
-    with arrays:
+    if path.suffix != ".npz" or not is_zipfile(path):  # a cut or empty file is no zip file either
+        raise ValueError(f"data must be 'digits' or an existing and whole .npz file, got {source!r}")
+    with np.load(path) as arrays:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays.files)
         if missing:
             raise ValueError(f"{source} lacks {sorted(missing)}; it has {sorted(arrays.files)}")

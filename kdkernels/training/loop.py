@@ -221,7 +221,7 @@ def _exact_backward(
 def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> float:
     """Accuracy in percent, in eval mode; the mode of every submodule is restored."""
     # none is made here: a new one would reset the accumulation of those there are
-    device = accelerator.device if accelerator else next(model.parameters()).device
+    device = accelerator.device if accelerator else next(model.parameters(), torch.empty(0)).device
     correct, total = 0, 0
     with eval_mode(model):
         for images, target in loader:

@@ -65,7 +65,7 @@ def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> C
         try:
             load_model(teacher, str(args.teacher))
         except (SafetensorError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of one line per layer
             raise ValueError(f"--teacher {args.teacher} holds no teacher for this data: {reason}") from None
         return teacher
     folder = args.output / "teacher"
