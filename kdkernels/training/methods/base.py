@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...ops.checks import check_weight
 
-def check_weight(name: str, value: float, most: float = math.inf) -> None:
-    if not (0 <= value <= most and math.isfinite(value)):
-        limits = "0 or more and finite" if most == math.inf else f"in [0, {most:g}]"
-        raise ValueError(f"{name} must be {limits}, got {value}")
+
+def check_share(name: str, value: float) -> None:
+    """A weight whose rest, 1 - value, is another term's."""
+    check_weight(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
 class Batch(NamedTuple):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ...corsd_loss import CORSDLoss
 from ..triplets import triplet_labels
-from .base import Batch, Method, Outputs, check_weight
+from .base import Batch, Method, Outputs
 
 
 class CORSD(Method):
@@ -23,8 +23,6 @@ class CORSD(Method):
     def __init__(self, **options: Any) -> None:
         """Options are ``CORSDLoss``'s: temperature, margin, weights, detach_deepest, logit_relation."""
         super().__init__()
-        for weight in options.get("weights", ()):
-            check_weight("CORSD: weights", weight)
         self.options = options
         self.loss: CORSDLoss | None = None
 

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...mlkd_loss import WEIGHTS, MLKDLoss
+from ...ops.checks import check_weight
 from ..views import rotate_views
-from .base import Batch, Method, Outputs, check_weight
+from .base import Batch, Method, Outputs
 
 
 class MLKD(Method):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...ops.checks import check_weight
 from ...sp_loss import sp_loss
-from .base import Batch, Method, Outputs, check_weight
+from .base import Batch, Method, Outputs
 
 
 class SP(Method):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...ops.checks import check_weight
 from ...stkd_loss import mixup, stkd_loss
-from .base import Batch, Method, Outputs, check_weight
+from .base import Batch, Method, Outputs
 
 
 class STKD(Method):
