@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .ops.backend import BackendError
+
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="kdkernels", description=__doc__)
@@ -16,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is available here, and what each op runs on")
     doctor.set_defaults(run=_doctor)
 
-    demo = commands.add_parser("demo", help="distil a small student on digits with every method (about a minute)")
+    demo = commands.add_parser("demo", help="distil a small student on digits with every method (about two minutes)")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for metrics and demo.png")
     demo.add_argument("--seeds", type=_positive, default=3)
     demo.set_defaults(run=_demo)
@@ -40,10 +42,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
+    return int(text)
 
 
 def _need_extra() -> None:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, BackendError) as error:
         print(f"kdkernels {args.command}: {error}", file=sys.stderr)
         return 2
     return 0

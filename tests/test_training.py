@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import io
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from checking import DEVICE, backends_under_test
-from safetensors.torch import load_model
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import kdkernels
 from kdkernels import cli
@@ -33,7 +39,7 @@ from kdkernels.training import (
 )
 from kdkernels.training.demo import loss_time, run_demo
 from kdkernels.training.exact import exact_step
-from kdkernels.training.loop import evaluate
+from kdkernels.training.loop import evaluate, make_accelerator
 from kdkernels.training.models import ConvNet, small_student, small_teacher
 
 
@@ -46,7 +52,7 @@ def images(n: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) for m in model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # ---- taps
@@ -112,6 +118,61 @@ def test_taps_work_under_distributed_data_parallel(tmp_path: Path) -> None:
             torch.testing.assert_close(taps.pop()[0], expected)
     finally:
         dist.destroy_process_group()
+
+
+class Skipping(nn.Module):
+    """Leaves layer2 out where asked to, as stochastic depth does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer1, self.layer2, self.skip = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(x)
+        return (x if self.skip else self.layer2(x)).mean((2, 3))
+
+
+def test_taps_do_not_show_features_of_an_earlier_pass() -> None:
+    model, (x, _) = Skipping().to(DEVICE), images()
+    with FeatureTaps(model, ["layer2"]) as taps:
+        model(x)
+        model.skip = True
+        model(x)
+        with pytest.raises(RuntimeError, match="no features from"):
+            taps.pop()
+    assert hooks(model) == 0
+
+
+def test_copies_of_a_tapped_model_keep_to_themselves() -> None:
+    model, (x, y) = network(), images()
+    taps = FeatureTaps(model, ["stages.2"])
+    model(x)  # features with a graph are there while it is copied
+    twin = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    taps.pop()
+    twin(x)
+    with pytest.raises(RuntimeError, match="no features"):
+        taps.pop()
+    buffer.seek(0)
+    torch.testing.assert_close(torch.load(buffer, weights_only=False).fc.weight, model.fc.weight)
+    module = Distillation(network(6, 7, 8), model, "sp").eval()
+    other = copy.deepcopy(module)
+    torch.testing.assert_close(other(x, y).loss, module(x, y).loss)
+    assert other._student_taps._features is not module._student_taps._features
+    other.close()
+    assert hooks(other._teacher[0]) == 0
+    assert hooks(module._teacher[0]) == 2
+
+
+def test_a_shared_module_has_two_names() -> None:
+    model = nn.Sequential()
+    for name, layer in {"a": nn.Linear(3, 3), "act": nn.Tanh()}.items():
+        model.add_module(name, layer)
+    model.add_module("b", model.a)
+    with FeatureTaps(model.to(DEVICE), "b") as taps:
+        out = model(torch.randn(2, 3, device=DEVICE))
+        torch.testing.assert_close(taps.pop()[0], out)
 
 
 def test_stage_names() -> None:
@@ -185,6 +246,86 @@ def test_layers_can_be_named() -> None:
     torch.testing.assert_close(module(x, y).terms["sp"], expected.detach())
     with pytest.raises(ValueError, match="as many teacher as student layers"):
         Distillation(teacher, student, "sp", layers=["stages.0"], teacher_layers=["stages.0", "stages.1"])
+
+
+def test_one_layer_can_be_named_by_a_string() -> None:
+    module = Distillation(network(6, 7, 8), network(), "sp", layers="stages.1")
+    assert module._student_taps.names == module._teacher_taps.names == ["stages.1"]
+
+
+def test_a_distillation_that_fails_leaves_no_hooks() -> None:
+    teacher, student = network(6, 7, 8), network()
+    with pytest.raises(ValueError, match="no modules"):
+        Distillation(teacher, student, "sp", layers=["stages.2"], teacher_layers=["nope"])
+    with pytest.raises(ValueError, match="cannot be read off"):
+        Distillation(teacher, student, "mlkd", layers=["stages.2.2"])
+    with pytest.raises(ValueError, match="as many teacher as student"):
+        Distillation(teacher, student, "sp", teacher_layers=[])
+    with pytest.raises(ValueError, match="same module"):
+        Distillation(torch.compile(student), student, "kd")
+    assert hooks(student) == hooks(teacher) == 0
+
+
+class HeadFirst(nn.Module):
+    """Its last layer is not registered last, and its stage returns more channels than its last layer."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, self.conv(x)], 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 4)
+        self.layer1, self.layer2, self.layer3 = self.Dense(), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+def test_logits_width_read_wrongly_is_told() -> None:
+    x, y = images()
+    layers = ["layer2", "layer3"]
+    with pytest.raises(ValueError, match=r"\(\[8, 8, 8\], \[\]\), but they are \(\[8, 8, 4\], \[\]\).*example="):
+        Distillation(None, HeadFirst(), "corsd", layers=layers).to(DEVICE)(x, y[:2], y[1:3])
+    module = Distillation(None, HeadFirst().to(DEVICE), "corsd", layers=layers, example=x)
+    assert module(x, y[:2], y[1:3]).loss.isfinite()
+
+
+def test_features_width_read_wrongly_is_told() -> None:
+    x, y = images()
+    options = {"layers": "layer1", "teacher_layers": "stages.2"}
+    with pytest.raises(ValueError, match=r"\(\[3\], \[5\]\), but they are \(\[4\], \[5\]\).*example="):
+        Distillation(network(), HeadFirst(), "mlkd", **options).to(DEVICE)(x, y)
+    assert Distillation(network(), HeadFirst().to(DEVICE), "mlkd", example=x, **options)(x, y).loss.isfinite()
+    # mlkd's heads do not depend on the logits, so theirs may be read wrongly
+    Distillation(network(), HeadFirst(), "mlkd", layers="layer2", teacher_layers="stages.2").to(DEVICE)(x, y)
+
+
+def test_a_methods_heads_belong_to_one_distillation() -> None:
+    method = make_method("mlkd")
+    Distillation(network(), network(), method)
+    with pytest.raises(ValueError, match="MLKD has heads for another Distillation already"):
+        Distillation(network(), network(), method)
+
+
+def test_submodules_keep_their_modes() -> None:
+    student, (x, y) = network(), images()
+    student.stages[0].eval()
+    modes = [module.training for module in student.modules()]
+    Distillation(network(), student, "mlkd", example=x)
+    assert [module.training for module in student.modules()] == modes
+    evaluate(student, DataLoader(TensorDataset(x, y)))
+    assert [module.training for module in student.modules()] == modes
+
+
+def test_float64_stays() -> None:
+    x, y = images()
+    module = Distillation(network().double(), network().double(), "kd")
+    assert module(x.double(), y).loss.dtype == torch.float64
 
 
 def test_bad_methods_are_named() -> None:
@@ -268,6 +409,94 @@ def test_fit_accumulates_micro_batches() -> None:
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
 
 
+def recorded_steps(method: str, batches: int, interrupt_at: int | None = None, **options: object) -> list[Tensor]:
+    """The gradient of every optimizer step of an epoch with accumulate=4 over equal batches."""
+    gradients: list[Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, *args: object, **kwargs: object) -> None:
+            gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+
+    teacher, student = plain(8, 1).float(), plain(6, 2).float()
+    calls: list[int] = []
+
+    def count(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == interrupt_at:
+            raise KeyboardInterrupt
+
+    student.register_forward_pre_hook(count)
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 1, 8, 8), torch.arange(4)
+    loader = DataLoader(TensorDataset(x.repeat(batches, 1, 1, 1), y.repeat(batches)), 4)
+    module = Distillation(teacher, student, method)
+    fit(module, loader, epochs=1, optimizer=Recorder(student.parameters()), accumulate=4, progress=False, **options)
+    return gradients
+
+
+def test_a_partial_accumulation_window_weighs_as_much_as_a_whole_one() -> None:
+    whole, partial = recorded_steps("kd", 5)
+    torch.testing.assert_close(whole, partial)
+
+
+@pytest.mark.parametrize("method", ["kd", "sp"])
+def test_a_run_after_an_interrupted_one_steps_as_ever(method: str) -> None:
+    expected = recorded_steps(method, 8)
+    accelerator = make_accelerator("no", 4)
+    with pytest.raises(KeyboardInterrupt):
+        recorded_steps("kd", 8, interrupt_at=2, accelerator=accelerator)
+    gradients = recorded_steps(method, 8, accelerator=accelerator)
+    assert len(gradients) == 2
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_evaluate_leaves_accumulation_alone() -> None:
+    accelerator = make_accelerator("no", 4)
+    evaluate(network(), DataLoader(TensorDataset(*images())))
+    assert accelerator.gradient_accumulation_steps == 4
+
+
+def test_checkpoints_of_a_compiled_student_load_into_a_plain_one(tmp_path: Path) -> None:
+    student = torch.compile(small_student(1, 10), backend="eager")
+    fit(Distillation(None, student, "alone"), loaders()[0], epochs=1, output=tmp_path, progress=False)
+    load_model(small_student(1, 10), str(tmp_path / "last.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["epochs", "eval_every", "accumulate"])
+def test_fit_names_numbers_below_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+        fit(make(), *loaders(), **({"epochs": 1} | {name: 0}))
+
+
+def test_fit_wants_loaders_with_batches() -> None:
+    class Stream(IterableDataset):
+        def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+            yield torch.zeros(1, 8, 8), 0
+
+    train, _ = loaders()
+    empty = DataLoader(TensorDataset(*images(0)))
+    with pytest.raises(ValueError, match="test_loader has no batches"):
+        fit(make(), train, empty, epochs=1)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(network(), empty)
+    with pytest.raises(TypeError, match="train_loader must have a length"):
+        fit(make(), DataLoader(Stream()), epochs=1)
+
+
+def test_weights_out_of_range_are_refused() -> None:
+    for method, options in (
+        ("kd", {"weight": 3.0}),
+        ("kd", {"weight": -0.1}),
+        ("sp", {"weight": math.nan}),
+        ("amd", {"weight": -1.0}),
+        ("amd", {"kd_weight": 1.5}),
+        ("stkd", {"ce_weight": -1.0}),
+        ("mlkd", {"weights": (1.0, -1.0, 1.0)}),
+    ):
+        with pytest.raises(ValueError, match=rf"{method.upper()}: {next(iter(options))} must be .*, got"):
+            make_method(method, **options)
+
+
 def test_fit_stops_at_a_loss_that_is_not_a_number() -> None:
     train, _ = loaders()
     module = make("alone")
@@ -300,10 +529,54 @@ def test_digits_are_standardised_and_always_the_same() -> None:
         data.labelled_subset(split.train, 1000, seed=0)
 
 
+def saved(path: Path, **arrays: object) -> str:
+    """An .npz file of nine small images and labels, some of its arrays others."""
+    x, y = np.random.default_rng(0).random((9, 5, 6)), np.arange(9) % 3
+    np.savez(path, **({"x_train": x, "y_train": y, "x_test": x[:3], "y_test": y[:3]} | arrays))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"y_train": np.eye(9)}, r"y_train must hold one label per image, got shape \(9, 9\)"),
+        ({"y_train": np.arange(9) + 0.5}, "y_train must hold whole numbers"),
+        ({"y_train": np.arange(9) * 1j}, "y_train must hold whole numbers"),
+        ({"y_train": np.full(9, np.nan)}, "y_train must hold whole numbers"),
+        ({"y_train": np.array(list("abcabcabc"))}, "y_train must hold whole numbers"),
+        ({"y_test": np.array([-1, 0, 1])}, "y_test must hold whole numbers"),
+        ({"x_train": np.full((9, 5, 6), np.nan)}, "x_train has NaN"),
+        ({"x_test": np.full((3, 5, 6), np.inf)}, "x_test has NaN or infinite"),
+        ({"x_train": np.ones((9, 5, 6))}, "x_train has 9 images, all pixels the same"),
+        ({"x_train": np.ones((0, 5, 6)), "y_train": np.arange(0)}, "x_train has 0 images"),
+        ({"x_test": np.ones((3, 3, 5, 6))}, "have 1 channels, those of x_test 3"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.load(saved(tmp_path / "bad.npz", **arrays))
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((9, 1, 4, 4), (1, 4, 4)), ((9, 1, 9, 2), (1, 9, 2)), ((9, 4, 4, 3), (3, 4, 4)), ((9, 4, 4, 1), (1, 4, 4))],
+)
+def test_one_channel_may_come_first_in_small_images(
+    tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    x = np.random.default_rng(0).random(shape)
+    split = data.load(saved(tmp_path / "set.npz", x_train=x, x_test=x[:3], y_train=np.arange(9.0)[:, None] % 3))
+    assert split.train.tensors[0].shape[1:] == expected
+    assert split.train.tensors[1].tolist() == [0, 1, 2] * 3
+
+
+def test_no_batch_of_a_single_triplet() -> None:
+    subset = data.labelled_subset(data.digits().train, 1, seed=0)  # 10 images, in batches of 3 triplets
+    assert [len(batch[1]) for batch in data.loader(subset, 11, train=True, triplets=True)] == [3, 3, 3]
+
+
 @pytest.mark.parametrize("shape", [(20, 5, 6), (20, 5, 6, 3), (20, 3, 5, 6)])
 def test_npz_files(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    import numpy as np
-
     x, y = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8), np.arange(20) % 4
     np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x[:8], y_test=y[:8])
     split = data.load(str(tmp_path / "set.npz"))
@@ -314,6 +587,9 @@ def test_npz_files(tmp_path: Path, shape: tuple[int, ...]) -> None:
         data.load(str(tmp_path / "bad.npz"))
     with pytest.raises(ValueError, match="'imagenet'"):
         data.load("imagenet")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "set.npz").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"whole \.npz file, got .*cut"):
+        data.load(str(tmp_path / "cut.npz"))
 
 
 def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,6 +602,42 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cli.main([*common, "--method", "nothing"]) == 2
     assert "'alone', 'kd'" in capsys.readouterr().err
     assert cli.main([*common, "--teacher", "missing.safetensors"]) == 2
+
+
+def test_the_command_line_fails_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def message(*options: str, method: str = "kd") -> str:
+        assert (
+            cli.main(["train", "--method", method, "--epochs", "1", "--output", str(tmp_path / "out"), *options]) == 2
+        )
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    file = tmp_path / "file"
+    file.write_text("text")
+    assert str(file) in message("--output", str(file), method="alone")
+    assert "holds no teacher" in message("--teacher", str(file))
+    student = tmp_path / "student.safetensors"
+    save_model(small_student(1, 10), str(student))
+    assert "holds no teacher" in message("--teacher", str(student))
+    assert "weight must be in [0, 1]" in message("--weight", "3")
+    teacher = tmp_path / "teacher.safetensors"
+    save_model(small_teacher(1, 10), str(teacher))
+    unavailable = mock.Mock(side_effect=kdkernels.BackendError("no such kernels"))
+    monkeypatch.setattr("kdkernels.training.methods.kd.kd_loss", unavailable)
+    assert message("--teacher", str(teacher)) == "kdkernels train: no such kernels"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["train", "--epochs", "abc"])
+    assert "must be a whole number, 1 or more, got 'abc'" in capsys.readouterr().err
+
+
+def test_a_teacher_trained_first_does_not_change_the_students_accumulation(tmp_path: Path) -> None:
+    options = ["--accumulate", "4", "--mixed-precision", "bf16", "--epochs", "1", "--teacher-epochs", "1"]
+    assert cli.main(["train", *options, "--output", str(tmp_path)]) == 0
+    with (tmp_path / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["8"]  # 31 batches of 32
+    assert AcceleratorState().mixed_precision == "bf16"
 
 
 def test_demo_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -23,13 +24,14 @@ class Split(NamedTuple):
 
 
 def load(source: str) -> Split:
-    """ "digits", or the path of an .npz file with x_train, y_train, x_test, y_test; x is (N, H, W), (N, H, W, C) or
-    (N, C, H, W) with at most four channels."""
+    """ "digits", or the path of an .npz file with x_train, y_train, x_test, y_test; x is (N, H, W), (N, C, H, W) or
+    (N, H, W, C) with at most four channels, y holds one whole number from 0 on per image. Where both the second and
+    the last size could be the channels, they are the last, unless the second is 1."""
     if source == "digits":
         return digits()
     path = Path(source)
-    if path.suffix != ".npz" or not path.is_file():
-        raise ValueError(f"data must be 'digits' or an existing .npz file, got {source!r}")
+    if path.suffix != ".npz" or not is_zipfile(path):  # a cut or empty file is no zip file either
+        raise ValueError(f"data must be 'digits' or an existing and whole .npz file, got {source!r}")
     with np.load(path) as arrays:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays.files)
         if missing:
@@ -63,22 +65,27 @@ def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> Tensor
 
 def loader(dataset: TensorDataset, batch_size: int, *, train: bool, triplets: bool = False) -> DataLoader[Any]:
     """Batches of ``batch_size`` images; with ``triplets`` a third as many triplets, so as many images a step."""
+    batch_size = max(2, batch_size // 3) if triplets else batch_size
     # drop_last: relational losses mean something else on a rest of three images
     options: dict[str, Any] = {"shuffle": train, "drop_last": train and len(dataset) >= batch_size}
     if triplets:
         drawn = TripletDataset(dataset, dataset.tensors[1])
-        return DataLoader(drawn, max(2, batch_size // 3), collate_fn=collate_triplets, **options)
+        return DataLoader(drawn, batch_size, collate_fn=collate_triplets, **options)
     return DataLoader(dataset, batch_size, **options)
 
 
 def _split(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Split:
-    train, test = _images(x_train), _images(x_test)
+    train, test = _images("x_train", x_train), _images("x_test", x_test)
     if len(train) != len(y_train) or len(test) != len(y_test):
         raise ValueError(
             f"images and labels differ in number: {x_train.shape}, {y_train.shape}, {x_test.shape}, {y_test.shape}"
         )
+    if train.shape[1] != test.shape[1]:
+        raise ValueError(f"images of x_train have {train.shape[1]} channels, those of x_test {test.shape[1]}")
+    if not len(train) or not train.std() > 0:
+        raise ValueError(f"x_train has {len(train)} images, all pixels the same: nothing to learn")
     mean, std = train.mean(), train.std()
-    labels = [torch.as_tensor(np.asarray(y).astype(np.int64)).flatten() for y in (y_train, y_test)]
+    labels = [_labels("y_train", y_train), _labels("y_test", y_test)]
     return Split(
         TensorDataset((train - mean) / std, labels[0]),
         TensorDataset((test - mean) / std, labels[1]),
@@ -87,12 +94,23 @@ def _split(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test:
     )
 
 
-def _images(x: np.ndarray) -> Tensor:
+def _labels(name: str, y: np.ndarray) -> Tensor:
+    if y.ndim != 1 and y.shape != (len(y), 1):
+        raise ValueError(f"{name} must hold one label per image, got shape {y.shape} (one-hot? take its argmax)")
+    # text and complex numbers have no "whole"; NaN is unequal to anything
+    if y.dtype.kind not in "biuf" or not (y == np.floor(y)).all() or y.min(initial=0) < 0:
+        raise ValueError(f"{name} must hold whole numbers from 0 on, got {y.dtype} {np.unique(y)[:5].tolist()} ...")
+    return torch.as_tensor(y.astype(np.int64)).flatten()
+
+
+def _images(name: str, x: np.ndarray) -> Tensor:
     images = torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32))
+    if not images.isfinite().all():
+        raise ValueError(f"{name} has NaN or infinite pixels")
     if images.dim() == 3:
         return images[:, None]
-    if images.dim() == 4 and images.shape[3] <= 4:
+    if images.dim() == 4 and images.shape[3] <= 4 and images.shape[1] != 1:
         return images.permute(0, 3, 1, 2).contiguous()
     if images.dim() == 4 and images.shape[1] <= 4:
         return images
-    raise ValueError(f"images must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C <= 4, got {x.shape}")
+    raise ValueError(f"{name} must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C <= 4, got {x.shape}")

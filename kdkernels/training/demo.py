@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,15 +29,16 @@ LR = 0.4  # of 0.02 .. 0.4 the best for the student alone; the methods get the s
 TEACHER_EPOCHS, STUDENT_EPOCHS = 26, 100  # 400 steps of 64 images, 300 of 32
 
 # Weights for a run of 300 steps: the papers' are made for 240 epochs of CIFAR.
-DEMO_METHODS: dict[str, tuple[str, Method]] = {
-    "alone": ("CE", Alone()),
-    "mixup": ("CE on mixup images", Alone(alpha=1.0)),
-    "kd": ("0.1 CE + 0.9 KD", KD()),
-    "sp": ("CE + 300 SP", SP(weight=300)),
-    "stkd": ("0.1 CE + 0.9 KD, mixup", STKD()),
-    "amd": ("0.1 CE + 0.9 KD + 0.2 AMD", AMD(weight=0.2, layer_weights="area", reduction="sum")),
-    "mlkd": ("CE + 0.1 MLKD", MLKD(weights=(5.0, 0.1, 2.0))),
-    "corsd": ("CE + CORSD, no teacher", CORSD()),
+# They are made anew for each run: some have heads for one student.
+DEMO_METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
+    "alone": ("CE", Alone),
+    "mixup": ("CE on mixup images", partial(Alone, alpha=1.0)),
+    "kd": ("0.1 CE + 0.9 KD", KD),
+    "sp": ("CE + 300 SP", partial(SP, weight=300)),
+    "stkd": ("0.1 CE + 0.9 KD, mixup", STKD),
+    "amd": ("0.1 CE + 0.9 KD + 0.2 AMD", partial(AMD, weight=0.2, layer_weights="area", reduction="sum")),
+    "mlkd": ("CE + 0.1 MLKD", partial(MLKD, weights=(5.0, 0.1, 2.0))),
+    "corsd": ("CE + CORSD, no teacher", CORSD),
 }
 
 
@@ -66,11 +68,11 @@ def run_demo(output: str | Path = "runs/demo", seeds: int = 3, console: Console 
     )
 
     results = []
-    for name, (what, method) in DEMO_METHODS.items():
+    for name, (what, make) in DEMO_METHODS.items():
         histories = []
         for seed in range(seeds):
             set_seed(seed)
-            student = small_student(split.channels, split.classes)
+            student, method = small_student(split.channels, split.classes), make()
             subset = data.labelled_subset(split.train, LABELLED, seed)
             where = folder / f"{name}-{seed}"
             histories.append(

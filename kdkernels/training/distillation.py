@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,18 @@ class DistillationOutput(NamedTuple):
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and then every submodule in the mode that it had: some may be frozen."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class Distillation(nn.Module):
@@ -38,8 +51,9 @@ class Distillation(nn.Module):
     are triplets: ``distillation(images, target, target_neg)``. Call ``close()`` to take the hooks off both models.
 
     Raises:
-        ValueError: a method or a layer that does not exist, a missing teacher, unequal numbers of layers, or
-            features whose widths only an example could tell.
+        ValueError: a method or a layer that does not exist, a missing teacher, the student as its own teacher, unequal
+            numbers of layers, features whose widths only an example could tell (if their layers state wrong ones,
+            from the first forward pass), or a ``Method`` whose heads were made for another Distillation.
     """
 
     def __init__(
@@ -48,37 +62,44 @@ class Distillation(nn.Module):
         student: nn.Module,
         method: str | Method,
         *,
-        layers: Sequence[str] | None = None,
-        teacher_layers: Sequence[str] | None = None,
+        layers: str | Sequence[str] | None = None,
+        teacher_layers: str | Sequence[str] | None = None,
         example: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.method = make_method(method) if isinstance(method, str) else method
         if teacher is None and self.method.needs_teacher:
             raise ValueError(f"method {type(self.method).__name__} needs a teacher, got None")
+        if teacher is not None and self.method.needs_teacher and unwrap(teacher) is unwrap(student):
+            raise ValueError("teacher and student are the same module: the teacher must be another one, or a copy")
         self.student = student
         # in a tuple, so that the teacher is no submodule: not in parameters(), state_dict() or DDP's buffers
         self._teacher = (teacher.eval(),) if teacher is not None and self.method.needs_teacher else ()
-        self._student_taps, self._teacher_taps = self._taps(layers, teacher_layers)
-        if self.method.needs_widths:
-            self._build(example)
-
-    def _taps(
-        self, layers: Sequence[str] | None, teacher_layers: Sequence[str] | None
-    ) -> tuple[FeatureTaps, FeatureTaps | None]:
-        def choose(model: nn.Module) -> Sequence[str]:
-            if self.method.stages == "none":
-                return []
-            names = stage_names(model)
-            return names[-1:] if self.method.stages == "last" else names
-
-        student_names = choose(self.student) if layers is None else layers
-        if self.teacher is None:
-            return FeatureTaps(self.student, student_names), None
-        teacher_names = teacher_layers or (choose(self.teacher) if layers is None else layers)
-        if len(student_names) != len(teacher_names):
+        student_names = self._choose(student, layers)
+        teacher_names = self._choose(self.teacher, layers if teacher_layers is None else teacher_layers)
+        if self.teacher is not None and len(student_names) != len(teacher_names):
             raise ValueError(f"as many teacher as student layers are needed, got {student_names} and {teacher_names}")
-        return FeatureTaps(self.student, student_names), FeatureTaps(self.teacher, teacher_names)
+        self._student_taps = FeatureTaps(student, student_names)
+        self._teacher_taps: FeatureTaps | None = None
+        self._stated_widths: tuple[list[int], list[int]] | None = None  # until the first forward has confirmed them
+        try:
+            if self.teacher is not None:
+                self._teacher_taps = FeatureTaps(self.teacher, teacher_names)
+            if self.method.needs_widths:
+                self._build(example)
+        except BaseException:
+            self.close()  # no hooks of a Distillation that nobody gets
+            raise
+
+    def _choose(self, model: nn.Module | None, layers: str | Sequence[str] | None) -> list[str]:
+        if model is None:
+            return []
+        if layers is not None:
+            return [layers] if isinstance(layers, str) else list(layers)
+        if self.method.stages == "none":
+            return []
+        names = stage_names(model)
+        return names[-1:] if self.method.stages == "last" else names
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -86,22 +107,26 @@ class Distillation(nn.Module):
 
     def _build(self, example: Tensor | None) -> None:
         """Have the method make its own parameters, whose sizes depend on the features."""
+        if self.method.built:
+            raise ValueError(
+                f"this {type(self.method).__name__} has heads for another Distillation already: make a new one for each"
+            )
         if example is None:
             student = self._stated(self.student, self._student_taps)
             teacher = self._stated(self.teacher, self._teacher_taps) if self._teacher_taps is not None else None
+            self._stated_widths = self._widths(student), self._widths(teacher)
             self.method.build(student, teacher)
-            return
-        training = self.student.training
-        self.student.eval()
-        with torch.no_grad():
-            self.method.build(*self.outputs(example))
-        self.student.train(training)
+        else:
+            with eval_mode(self.student), torch.no_grad():
+                self.method.build(*self.outputs(example))
+        self.method.built = True
 
     def _stated(self, model: nn.Module | None, taps: FeatureTaps) -> Outputs:
         """Outputs as wide as the layers say they are: nothing has to run for it."""
         assert model is not None
         bare = unwrap(model)
-        widths = [width(bare), *(width(bare.get_submodule(name)) for name in taps.names)]
+        logits_width = width(bare) if self.method.needs_classes else 0
+        widths = [logits_width, *(width(bare.get_submodule(name)) for name in taps.names)]
         if None in widths:
             raise ValueError(
                 f"method {type(self.method).__name__} has parameters of its own, and the widths of {taps.names} of "
@@ -112,11 +137,26 @@ class Distillation(nn.Module):
 
     def outputs(self, images: Tensor) -> tuple[Outputs, Outputs | None]:
         """Student and teacher on the same images."""
-        student = Outputs(self.student(images), self._student_taps.pop())
-        if self.teacher is None or self._teacher_taps is None:
-            return student, None
-        with torch.no_grad():
-            return student, Outputs(self.teacher(images), self._teacher_taps.pop())
+        student, teacher = Outputs(self.student(images), self._student_taps.pop()), None
+        if self.teacher is not None and self._teacher_taps is not None:
+            with torch.no_grad():
+                teacher = Outputs(self.teacher(images), self._teacher_taps.pop())
+        if self._stated_widths is not None:
+            # what layers state can mislead: a module may concatenate, a head may be registered first
+            real = self._widths(student), self._widths(teacher)
+            if real != self._stated_widths:
+                raise ValueError(
+                    f"method {type(self.method).__name__} was built for the widths (student, teacher) that layers "
+                    f"state, {self._stated_widths}, but they are {real}: give a batch of images as example=..."
+                )
+            self._stated_widths = None
+        return student, teacher
+
+    def _widths(self, outputs: Outputs | None) -> list[int]:
+        """Those that the method's heads depend on."""
+        if outputs is None:
+            return []
+        return [x.shape[1] for x in (*outputs.features, *[outputs.logits][: self.method.needs_classes])]
 
     def batch(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """What the networks are to see: the method's mixing and augmenting happen in training mode alone."""
@@ -131,7 +171,7 @@ class Distillation(nn.Module):
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> DistillationOutput:
         """The loss of outputs that are there already."""
         terms = self.method.terms(student, teacher, batch)
-        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        loss = torch.stack(list(terms.values())).sum()
         return DistillationOutput(loss, {name: term.detach() for name, term in terms.items()}, student.logits)
 
     def close(self) -> None:

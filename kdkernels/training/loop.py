@@ -6,7 +6,8 @@ import csv
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from .distillation import Distillation, DistillationOutput
+from .distillation import Distillation, DistillationOutput, eval_mode
 from .exact import exact_step
 from .methods import Method
+from .taps import unwrap
 
 Loader = DataLoader[tuple[Tensor, ...]]
 History = list[dict[str, float]]
@@ -79,23 +81,31 @@ def fit(
         eval_every: epochs between tests; the last epoch is always tested.
 
     Returns:
-        Rows with epoch, step, lr, loss, every term, train_accuracy (against the first label where images were mixed),
-        seconds, and test_accuracy where it was taken. Accuracies are in percent.
+        Rows with epoch, step, lr, loss, every term, train_accuracy, seconds, and test_accuracy where it was taken.
+        Accuracies are in percent; train_accuracy is against the first label where images were mixed, and absent for
+        mlkd and corsd, whose rows do not match the labels.
 
     Raises:
+        ValueError: epochs, eval_every or accumulate below 1, or a loader without batches.
+        TypeError: a loader without len().
         FloatingPointError: an epoch whose loss is not finite.
 
     Over several processes a relational method sees the batch of all of them, and a line says so.
     """
+    for name, value in (("epochs", epochs), ("eval_every", eval_every), ("accumulate", accumulate)):
+        if value < 1:
+            raise ValueError(f"{name} must be 1 or more, got {value}")
+    for name, loader in (("train_loader", train_loader), ("test_loader", test_loader)):
+        if loader is not None and not _length(name, loader):
+            raise ValueError(f"{name} has no batches")
     accelerator = accelerator or make_accelerator(mixed_precision, accumulate)
     set_seed(seed)
     optimizer = optimizer or default_optimizer((p for p in distillation.parameters() if p.requires_grad), lr)
     model, optimizer, train_loader = accelerator.prepare(distillation, optimizer, train_loader)
     if test_loader is not None:
         test_loader = accelerator.prepare(test_loader)
-    assert isinstance(train_loader, Sized)
     if not len(train_loader):
-        raise ValueError("train_loader has no batches")
+        raise ValueError(f"train_loader has too few batches for {accelerator.num_processes} processes")
     steps_per_epoch = math.ceil(len(train_loader) / accelerator.gradient_accumulation_steps)
     scheduler = default_scheduler(optimizer, epochs * steps_per_epoch)
     method = distillation.method
@@ -104,7 +114,11 @@ def fit(
         accelerator.print(
             f"{_name(method)}: rows are compared over the batches of all {accelerator.num_processes} processes"
         )
+    accelerator.step = 0  # an interrupted run may have left an accumulation window half done
+    optimizer.zero_grad()
     folder = Path(output) if output is not None and accelerator.is_main_process else None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)  # where that is impossible it fails before the training
     history: History = []
     best = -1.0
     show = progress and accelerator.is_main_process and Console().is_terminal
@@ -130,6 +144,13 @@ def fit(
     return history
 
 
+def _length(name: str, loader: Loader) -> int:
+    try:
+        return len(loader)
+    except TypeError as error:
+        raise TypeError(f"{name} must have a length, which the learning rate and accumulation go by: {error}") from None
+
+
 def _name(method: Method) -> str:
     return type(method).__name__.lower()
 
@@ -145,16 +166,20 @@ def _train_epoch(
     model.train()
     start = time.perf_counter()
     sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    together = accelerator.gradient_accumulation_steps if distillation.method.relational else 1
+    share = accelerator.gradient_accumulation_steps
+    together = share if distillation.method.relational else 1
+    rest = len(loader) % share  # batches in the last window, if it is not a whole one
     results = 0
     for group in _groups(loader, together):
         if together > 1:
             result = _exact_backward(distillation, group, accelerator)
+            accelerator.gradient_state._set_sync_gradients(True)  # else what accumulate() left decides on the step
             _step(optimizer, scheduler, accelerator)
         else:
             with accelerator.accumulate(model):
                 result = model(*group[0])
-                accelerator.backward(result.loss)
+                window = rest if results >= len(loader) - rest else share
+                accelerator.backward(result.loss * (share / window))  # which divides by share
                 _step(optimizer, scheduler, accelerator)
         results += 1
         sums["loss"] += result.loss.detach()
@@ -194,23 +219,24 @@ def _exact_backward(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Loader, accelerator: Accelerator | None = None) -> float:
-    """Accuracy in percent, in eval mode; the model's mode is restored."""
-    accelerator = accelerator or Accelerator()
-    training = model.training
-    model.eval()
+    """Accuracy in percent, in eval mode; the mode of every submodule is restored."""
+    # none is made here: a new one would reset the accumulation of those there are
+    device = accelerator.device if accelerator else next(model.parameters(), torch.empty(0)).device
     correct, total = 0, 0
-    for images, target in loader:
-        images, target = images.to(accelerator.device), target.to(accelerator.device)
-        with accelerator.autocast():
-            hits = model(images).argmax(-1) == target
-        hits = accelerator.gather_for_metrics(hits)
-        correct, total = correct + int(hits.sum()), total + len(hits)
-    model.train(training)
+    with eval_mode(model):
+        for images, target in loader:
+            with accelerator.autocast() if accelerator else nullcontext():
+                hits = model(images.to(device)).argmax(-1) == target.to(device)
+            if accelerator:
+                hits = accelerator.gather_for_metrics(hits)
+            correct, total = correct + int(hits.sum()), total + len(hits)
+    if not total:
+        raise ValueError("evaluate: the loader has no images")
     return 100 * correct / total
 
 
 def _save(folder: Path, student: nn.Module, history: History, best: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    student = unwrap(student)  # the keys of the network itself, compiled or not
     save_model(student, str(folder / "last.safetensors"))
     if best:
         save_model(student, str(folder / "best.safetensors"))

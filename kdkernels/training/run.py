@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_model
 
 from . import data
@@ -17,13 +20,14 @@ from .models import ConvNet, small_student, small_teacher
 
 def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
-    accelerator = make_accelerator(args.mixed_precision, args.accumulate)
-    console = Console(quiet=not accelerator.is_main_process)
+    console = Console(quiet=not PartialState(cpu=not torch.accelerator.is_available()).is_main_process)
     method = _method(args.method, args.weight)
     split = data.load(args.data)
     test_loader = data.loader(split.test, 1000, train=False)
     teacher = _teacher(args, split, console) if method.needs_teacher else None
 
+    # after the teacher's training, whose own accelerator overwrites the state that all of them share
+    accelerator = make_accelerator(args.mixed_precision, args.accumulate)
     set_seed(args.seed)
     student = small_student(split.channels, split.classes)
     dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
@@ -58,7 +62,11 @@ def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> C
     if args.teacher is not None:
         if not args.teacher.is_file():
             raise ValueError(f"--teacher {args.teacher} does not exist")
-        load_model(teacher, str(args.teacher))
+        try:
+            load_model(teacher, str(args.teacher))
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of one line per layer
+            raise ValueError(f"--teacher {args.teacher} holds no teacher for this data: {reason}") from None
         return teacher
     folder = args.output / "teacher"
     loaders = data.loader(split.train, 64, train=True), data.loader(split.test, 1000, train=False)

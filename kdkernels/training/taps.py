@@ -44,6 +44,33 @@ def width(module: nn.Module) -> int | None:
     return None
 
 
+class _Features(dict[str, Any]):
+    """What the hooks kept. A copy of it, of a pickle too, is empty: kept tensors have graphs, which do not copy."""
+
+    def __reduce__(self) -> tuple[type[_Features], tuple[()]]:
+        return _Features, ()
+
+
+class _Keep:
+    """A forward hook; unlike a closure it can be pickled, and copied together with its taps."""
+
+    def __init__(self, features: _Features, name: str) -> None:
+        self.features, self.name = features, name
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.features[self.name] = output
+
+
+class _Forget:
+    """A forward pre-hook of the whole model: a module that does not run this time must not show its last features."""
+
+    def __init__(self, features: _Features) -> None:
+        self.features = features
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        self.features.clear()
+
+
 class FeatureTaps:
     """Keeps what the named modules return in the last forward pass.
 
@@ -55,6 +82,9 @@ class FeatureTaps:
     torch.compile. A model that was compiled and run before does not call new hooks: tap it first, or call
     ``torch.compiler.reset()``; ``pop`` says so. ``remove`` leaves nothing behind in the model.
 
+    A copy or a pickle of these taps and their model together works on its own. A copy of the model alone (deepcopy,
+    AveragedModel, torch.save) carries hooks that keep its features to themselves and that nothing removes.
+
     Raises:
         ValueError: a name that the model does not have, or one that is given twice.
         RuntimeError: from ``pop``, when a tapped module did not run.
@@ -62,7 +92,8 @@ class FeatureTaps:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        modules = dict(unwrap(model).named_modules())
+        names = [names] if isinstance(names, str) else list(names)
+        modules = dict(unwrap(model).named_modules(remove_duplicate=False))  # a shared module has several names
         missing = [name for name in names if name not in modules or not name]
         if missing:
             raise ValueError(
@@ -70,17 +101,11 @@ class FeatureTaps:
             )
         if len(set(names)) != len(names):
             raise ValueError(f"a layer is named twice: {list(names)}")
-        self.names = list(names)
-        self._features: dict[str, Any] = {}
-        self._hooks = [modules[name].register_forward_hook(self._hook(name)) for name in names]
-
-    def _hook(self, name: str) -> Any:
-        features = self._features
-
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            features[name] = output
-
-        return keep
+        self.names = names
+        self._features = _Features()
+        self._hooks = [modules[name].register_forward_hook(_Keep(self._features, name)) for name in names]
+        if names:
+            self._hooks.append(unwrap(model).register_forward_pre_hook(_Forget(self._features)))
 
     def pop(self) -> list[Tensor]:
         """The features of the last forward pass in the order of the names; they are forgotten here."""

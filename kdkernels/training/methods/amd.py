@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from ...amd_loss import amd_loss
 from ...kd_loss import kd_loss
-from .base import Batch, Method, Outputs
+from ...ops.checks import check_weight
+from .base import Batch, Method, Outputs, check_share
 
 
 class AMD(Method):
@@ -25,6 +26,9 @@ class AMD(Method):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        check_weight("AMD: weight", weight)
+        check_share("AMD: kd_weight", kd_weight)
+        check_weight("AMD: local_weight", local_weight)
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.local_weight, self.layer_weights, self.reduction = local_weight, layer_weights, reduction
 

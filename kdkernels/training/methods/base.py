@@ -8,6 +8,15 @@ from typing import ClassVar, NamedTuple
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...ops.checks import check_weight
+
+
+def check_share(name: str, value: float) -> None:
+    """A weight whose rest, 1 - value, is another term's."""
+    check_weight(name, value)
+    if value > 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}")
+
 
 class Batch(NamedTuple):
     """What the networks see, and its labels: two per image where images were mixed, the negative's for triplets."""
@@ -35,8 +44,10 @@ class Method(nn.Module):
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
+    needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:

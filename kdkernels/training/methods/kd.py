@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...kd_loss import kd_loss
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, check_share
 
 
 class KD(Method):
@@ -14,6 +14,7 @@ class KD(Method):
 
     def __init__(self, weight: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()
+        check_share("KD: weight", weight)
         self.weight, self.temperature = weight, temperature
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

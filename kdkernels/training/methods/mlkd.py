@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...mlkd_loss import WEIGHTS, MLKDLoss
+from ...ops.checks import check_weight
 from ..views import rotate_views
 from .base import Batch, Method, Outputs
 
@@ -15,10 +16,13 @@ class MLKD(Method):
 
     stages = "last"
     needs_widths = True
+    needs_classes = False
     relational = True
 
     def __init__(self, weights: tuple[float, float, float] = WEIGHTS, views: int = 4) -> None:
         super().__init__()
+        for weight in weights:
+            check_weight("MLKD: weights", weight)
         self.weights, self.views = weights, views
         self.loss: MLKDLoss | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...ops.checks import check_weight
 from ...sp_loss import sp_loss
 from .base import Batch, Method, Outputs
 
@@ -17,6 +18,7 @@ class SP(Method):
 
     def __init__(self, weight: float = 3000.0) -> None:
         super().__init__()
+        check_weight("SP: weight", weight)
         self.weight = weight
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
