@@ -754,7 +754,17 @@ def test_mlkd_sees_four_views_and_scores_the_upright_ones() -> None:
 
 @pytest.mark.parametrize("method", ["mlkd", "corsd"])
 def test_two_processes_from_the_command_line(method: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "kdkernels", "train"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "kdkernels",
+        "train",
+    ]
     options = ["--method", method, "--epochs", "1", "--teacher-epochs", "1", "--output", str(tmp_path)]
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
