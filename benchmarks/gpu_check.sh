@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can say about the kernels, in under nine minutes and without a network: the test suite on
-# CUDA, compute-sanitizer's memcheck over one test of each kernel, and a table of the results last.
+# CUDA, the losses' speed, compute-sanitizer's memcheck over one test of each kernel, and a table of the results last.
 # Needs python3 with torch, triton, numpy and pytest; PYTHON=... chooses another one. Logs go to ${OUT:-runs/gpu_check}.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -35,12 +35,15 @@ PYTHON
 echo "$device"
 
 step triton 200 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_golden.py -k "triton and not compiles"
-step compiles 60 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_triton_compiles.py -k "100 or 56-contiguous"
-step others 130 "$python" -m pytest -q -p no:cacheprovider tests --ignore tests/ops/test_triton_compiles.py -k "not triton"
+step compiles 40 "$python" -m pytest -q -p no:cacheprovider tests/ops/test_triton_compiles.py -k "100 or 56-contiguous"
+# the trainer's tests need packages that a bare machine lacks
+step others 110 "$python" -m pytest -q -p no:cacheprovider tests/ops tests/test_golden.py tests/test_losses.py tests/test_mlkd.py \
+    tests/test_corsd.py tests/test_accumulation.py tests/test_backend.py --ignore tests/ops/test_triton_compiles.py -k "not triton"
+step speed 60 "$python" benchmarks/bench_losses.py --no-compile
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null)
 if [ -n "$sanitizer" ]; then
     # PyTorch's caching allocator would hide a read past the end of a tensor
-    step memcheck 130 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
+    step memcheck 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 \
         "$python" -m pytest -q -p no:cacheprovider tests/ops/test_triton.py -k "backward_of_another or longer_than_a_chunk or empty_maps or one_launch"
 else
     table+=("memcheck     no compute-sanitizer on this machine")
