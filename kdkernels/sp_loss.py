@@ -47,8 +47,9 @@ def sp_loss(
         why the paper weights it with 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
         from its own normalisation.
 
-    Without ``group`` each process of data-parallel training sees the similarities of its own batch alone: B = 256 over
-    8 processes is a loss 6.6 times larger, with a gradient that points elsewhere (cosine 0.79), than one process has.
+    Without ``group`` each process of data-parallel training sees the similarities of its own batch alone: for B = 256
+    over 8 processes the loss is 6 to 7 times larger and its gradient points elsewhere (cosine 0.77 on random features,
+    0.93 on those of the demo's networks) than in one process.
     With it the loss is the same number on every rank, and after DistributedDataParallel's averaging the parameters'
     gradients are those of one process on the whole batch; for that, ``backward`` hands each rank's features R times the
     gradient of the whole batch's loss, R being the ranks. See kdkernels/distributed.py.
