@@ -1,13 +1,5 @@
-// The only file that knows torch: it checks, allocates, reads shapes and types, and calls the kernels. It uses the
-// LibTorch stable ABI alone, so that one binary serves every torch from 2.11 on.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+// The ops as torch sees them: checks, allocation, and calls of the kernels. With tensors.h the only file that knows torch.
+#include "tensors.h"
 
 #include <optional>
 #include <string>
@@ -17,9 +9,6 @@
 #include "angular_margin.h"
 #include "gram.h"
 #include "softmax_kl.h"
-#ifdef KD_CUDA
-#include "cuda.h"
-#endif
 
 #ifdef KD_CUDA
 // Lives in libtorch_cuda: weak, so that the library loads on a torch without it, where no tensor is on CUDA.
@@ -51,108 +40,7 @@ Launch::~Launch() {
 
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-void run_parallel(int64_t count, int64_t grain, kd::Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
-}
-
-kd::Pool pool() { return {run_parallel, static_cast<int>(torch::stable::get_num_threads())}; }
-
-// ---- reading tensors ----
-
-kd::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return kd::DType::f16;
-    case ScalarType::BFloat16: return kd::DType::bf16;
-    case ScalarType::Float: return kd::DType::f32;
-    case ScalarType::Double: return kd::DType::f64;
-    default: STD_TORCH_CHECK(false, "kdkernels: a tensor is of no floating-point type that is known here");
-  }
-}
-
-bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
-
-ScalarType compute_type(bool fp64) { return fp64 ? ScalarType::Double : ScalarType::Float; }
-
-void check_device(const Tensor& x, const Tensor& first) {
-  STD_TORCH_CHECK(x.is_cuda() == first.is_cuda() && x.get_device_index() == first.get_device_index(),
-                  "kdkernels: all tensors must be on one device");
-}
-
-Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& like,
-             MemoryFormat format = MemoryFormat::Contiguous) {
-  return torch::stable::empty(sizes, type, std::nullopt, like.device(), std::nullopt, format);
-}
-
-Tensor contiguous_as(const Tensor& x, bool fp64) {
-  const ScalarType type = compute_type(fp64);
-  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
-}
-
-bool is_channels_last(const Tensor& x) {
-  if (x.dim() != 4 || x.is_contiguous()) return false;
-  int64_t expected = 1;
-  for (int64_t d : {1, 3, 2, 0}) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return false;
-    expected *= x.size(d);
-  }
-  return true;
-}
-
-Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x); }
-
-std::vector<int64_t> sizes_of(const Tensor& x) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < x.dim(); ++d) sizes.push_back(x.size(d));
-  return sizes;
-}
-
-// A large gradient on the CPU is fresh memory, whose page faults can cost more than the kernel that fills it: 4096 for 16 MB,
-// 8 with huge pages, which Linux gives to those who ask.
-void ask_for_huge_pages(const Tensor& x) {
-#ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(x.numel()) * x.element_size();
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
-#else
-  (void)x;
-#endif
-}
-
-Tensor grad_like(const Tensor& x) {
-  Tensor out = empty(sizes_of(x), x.scalar_type(), x,
-                     is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-  if (x.is_cpu()) ask_for_huge_pages(out);
-  return out;
-}
-
-// The CPU's kernels of this machine's instruction set, or the GPU's on the current stream.
-#ifdef KD_CUDA
-#define KD_RUN(like, function, arguments, fp64)                                          \
-  do {                                                                                   \
-    if ((like).is_cuda()) {                                                              \
-      const kd::cuda::Launch launch((like).get_device_index());                          \
-      kd::cuda::function(arguments, fp64, launch);                                       \
-    } else {                                                                             \
-      [&] { KD_DISPATCH(function(arguments, fp64, pool())) }();                    \
-    }                                                                                    \
-  } while (false)
-#else
-#define KD_RUN(like, function, arguments, fp64) \
-  [&] { KD_DISPATCH(function(arguments, fp64, pool())) }()
-#endif
-
-// Scratch memory of a CUDA kernel; none on the CPU.
-#ifdef KD_CUDA
-#define KD_WORKSPACE(like, bytes) empty({(like).is_cuda() ? (bytes) : 0}, ScalarType::Byte, like)
-#else
-#define KD_WORKSPACE(like, bytes) empty({0}, ScalarType::Byte, like)
-#endif
+using namespace kd;
 
 // ---- softmax_kl ----
 
@@ -223,7 +111,7 @@ struct SoftmaxInputs {
   const int64_t* labels(const Tensor& y, const Tensor& s) {
     check_device(y, s);
     STD_TORCH_CHECK(y.dim() == 1 && y.size(0) == s.size(0), "kdkernels: labels must be (N,)");
-    keep.push_back(torch::stable::contiguous(y));
+    keep.push_back(as_contiguous(y));
     return static_cast<const int64_t*>(keep.back().const_data_ptr());
   }
 };
@@ -242,11 +130,11 @@ std::tuple<Tensor, Tensor, Tensor> softmax_kl_forward(
   Tensor loss = x.reduction == kd::Reduction::none ? empty({x.rows}, type, student) : empty({}, type, student);
   Tensor stats = need_grad ? empty({x.decoupled() ? 9 : 5, x.rows}, type, student) : empty({0}, type, student);
   Tensor scale = empty({}, type, student);
-  Tensor scratch = KD_WORKSPACE(student, kd::cuda::softmax_kl_workspace(x));
   x.loss = loss.mutable_data_ptr();
   x.stats = need_grad ? stats.mutable_data_ptr() : nullptr;
   x.scale = scale.mutable_data_ptr();
-  x.workspace = scratch.mutable_data_ptr();
+  std::vector<Tensor> scratch;
+  x.workspace = KD_WORKSPACE(student, kd::cuda::softmax_kl_workspace(x), scratch);
   KD_RUN(student, softmax_kl_forward, x, inputs.fp64);
   return {loss, stats, scale};
 }
@@ -327,8 +215,8 @@ std::tuple<Tensor, Tensor> angular_margin_forward(std::vector<Tensor> student, s
   x.reduce = reduce;
   x.loss = loss.mutable_data_ptr();
   x.kappa = need_grad ? kappa.mutable_data_ptr() : nullptr;
-  Tensor scratch = KD_WORKSPACE(student[0], kd::cuda::angular_margin_workspace(x, inputs.fp64));
-  x.workspace = scratch.mutable_data_ptr();
+  std::vector<Tensor> scratch;
+  x.workspace = KD_WORKSPACE(student[0], kd::cuda::angular_margin_workspace(x, inputs.fp64), scratch);
   KD_RUN(student[0], angular_margin_forward, x, inputs.fp64);
   return {loss, kappa};
 }
@@ -343,7 +231,7 @@ std::vector<Tensor> angular_margin_backward(Tensor grad, std::vector<Tensor> stu
     inputs.layers.back().out = out.back().mutable_data_ptr();
   }
   STD_TORCH_CHECK(kappa.numel() == inputs.pixels, "kdkernels: kappa is not these layers'");
-  const Tensor g = contiguous_as(grad, fp64), k = torch::stable::contiguous(kappa);
+  const Tensor g = contiguous_as(grad, fp64), k = as_contiguous(kappa);
   kd::AngularMargin x{};
   x.layers = inputs.layers.data();
   x.count = static_cast<int64_t>(student.size());
@@ -393,8 +281,8 @@ std::tuple<Tensor, Tensor> sp_forward(std::vector<Tensor> student, std::vector<T
   x.eps = eps;
   x.loss = loss.mutable_data_ptr();
   x.weights = need_grad ? weights.mutable_data_ptr() : nullptr;
-  Tensor scratch = KD_WORKSPACE(student[0], kd::cuda::sp_workspace(x, fp64));
-  x.workspace = scratch.mutable_data_ptr();
+  std::vector<Tensor> scratch;
+  x.workspace = KD_WORKSPACE(student[0], kd::cuda::sp_workspace(x, fp64), scratch);
   KD_RUN(student[0], sp_forward, x, fp64);
   return {loss, weights};
 }
@@ -408,7 +296,7 @@ std::vector<Tensor> sp_backward(Tensor grad, std::vector<Tensor> student, Tensor
     const kd::Rows rows = rows_of(s, keep);
     layers.push_back({rows, rows, out.back().mutable_data_ptr()});
   }
-  const Tensor g = contiguous_as(grad, fp64), w = torch::stable::contiguous(weights);
+  const Tensor g = contiguous_as(grad, fp64), w = as_contiguous(weights);
   kd::SpGram x{};
   x.layers = layers.data();
   x.count = static_cast<int64_t>(student.size());
@@ -451,14 +339,14 @@ std::tuple<Tensor, Tensor> cosine_backward(Tensor grad, Tensor a, Tensor b, Tens
                       i_b.numel() == x.b.count,
                   "kdkernels: the saved cosines are not these rows'");
   Tensor grad_a = empty(sizes_of(a), a.scalar_type(), a), grad_b = empty(sizes_of(b), b.scalar_type(), b);
-  Tensor scratch = KD_WORKSPACE(a, kd::cuda::cosine_workspace(x));
   x.grad = g.const_data_ptr();
   x.similarity = const_cast<void*>(s.const_data_ptr());
   x.inverse_a = const_cast<void*>(i_a.const_data_ptr());
   x.inverse_b = const_cast<void*>(i_b.const_data_ptr());
   x.grad_a = grad_a.mutable_data_ptr();
   x.grad_b = grad_b.mutable_data_ptr();
-  x.workspace = scratch.mutable_data_ptr();
+  std::vector<Tensor> scratch;
+  x.workspace = KD_WORKSPACE(a, kd::cuda::cosine_workspace(x), scratch);
   KD_RUN(a, cosine_backward, x, fp64);
   return {grad_a, grad_b};
 }

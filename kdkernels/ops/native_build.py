@@ -160,7 +160,7 @@ class Plan:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in sorted(self.sources.glob("*.*")):
-            if path.suffix in (".h", ".cpp", ".cu"):
+            if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
                 digest.update(path.name.encode() + b"\0" + path.read_bytes())
         tools = [self.compiler, *([f"{self.cuda}/bin/nvcc"] if self.cuda else [])]
         for tool in tools:
