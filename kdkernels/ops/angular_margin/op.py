@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..checks import check_positive, check_weight, compute_dtype, grad_like, layer_pairs, need_grad
-from ..library import define, set_autograd
+from ..library import Op
 
 
 def _forward(
@@ -54,14 +54,14 @@ def _backward_fake(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[T
     return [grad_like(s) for s in student]
 
 
-forward_op = define(
+forward_op = Op(
     "angular_margin",
     "(Tensor[] student, Tensor[] teacher, float[] layer_weights, float margin, float scale, float local_weight, "
     "bool reduce, bool need_grad) -> (Tensor loss, Tensor kappa)",
     _forward,
     _forward_fake,
 )
-backward_op = define(
+backward_op = Op(
     "angular_margin_backward",
     "(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
     _backward,
@@ -69,8 +69,7 @@ backward_op = define(
 )
 
 
-set_autograd(
-    forward_op,
+forward_op.set_autograd(
     inputs=lambda student, *_: student,
     saved=lambda args, outputs: ((*args[0], outputs[1]), None),
     backward=lambda grad, tensors, _: backward_op(grad, tensors[:-1], tensors[-1]),
@@ -115,7 +114,7 @@ def angular_margin(
             raise ValueError(f"amd_loss: quadrants (local_weight > 0) need H and W of 2 or more, got {tuple(s.shape)}")
     if len(layer_weights) != len(students):
         raise ValueError(f"layer_weights has {len(layer_weights)} numbers for {len(students)} layers")
-    loss, _ = forward_op(
+    return forward_op.loss(
         students,
         [t.detach() for t in teachers],
         [float(x) for x in layer_weights],
@@ -125,4 +124,3 @@ def angular_margin(
         reduce,
         need_grad(*students),
     )
-    return loss

@@ -21,7 +21,7 @@ from ..checks import (
     layer_pairs,
     need_grad,
 )
-from ..library import define, set_autograd
+from ..library import Op
 
 ROW_NORMS = ("l2", "l1")
 
@@ -80,23 +80,21 @@ def _cosine_backward_fake(grad: Tensor, a: Tensor, b: Tensor, *saved: Tensor) ->
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
 
-sp_op = define(
+sp_op = Op(
     "sp_gram",
     "(Tensor[] student, Tensor[] teacher, str row_norm, float scale, float eps, bool zero_row_grad, bool need_grad)"
     " -> (Tensor loss, Tensor weights)",
     _sp_forward,
     _sp_fake,
 )
-sp_backward_op = define(
+sp_backward_op = Op(
     "sp_gram_backward",
     "(Tensor grad, Tensor[] student, Tensor weights) -> Tensor[]",
     _sp_backward,
     _sp_backward_fake,
 )
-cosine_op = define(
-    "cosine_similarity", "(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)", _cosine_forward, _cosine_fake
-)
-cosine_backward_op = define(
+cosine_op = Op("cosine_similarity", "(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)", _cosine_forward, _cosine_fake)
+cosine_backward_op = Op(
     "cosine_similarity_backward",
     "(Tensor grad, Tensor a, Tensor b, Tensor similarity, Tensor inverse_a, Tensor inverse_b) -> (Tensor, Tensor)",
     _cosine_backward,
@@ -104,15 +102,13 @@ cosine_backward_op = define(
 )
 
 
-set_autograd(
-    sp_op,
+sp_op.set_autograd(
     inputs=lambda student, *_: student,
     saved=lambda args, outputs: ((*args[0], outputs[1]), None),
     backward=lambda grad, tensors, _: sp_backward_op(grad, tensors[:-1], tensors[-1]),
     what="sp_loss",
 )
-set_autograd(
-    cosine_op,
+cosine_op.set_autograd(
     inputs=lambda a, b: (a, b),
     saved=lambda args, outputs: ((*args, *outputs), None),
     backward=lambda grad, tensors, _: cosine_backward_op(grad, *tensors),
@@ -141,8 +137,7 @@ def sp_gram(
     check_positive("eps", eps)
     students, teachers = layer_pairs(student, teacher, "sp_loss")
     teachers = [t.detach() for t in teachers]
-    loss, _ = sp_op(students, teachers, row_norm, float(scale), float(eps), zero_row_grad, need_grad(*students))
-    return loss
+    return sp_op.loss(students, teachers, row_norm, float(scale), float(eps), zero_row_grad, need_grad(*students))
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
@@ -150,4 +145,4 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     check_pair(a, b, "cosine_similarity")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"cosine_similarity: needs (N, D) and (M, D), got {tuple(a.shape)} and {tuple(b.shape)}")
-    return cosine_op(a, b)[0]
+    return cosine_op.loss(a, b)
