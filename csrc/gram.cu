@@ -98,10 +98,11 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
         out[(row + y + 16 * r) * p.b.count + column + x + 16 * c] = sum[r][c];
 }
 
-// How many parts the columns are cut into: enough blocks for a large GPU, at least 128 columns each.
+// How many parts the columns are cut into: enough blocks for a large GPU, of 128 columns at least, and of 4096 at most, as
+// what two Grams differ by would drown in the rounding of longer fp32 sums.
 inline int splits_for(int64_t tiles, int64_t width) {
   const int64_t wanted = ceil_div(kWantedBlocks, larger(tiles, 1)), room = ceil_div(width, 128);
-  return static_cast<int>(larger(1, smaller(smaller(wanted, room), 64)));
+  return static_cast<int>(larger(ceil_div(width, 4096), larger(1, smaller(smaller(wanted, room), 64))));
 }
 
 template <typename T>

@@ -60,6 +60,12 @@ def test_strides(layout: str) -> None:
         assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_sums_over_many_columns_keep_their_digits() -> None:
+    """Grams of non-negative features are nearly equal, and one fp32 sum over all columns loses what they differ by."""
+    student, teacher = (torch.rand(16, 65536, device=DEVICE) for _ in range(2))
+    check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=100.0)
+
+
 def test_negative_features_and_a_mixed_pair_of_dtypes() -> None:
     student, teacher = torch.randn(12, 40, device=DEVICE), torch.randn(12, 30, device=DEVICE)
     check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student.half()], constants=[teacher], upstream=100.0)

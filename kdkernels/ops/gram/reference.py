@@ -13,6 +13,7 @@ from torch import Tensor
 from ..checks import compute_dtype, grad_like, is_channels_last
 
 COSINE_EPS = 1e-8
+SLICE = 4096  # columns summed in fp32 alone: what two Grams differ by would drown in the rounding of longer sums
 
 
 def supports(*tensors: Tensor) -> str | None:
@@ -53,7 +54,12 @@ def sp_forward(
 
 def gram(q: Tensor) -> Tensor:
     """K = Q Q^T: a sum over columns, so that the Gram matrices of column shards add up to it."""
-    return q @ q.t()
+    if q.dtype == torch.float64 or q.shape[1] <= SLICE:
+        return q @ q.t()
+    total = q.new_zeros(q.shape[0], q.shape[0], dtype=torch.float64)
+    for part in q.split(SLICE, dim=1):
+        total += part @ part.t()
+    return total.to(q.dtype)
 
 
 def sp_from_grams(

@@ -33,6 +33,7 @@ from .triton_forward import product_kernel, rows_kernel, weights_kernel
 
 __all__ = ["cosine_backward", "cosine_forward", "sp_backward", "sp_forward", "supports"]
 MAX_SPLITS, ROW = 64, 512
+SLICE = 4096  # columns that one split sums at most, see reference.py
 
 
 def supports(*tensors: Tensor) -> str | None:
@@ -143,7 +144,7 @@ def sp_forward(
     block_d = 32 if any(item.x.dtype == torch.float32 for item in items) else 64
     longest = max(item.length for item in items)
     wanted = triton.cdiv(2 * processors(device), tiles * len(items))
-    splits = max(1, min(MAX_SPLITS, wanted, longest // (4 * block_d)))
+    splits = max(1, triton.cdiv(longest, SLICE), min(MAX_SPLITS, wanted, longest // (4 * block_d)))
     work = torch.empty(splits, len(items), batch, batch, **options)
     for group in grouped(items, _key):
         starts, programs = starts_of([splits * tiles] * len(group))
