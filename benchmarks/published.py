@@ -20,6 +20,19 @@ def stkd(
     return 0.1 * ce + 0.9 * kd(student, teacher, temperature)
 
 
+def dkd(
+    student: Tensor, teacher: Tensor, target: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> Tensor:
+    """Decoupled KD (arXiv 2203.08679): the labelled class against the rest, and the rest with the label masked out."""
+    label = F.one_hot(target, student.shape[1]).bool()
+    p_s, p_t = (F.softmax(x / temperature, dim=1) for x in (student, teacher))
+    two_s, two_t = (torch.stack([(p * label).sum(1), (p * ~label).sum(1)], dim=1) for p in (p_s, p_t))
+    tckd = F.kl_div(two_s.log(), two_t, reduction="batchmean")
+    rest_s, rest_t = (x / temperature - 1000.0 * label for x in (student, teacher))
+    nckd = F.kl_div(F.log_softmax(rest_s, dim=1), F.softmax(rest_t, dim=1), reduction="batchmean")
+    return (alpha * tckd + beta * nckd) * temperature**2
+
+
 def sp(student: Tensor, teacher: Tensor) -> Tensor:
     b = student.shape[0]
     student, teacher = student.view(b, -1), teacher.view(b, -1)

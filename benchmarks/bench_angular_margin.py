@@ -1,0 +1,39 @@
+"""angular_margin: AMD on one layer pair, from the stages of CIFAR networks to ResNet-50's last one at batch 256."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import kdkernels
+
+from . import published
+from .bench_gram import BF16, FP16, FP32, RESNET8X4
+from .cases import Case, feature_case
+from .under_pytest import PROVIDERS, run_case
+
+
+def case(what: str, student: Sequence[int], teacher: Sequence[int] | None = None, dtype: torch.dtype = FP32) -> Case:
+    pair = [student], None if teacher is None else [teacher]
+    name = f"amd {what} {'x'.join(map(str, student))}"
+    return feature_case("angular_margin", name, kdkernels.amd_loss, published.amd, *pair, dtype=dtype)
+
+
+CASES = [
+    *(case("resnet8x4", shape) for shape in RESNET8X4),
+    case("resnet8x4", RESNET8X4[2], dtype=BF16),
+    case("resnet8x4", RESNET8X4[2], dtype=FP16),
+    case("wrn16-2", (64, 32, 32, 32)),
+    case("wrn16-2", (64, 128, 8, 8)),
+    case("resnet18 of resnet50", (256, 512, 7, 7), (256, 2048, 7, 7)),
+    case("resnet50", (256, 2048, 7, 7)),
+]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
+def test_angular_margin(benchmark: Any, case: Case, provider: str) -> None:
+    run_case(benchmark, case, provider)

@@ -1,0 +1,41 @@
+"""gram: SP on one layer pair, from the stages of CIFAR networks to ResNet-50's last one at batch 256."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import kdkernels
+
+from . import published
+from .cases import Case, feature_case
+from .under_pytest import PROVIDERS, run_case
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def case(what: str, student: Sequence[int], teacher: Sequence[int] | None = None, dtype: torch.dtype = FP32) -> Case:
+    pair = [student], None if teacher is None else [teacher]
+    name = f"sp {what} {'x'.join(map(str, student))}"
+    return feature_case("gram", name, kdkernels.sp_loss, published.sp, *pair, dtype=dtype, products=1)
+
+
+RESNET8X4 = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8)]  # resnet32x4's stages have the same shapes
+CASES = [
+    *(case("resnet8x4", shape) for shape in RESNET8X4),
+    case("resnet8x4", RESNET8X4[2], dtype=BF16),
+    case("resnet8x4", RESNET8X4[2], dtype=FP16),
+    case("wrn16-2", (64, 128, 8, 8)),  # wrn40-2 likewise
+    case("resnet18 of resnet50", (256, 512, 7, 7), (256, 2048, 7, 7)),
+    case("resnet50", (256, 2048, 7, 7)),
+    case("resnet50", (256, 2048, 7, 7), dtype=BF16),
+]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.label)
+def test_gram(benchmark: Any, case: Case, provider: str) -> None:
+    run_case(benchmark, case, provider)

@@ -1,0 +1,241 @@
+"""A report's JSON as Markdown tables and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+TITLES = {
+    "softmax_kl": "Logits: `kd_loss`, `stkd_loss`",
+    "gram": "One layer pair: `sp_loss`",
+    "angular_margin": "One layer pair: `amd_loss`",
+    "losses": "Whole losses",
+}
+METHOD = """\
+Forward and backward from an upstream gradient of 0.7. All candidates take turns in one process, in a random order,
+{cold}; medians. **eager** and **compile** are the formula as published, in PyTorch and under torch.compile (the
+better of default and max-autotune), **reference** is ours in plain PyTorch; these columns are their time over ours:
+above 1, ours is faster. **share** is of the copy bandwidth measured here, or of the matmul rate where that allows
+less, for the bytes and operations that the loss needs at least. **peak MB** is what a step allocates through PyTorch,
+ours / eager; **error** the gradient's against fp64, ours / eager."""
+COMPILED = ("compile", "compile max-autotune")
+
+
+def ours(row: Row) -> str:
+    """What auto runs: our first backend."""
+    return next(iter(row["providers"]))
+
+
+def step(row: Row, name: str) -> float:
+    return float(row["providers"][name]["step"][0])
+
+
+def best_compile(row: Row) -> str | None:
+    able = [name for name in COMPILED if name in row["providers"]]
+    return min(able, key=lambda name: step(row, name)) if able else None
+
+
+def ratio(row: Row, name: str | None) -> float | None:
+    return None if name is None or name not in row["providers"] else step(row, name) / step(row, ours(row))
+
+
+def geomean(values: Iterable[float | None]) -> float:
+    logs = [math.log(x) for x in values if x is not None]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+def lost(rows: list[Row]) -> list[str]:
+    """The rows where the published formula is faster than ours."""
+    found = []
+    for row in rows:
+        for name in ("eager", best_compile(row), "liger"):
+            value = ratio(row, name)
+            if value is not None and value < 1:
+                found.append(f"{row['case']}: {name} takes {value:.2f} of our time")
+    return found
+
+
+def roof(row: Row, machine: dict[str, Any]) -> float:
+    """Seconds that the machine needs at its measured best: for the bytes, or for the products, whichever is longer."""
+    return float(max(row["bytes"] / machine["copy_bandwidth"], row["flops"] / machine["matmul_rate"][row["dtype"]]))
+
+
+def share(row: Row, machine: dict[str, Any]) -> tuple[str, float]:
+    """GB/s, or GFLOP/s where products take longer, and the share of the machine's best."""
+    mine = row["providers"][ours(row)]
+    time = mine.get("graph", mine["step"])[0]
+    bound_by_products = row["flops"] and roof(row, machine) > row["bytes"] / machine["copy_bandwidth"]
+    rate = f"{row['flops'] / time / 1e9:.0f} GFLOP/s" if bound_by_products else f"{row['bytes'] / time / 1e9:.1f} GB/s"
+    return rate, roof(row, machine) / time
+
+
+def milliseconds(times: list[float]) -> str:
+    median, low, high = (t * 1e3 for t in times)
+    digits = 3 if median < 1 else 2 if median < 100 else 0
+    return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _times(x: float | None) -> str:
+    return "" if x is None else f"{x:.2f}" if x < 10 else f"{x:.0f}"
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 1e6:.2f}" if n < 1e7 else f"{n / 1e6:.0f}"
+
+
+def _error(x: float) -> str:
+    return f"{x:.0e}" if math.isfinite(x) else "NaN"
+
+
+def _row(row: Row, machine: dict[str, Any]) -> list[str]:
+    mine, compiled, found = ours(row), best_compile(row), row["providers"]
+    speed, part = share(row, machine)
+    eager = found.get("eager")
+    cells = [
+        row["case"],
+        f"{milliseconds(found[mine]['step'])} {mine}",
+        milliseconds(found[mine]["forward"]).split(" ")[0],
+        _times(ratio(row, "eager")),
+        "" if compiled is None else f"{_times(ratio(row, compiled))}{' (max)' if compiled != 'compile' else ''}",
+        _times(ratio(row, "reference")) if mine != "reference" else "",
+        f"{speed}, {part:.0%}",
+        f"{_bytes(found[mine]['peak_bytes'])} / {_bytes(eager['peak_bytes']) if eager else '-'}",
+        f"{_error(found[mine]['gradient_error'])} / {_error(eager['gradient_error']) if eager else '-'}",
+    ]
+    if "device" in found[mine]:
+        graph = found[mine].get("graph")
+        cells += [
+            f"{found[mine]['device'][0] * 1e6:.0f}",
+            "" if graph is None else f"{graph[0] * 1e6:.0f}",
+            f"{found[mine]['host'][0] * 1e6:.0f}",
+            str(found[mine]["launches"]),
+        ]
+    return cells
+
+
+HEADINGS = ["case", "ms (20 to 80 %)", "forward", "eager", "compile", "reference", "rate, share", "peak MB", "error"]
+GPU_HEADINGS = ["device us", "graph us", "host us", "launches"]
+
+
+def table(headings: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
+    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in rows])
+
+
+def markdown(result: dict[str, Any], pictures: list[str]) -> str:
+    machine, rows = result["machine"], result["cases"]
+    gpu = any("device" in row["providers"][ours(row)] for row in rows)
+    facts = [f"{machine['device']}" + (f", {machine['threads']} threads" if machine["threads"] else "")]
+    facts += [f"torch {machine['torch']}, triton {machine['triton']}, Python {machine['python']}"]
+    facts += [f"copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s"]
+    facts += [f"matmul {k} {v / 1e9:.0f} GFLOP/s" for k, v in machine["matmul_rate"].items()]
+    cold = "the GPU's cache emptied before each step" if gpu else "on inputs that no cache holds (copies rotate)"
+    parts = [
+        f"# Speed on {machine['device']}",
+        f"{'; '.join(facts)}; commit {machine['commit']}; {result['seconds'] / 60:.0f} minutes.",
+        METHOD.format(cold=cold),
+        f"Geometric means: {geomean(ratio(r, 'eager') for r in rows):.2f} against eager, "
+        f"{geomean(ratio(r, best_compile(r)) for r in rows):.2f} against the better compile.",
+    ]
+    parts += [f"![{'Ratios' if 'ratios' in p else 'Roofline'}]({p})" for p in pictures]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        parts.append(f"## {TITLES[group]}")
+        chosen = [_row(row, machine) for row in rows if row["group"] == group]
+        parts.append(table(HEADINGS + GPU_HEADINGS * gpu, chosen))
+    if "training_step" in result:
+        parts += ["## What a loss adds to a training step", training_table(result["training_step"])]
+    parts += ["## Rows that we lose", "\n".join(f"- {line}" for line in lost(rows)) or "None."]
+    failed = [f"- {row['case']}, {name}: {why}" for row in rows for name, why in row["failed"].items()]
+    if failed:
+        parts += ["## What the formula cannot compute", "\n".join(failed)]
+    return "\n\n".join(parts) + "\n"
+
+
+def training_table(found: dict[str, Any]) -> str:
+    head = (
+        f"Forward and backward of resnet8x4, batch 64, 32 x 32 images, cross entropy: {found['median'] * 1e3:.0f} ms; "
+        "the teacher's outputs are there already. What each loss adds, the median of "
+        f"{found['rounds']} rounds' differences:"
+    )
+    providers = ["kdkernels", "eager", "compile"]
+    rows = [[loss, *(f"{added[p]:+.1%}" for p in providers)] for loss, added in found["added"].items()]
+    return f"{head}\n\n{table(['loss', *providers], rows)}"
+
+
+def write(result: dict[str, Any], base: Path) -> list[Path]:
+    base.parent.mkdir(parents=True, exist_ok=True)
+    files = {kind: base.with_name(f"{base.name}-{kind}.png") for kind in ("ratios", "roofline")}
+    data, text = base.with_suffix(".json"), base.with_suffix(".md")
+    data.write_text(json.dumps(result, indent=1) + "\n")
+    text.write_text(markdown(result, [p.name for p in files.values()]))
+    for kind, draw in (("ratios", draw_ratios), ("roofline", draw_roofline)):
+        _draw(draw, result, files[kind])
+    return [data, text, *files.values()]
+
+
+def _draw(draw: Callable[[Any, dict[str, Any]], None], result: dict[str, Any], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = len(result["cases"])
+    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.24 * rows) if draw is draw_ratios else (8, 5))
+    draw(axes, result)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_ratios(axes: Any, result: dict[str, Any]) -> None:
+    """Bars: how many times our time the published formula takes."""
+    rows = result["cases"]
+    for offset, color, label, pick in (
+        (-0.2, "#9aa5b1", "eager", lambda r: "eager"),
+        (0.2, "#2f6f9f", "torch.compile, the better mode", best_compile),
+    ):
+        values = [ratio(row, pick(row)) or math.nan for row in rows]
+        axes.barh([i + offset for i in range(len(rows))], values, 0.38, color=color, label=label)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    ticks = [0.5, 1, 2, 3, 5, 10, 20, 50]
+    axes.set_xticks(ticks, [str(t) for t in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(rows)), [row["case"].removesuffix(" float32") for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        "time of the published formula / time of kdkernels, forward + backward (right of 1: kdkernels is faster)"
+    )
+    axes.set_title(result["machine"]["device"])
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def draw_roofline(axes: Any, result: dict[str, Any]) -> None:
+    """How near each step comes to the roof, which is 1."""
+    machine = result["machine"]
+    for group, marker in zip(TITLES, "os^D", strict=True):
+        rows = [row for row in result["cases"] if row["group"] == group]
+        for name, color, alpha in (
+            ("kdkernels", "#2f6f9f", 1.0),
+            ("compile", "#e08e45", 0.7),
+            ("eager", "#9aa5b1", 0.7),
+        ):
+            points = []
+            for row in rows:
+                provider = {"kdkernels": ours(row), "compile": best_compile(row), "eager": "eager"}[name]
+                if provider in row["providers"]:
+                    points.append((row["bytes"] / 1e6, roof(row, machine) / step(row, provider)))
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.scatter(x, y, c=color, alpha=alpha, marker=marker, s=28, label=f"{group}, {name}")
+    axes.axhline(1, color="black", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes that forward and backward have to move, MB")
+    axes.set_ylabel("the roof's time / the step's time")
+    axes.set_title(f"{machine['device']}: the roof is the copy bandwidth, or the matmul rate where it allows less")
+    axes.legend(fontsize=6, ncol=2, loc="lower right")
