@@ -19,8 +19,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# every case into benchmarks/results/; with pytest-benchmark instead: pytest benchmarks -k "kd and 256"
 bench: .venv/installed
-	$(PYTEST) benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
+	$(BIN)/python -m benchmarks.report
 
 # one wheel with the native kernels inside, for every torch from 2.11 on and every Python from 3.10 on
 wheel: .venv/installed

@@ -37,6 +37,11 @@ class Case:
     liger: Loss | None = None
 
     @property
+    def gradient(self) -> float:
+        """In fp16 scaled as GradScaler does at first, or small gradients would be zero."""
+        return GRADIENT * (2**16 if self.dtype == torch.float16 else 1)
+
+    @property
     def label(self) -> str:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
 
@@ -51,21 +56,22 @@ def clear(inputs: Inputs) -> None:
 
 
 @cache
-def upstream(dtype: torch.dtype) -> Tensor:
-    return torch.tensor(GRADIENT, dtype=dtype, device=DEVICE)
+def upstream(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device=DEVICE)
 
 
 class Provider(NamedTuple):
     """Something that computes a case's loss; ``backend`` is in force in its forward and its backward pass."""
 
     loss: Loss
+    gradient: float  # what backward starts from
     backend: str = "auto"
 
     def step(self, inputs: Inputs) -> Tensor:
         clear(inputs)
         with kdkernels.use_backend(self.backend):
             loss = call(self.loss, inputs)
-            loss.backward(upstream(loss.dtype))
+            loss.backward(upstream(self.gradient, loss.dtype))
         return loss.detach()
 
 
@@ -81,12 +87,13 @@ def our_backends(inputs: Inputs) -> list[str]:
 
 def providers(case: Case, inputs: Inputs, names: Sequence[str] | None = None) -> dict[str, Provider]:
     """Our backends and the published formula in PyTorch, eager and compiled; ``names``: only these."""
-    found = {b: Provider(case.ours, b) for b in our_backends(inputs)}
-    found["eager"] = Provider(case.published)
+    found = {b: Provider(case.ours, case.gradient, b) for b in our_backends(inputs)}
+    found["eager"] = Provider(case.published, case.gradient)
     if case.liger is not None and DEVICE == "cuda":
-        found["liger"] = Provider(case.liger)
-    found["compile"] = Provider(torch.compile(case.published, dynamic=False))
-    found["compile max-autotune"] = Provider(torch.compile(case.published, dynamic=False, mode="max-autotune"))
+        found["liger"] = Provider(case.liger, case.gradient)
+    found["compile"] = Provider(torch.compile(case.published, dynamic=False), case.gradient)
+    best = torch.compile(case.published, dynamic=False, mode="max-autotune")
+    found["compile max-autotune"] = Provider(best, case.gradient)
     return {name: provider for name, provider in found.items() if names is None or name in names}
 
 
@@ -108,11 +115,10 @@ def oracle(case: Case, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
         leaves = [cut(x.detach()).requires_grad_() for x in students]
         share = len(leaves[0]) / rows
         part_inputs = leaves, [cut(x) for x in constants]
-        total += share * Provider(case.ours, "reference").step(part_inputs)
+        total += share * Provider(case.ours, case.gradient, "reference").step(part_inputs)
         for kept, leaf in zip(gradients, leaves, strict=True):
-            kept.append(
-                leaf.grad if part == rows else leaf.grad.float()
-            )  # fp32 keeps seven digits of ten thousand rows
+            # rows come in parts where there are many of them, and fp32 is exact enough for their gradients
+            kept.append(leaf.grad if part == rows else (share * leaf.grad).float())
     return total, [torch.cat(g) for g in gradients]
 
 

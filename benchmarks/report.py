@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
 import sys
 import time
@@ -100,10 +101,15 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", (known[1] if known else device).lower()).strip("-")
 
 
-def run(cases: list[Case], seconds: float, least: int, names: list[str] | None, step: bool) -> dict[str, Any]:
+def run(
+    cases: list[Case], seconds: float, least: int, names: list[str] | None, step: bool, minutes: float
+) -> dict[str, Any]:
     start = time.monotonic()
-    result: dict[str, Any] = {"machine": machine(), "cases": []}
+    result: dict[str, Any] = {"machine": machine(), "cases": [], "not_reached": []}
     for case in cases:
+        if time.monotonic() - start > 60 * minutes:
+            result["not_reached"].append(case.label)
+            continue
         row = measure(case, seconds, least, names)
         result["cases"].append(row)
         line = "  ".join(f"{n} {p['step'][0] * 1e3:.3f}" for n, p in row["providers"].items())
@@ -120,6 +126,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose label contains this")
     parser.add_argument("--seconds", type=float, default=5.0, help="to spend on the rounds of a case")
     parser.add_argument("--rounds", type=int, default=5, help="at least")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no further case after so many")
     parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: PyTorch's default")
     parser.add_argument("--base", metavar="REV", help="compare our backends with those of another commit")
     parser.add_argument("--providers", help="comma-separated; default: all that run here")
@@ -137,7 +144,8 @@ def main() -> None:
         print(compare(options.base, options.only, options.seconds))
         return
     names = options.providers.split(",") if options.providers else None
-    result = run(cases, options.seconds, options.rounds, names, step=not options.only and names is None)
+    step = not options.only and names is None
+    result = run(cases, options.seconds, options.rounds, names, step, options.minutes)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
         return
