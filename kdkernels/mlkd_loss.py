@@ -269,7 +269,8 @@ class MLKDLoss(nn.Module):
         """The loss of pooled penultimate features.
 
         Args:
-            student, teacher: (V B, d_s) and (V B, d_t), row V b + r being view r of image b. The teacher's are constants.
+            student, teacher: (V B, d_s) and (V B, d_t), row V b + r being view r of image b; no gradient
+                flows to the teacher.
             target: int64 labels, (B,) or (V B,), or None.
         """
         teacher = teacher.detach()
