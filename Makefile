@@ -22,7 +22,7 @@ lint: .venv/installed
 
 # the variable silences a notice about MkDocs' future, which is no warning about these pages
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/installed
 	$(PYTEST) benchmarks --benchmark-columns=median,iqr,rounds --benchmark-group-by=group
