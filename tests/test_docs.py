@@ -179,3 +179,46 @@ def test_the_reference_is_complete_and_has_docstrings(page: str, package: object
     shown = reference(page)
     assert not [n for n in set(package.__all__) - QUIET if getattr(package, n) not in shown]
     assert not [x for x in shown if not inspect.getdoc(x)]
+
+
+X, Y = torch.randn(6, 10), torch.randn(6, 10)
+LABELS = torch.tensor([0, 1, 2, 3, 4, 10])
+
+
+def second_derivative() -> None:
+    x = X.clone().requires_grad_()
+    torch.autograd.grad(kdkernels.kd_loss(x, Y), x, create_graph=True)
+
+
+def on(backend: str) -> None:
+    with kdkernels.use_backend(backend):
+        kdkernels.kd_loss(X, Y)
+
+
+# what troubleshooting.md quotes, and how to get it
+QUOTED = {
+    "softmax_kl has no second derivative: take gradients without create_graph=True": second_derivative,
+    "softmax_kl has no forward-mode derivative (jvp, jacfwd): it would be a silent zero": lambda: torch.func.jvp(
+        lambda x: kdkernels.kd_loss(x, Y), (X,), (Y,)
+    ),
+    "In order to use an autograd.Function with functorch transforms": lambda: torch.func.grad(
+        lambda x: kdkernels.kd_loss(x, Y)
+    )(X),
+    "target has label 10; valid are 0..9, and -100 to ignore": lambda: kdkernels.stkd_loss(X, Y, LABELS),
+    "must be one of 'auto', 'native', 'triton', 'reference', got 'cuda'": lambda: on("cuda"),
+    "amd_loss: student and teacher must be (B, C, H, W) with the same H and W": lambda: kdkernels.amd_loss(
+        torch.rand(1, 1, 2, 2), torch.rand(1, 1, 4, 4)
+    ),
+    "student and teacher must have the same width (project the student)": lambda: kdkernels.alignment_loss(X, Y[:, :9]),
+    "needs as many student as teacher layers": lambda: kdkernels.sp_loss([X], [Y, Y]),
+    "views must be 1 or more and divide the number of rows": lambda: kdkernels.correlation_loss(X, Y),
+    "no stages (layer1, stages.0, ...) found in": lambda: kdkernels.training.stage_names(torch.nn.Linear(1, 1)),
+    "backend 'triton' was asked for by name and cannot run softmax_kl": lambda: on("triton"),
+}
+
+
+@pytest.mark.parametrize("message", QUOTED)
+def test_errors_that_troubleshooting_quotes_are_raised(message: str) -> None:
+    assert message in (ROOT / "docs/troubleshooting.md").read_text()
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=re.escape(message)):
+        QUOTED[message]()
