@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import published
+import originals
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,12 +44,12 @@ def torchdistill_sp(reduction: str) -> Loss:
 
 
 def mixed_kd(s: Tensor, t: Tensor, alpha: float, beta: float, reduction: str = "mean") -> Tensor:
-    soft = published.kl(s, t, T).sum() / (N if reduction == "mean" else 1)
+    soft = originals.kl(s, t, T).sum() / (N if reduction == "mean" else 1)
     return alpha * F.cross_entropy(s, LABELS.to(s.device), reduction=reduction) + beta * T**2 * soft
 
 
 def dkd(s: Sequence[Tensor], t: Sequence[Tensor]) -> Tensor:
-    return published.dkd(s[0], t[0], ONE_HOT.to(s[0].device), 1.0, 8.0, T)
+    return originals.dkd(s[0], t[0], ONE_HOT.to(s[0].device), 1.0, 8.0, T)
 
 
 # name: ours, the original's formula, shapes of the student's and the teacher's tensors, shape of the result
@@ -59,41 +59,41 @@ TWO = [(N, 4, 3, 3), (N, 7)], [(N, 5, 2, 2), (N, 3, 4)]
 PRESETS: dict[str, tuple[Loss, Loss, list[tuple[int, ...]], list[tuple[int, ...]], tuple[int, ...]]] = {
     "repdistiller.DistillKL": (
         lambda s, t: repdistiller.DistillKL(T)(s[0], t[0]),
-        lambda s, t: published.distill_kl(s[0], t[0], T),
+        lambda s, t: originals.distill_kl(s[0], t[0], T),
         LOGITS,
         LOGITS,
         (),
     ),
     "repdistiller.DistillKL on maps": (
         lambda s, t: repdistiller.DistillKL(T)(s[0], t[0]),
-        lambda s, t: published.distill_kl(s[0], t[0], T),
+        lambda s, t: originals.distill_kl(s[0], t[0], T),
         MAPS,
         MAPS,
         (),
     ),
     "repdistiller.Similarity": (
         lambda s, t: sum(repdistiller.Similarity()(s, t)),
-        lambda s, t: sum(published.sp(a, b) for a, b in zip(s, t, strict=True)).view(1) / N**2,
+        lambda s, t: sum(originals.sp(a, b) for a, b in zip(s, t, strict=True)).view(1) / N**2,
         *TWO,
         (1,),
     ),
     "mdistiller.kd_loss": (
         lambda s, t: mdistiller.kd_loss(s[0], t[0], T),
-        lambda s, t: T**2 * published.kl(s[0], t[0], T).mean(),
+        lambda s, t: T**2 * originals.kl(s[0], t[0], T).mean(),
         LOGITS,
         LOGITS,
         (),
     ),
     "mdistiller.kd_loss on maps": (
         lambda s, t: mdistiller.kd_loss(s[0], t[0], temperature=T),
-        lambda s, t: T**2 * published.kl(s[0], t[0], T).mean(),
+        lambda s, t: T**2 * originals.kl(s[0], t[0], T).mean(),
         MAPS,
         MAPS,
         (),
     ),
     "mdistiller.kd_loss, logit_stand": (
         lambda s, t: mdistiller.kd_loss(s[0], t[0], 2.0, True),
-        lambda s, t: 4 * published.kl(published.standardised(s[0]), published.standardised(t[0]), 2.0).mean(),
+        lambda s, t: 4 * originals.kl(originals.standardised(s[0]), originals.standardised(t[0]), 2.0).mean(),
         LOGITS,
         LOGITS,
         (),
@@ -114,34 +114,34 @@ PRESETS: dict[str, tuple[Loss, Loss, list[tuple[int, ...]], list[tuple[int, ...]
     ),
     "mdistiller.dkd_loss, logit_stand": (
         lambda s, t: mdistiller.dkd_loss(s[0], t[0], LABELS.to(s[0].device), 1.0, 8.0, T, True),
-        lambda s, t: dkd([published.standardised(s[0])], [published.standardised(t[0])]),
+        lambda s, t: dkd([originals.standardised(s[0])], [originals.standardised(t[0])]),
         LOGITS,
         LOGITS,
         (),
     ),
     "mdistiller.sp_loss": (
         mdistiller.sp_loss,
-        lambda s, t: sum(published.sp(a, b) for a, b in zip(s, t, strict=True)).view(1) / N**2,
+        lambda s, t: sum(originals.sp(a, b) for a, b in zip(s, t, strict=True)).view(1) / N**2,
         *TWO,
         (1,),
     ),
     "kd_zoo.SoftTarget": (
         lambda s, t: kd_zoo.SoftTarget(T)(s[0], t[0]),
-        lambda s, t: published.distill_kl(s[0], t[0], T),
+        lambda s, t: originals.distill_kl(s[0], t[0], T),
         LOGITS,
         LOGITS,
         (),
     ),
     "kd_zoo.SoftTarget on maps": (
         lambda s, t: kd_zoo.SoftTarget(T)(s[0], t[0]),
-        lambda s, t: published.distill_kl(s[0], t[0], T),
+        lambda s, t: originals.distill_kl(s[0], t[0], T),
         MAPS,
         MAPS,
         (),
     ),
     "kd_zoo.SP": (
         lambda s, t: kd_zoo.SP()(s[0], t[0]),
-        lambda s, t: published.sp(s[0], t[0]) / N**2,
+        lambda s, t: originals.sp(s[0], t[0]) / N**2,
         *ONE,
         (),
     ),
@@ -177,28 +177,28 @@ PRESETS: dict[str, tuple[Loss, Loss, list[tuple[int, ...]], list[tuple[int, ...]
     ),
     "torchdistill.KDLoss, alpha 0": (
         torchdistill_kd({"alpha": 0, "beta": 5.0}),
-        lambda s, t: published.kl(s[0], t[0], T).mean(),
+        lambda s, t: originals.kl(s[0], t[0], T).mean(),
         LOGITS,
         LOGITS,
         (),
     ),
     "torchdistill.KDLoss, alpha None": (
         torchdistill_kd({"beta": 1}),
-        lambda s, t: published.kl(s[0], t[0], T).mean(),
+        lambda s, t: originals.kl(s[0], t[0], T).mean(),
         LOGITS,
         LOGITS,
         (),
     ),
     "torchdistill.KDLoss, no targets": (
         torchdistill_kd({"alpha": 0.5}, targets=False),
-        lambda s, t: published.kl(s[0], t[0], T).sum() / N,
+        lambda s, t: originals.kl(s[0], t[0], T).sum() / N,
         MAPS,
         MAPS,
         (),
     ),
     "torchdistill.KDLoss, mean": (
         torchdistill_kd({"alpha": 0, "reduction": "mean"}),
-        lambda s, t: published.kl(s[0], t[0], T).sum() / s[0].numel(),
+        lambda s, t: originals.kl(s[0], t[0], T).sum() / s[0].numel(),
         MAPS,
         MAPS,
         (),
@@ -212,13 +212,13 @@ PRESETS: dict[str, tuple[Loss, Loss, list[tuple[int, ...]], list[tuple[int, ...]
     ),
     "torchdistill.SPKDLoss": (
         torchdistill_sp("batchmean"),
-        lambda s, t: published.sp(s[0], t[0], norm=1) / N**2,
+        lambda s, t: originals.sp(s[0], t[0], norm=1) / N**2,
         *ONE,
         (),
     ),
     "torchdistill.SPKDLoss, any other reduction": (
         torchdistill_sp("mean"),
-        lambda s, t: published.sp(s[0], t[0], norm=1),
+        lambda s, t: originals.sp(s[0], t[0], norm=1),
         *ONE,
         (),
     ),
@@ -273,7 +273,7 @@ def test_similarity_is_a_list_of_one_number_per_pair() -> None:
     assert isinstance(losses, list)
     assert [x.shape for x in losses] == [(1,), (1,)]
     for loss, s, t in zip(losses, students, teachers, strict=True):
-        check_close("pair", loss[0], published.sp(s.double(), t.double()) / N**2, 1e-6)
+        check_close("pair", loss[0], originals.sp(s.double(), t.double()) / N**2, 1e-6)
     assert len(repdistiller.Similarity()(students, teachers[:1])) == 1
     assert torch.equal(mdistiller.sp_loss(students[:1], teachers), losses[0])
     assert mdistiller.sp_loss([], []) == 0
@@ -287,7 +287,7 @@ def test_an_all_zero_student_row_gets_the_published_gradient(norm: int, backend:
     s[2] = 0
     s.requires_grad_()
     exact = s.detach().double().requires_grad_()
-    expected = gradients(published.sp(exact, t.double(), norm) / N**2, [exact], UPSTREAM)[0]
+    expected = gradients(originals.sp(exact, t.double(), norm) / N**2, [exact], UPSTREAM)[0]
     assert expected[2].norm() > 1e9
     losses = [torchdistill_sp("batchmean")([s], [t])]
     if norm == 2:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import published
+import originals
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ def kd_presets(s: Tensor, t: Tensor, temperature: float = 4.0) -> dict[str, tupl
 def check_sp(s: Tensor, t: Tensor) -> None:
     s, exact = s.requires_grad_(), s.detach().double().requires_grad_()
     for name, (loss, norm) in sp_presets(s, t).items():
-        expected = published.sp(exact, t.double(), norm) / len(s) ** 2
+        expected = originals.sp(exact, t.double(), norm) / len(s) ** 2
         check_close(name, loss, expected, 1e-5)
         check_close(name, *(gradients(x, [y], 1e6)[0] for x, y in ((loss, s), (expected, exact))), 1e-5, s.dtype)
 
@@ -54,7 +54,7 @@ def check_sp(s: Tensor, t: Tensor) -> None:
 def check_kd(s: Tensor, t: Tensor) -> None:
     s, exact = s.requires_grad_(), s.detach().double().requires_grad_()
     for name, (loss, factor) in kd_presets(s, t).items():
-        expected = factor * published.kl(exact, t.double(), 4.0).sum()
+        expected = factor * originals.kl(exact, t.double(), 4.0).sum()
         check_close(name, loss, expected, 1e-5)
         check_close(name, *(gradients(x, [y], 4096.0)[0] for x, y in ((loss, s), (expected, exact))), 1e-5, s.dtype)
 
@@ -68,7 +68,7 @@ def test_half_precision_and_autocast(dtype: torch.dtype, autocast: bool, backend
         check_sp(*features)
         check_kd(*logits)
     if dtype == torch.float16:
-        assert published.sp(*features).isnan()  # a Gram diagonal beyond 65504
+        assert originals.sp(*features).isnan()  # a Gram diagonal beyond 65504
 
 
 def views(*shape: int) -> dict[str, Tensor]:
@@ -92,10 +92,10 @@ def test_dkd_of_confident_networks(backend: str) -> None:
     labels = torch.arange(8, device=DEVICE)
     own = F.one_hot(labels, 10).bool()
     s, t = (torch.randn(8, 10).to(DEVICE) + 115.0 * own for _ in range(2))  # the other classes' mass underflows
-    assert not published.dkd(s, t, own, 1.0, 8.0, 1.0).isfinite()
+    assert not originals.dkd(s, t, own, 1.0, 8.0, 1.0).isfinite()
     s, exact = s.requires_grad_(), s.detach().double().requires_grad_()
     loss = mdistiller.dkd_loss(s, t, labels, 1.0, 8.0, 1.0)
-    expected = published.dkd(exact, t.double(), own, 1.0, 8.0, 1.0)
+    expected = originals.dkd(exact, t.double(), own, 1.0, 8.0, 1.0)
     check_close("loss", loss, expected, 1e-5)
     check_close("gradient", gradients(loss, [s])[0], gradients(expected, [exact])[0], 1e-5)
 
@@ -111,7 +111,7 @@ def test_dkd_takes_mixed_labels(lam: float, backend: str) -> None:
     s, t = (torch.randn(4, 10).to(DEVICE) for _ in range(2))
     s, exact = s.requires_grad_(), s.detach().double().requires_grad_()
     loss = mdistiller.dkd_loss(s, t, target, 1.0, 8.0, 4.0)
-    expected = published.dkd(exact, t.double(), target > 0, 1.0, 8.0, 4.0, classes=2)
+    expected = originals.dkd(exact, t.double(), target > 0, 1.0, 8.0, 4.0, classes=2)
     check_close("loss", loss, expected, 1e-6)
     check_close("gradient", gradients(loss, [s], 3.7)[0], gradients(expected, [exact], 3.7)[0], 1e-6)
 
