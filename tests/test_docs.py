@@ -9,13 +9,19 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
-import kdkernels
+import kdkernels.compat.kd_zoo
+import kdkernels.compat.mdistiller
+import kdkernels.compat.repdistiller
+import kdkernels.compat.torchdistill
+import kdkernels.integrations.hf
+import kdkernels.integrations.lightning
 import kdkernels.training
 from kdkernels import cli, doctor
 
@@ -77,8 +83,15 @@ def test_blocks_that_do_not_run_are_known() -> None:
 
 def test_every_block_says_what_it_is() -> None:
     """A fence of another language, or of none, would escape the tests of this file."""
-    known = {"python", "bash", "text"}
+    known = {"python", "bash", "text", "yaml"}
     assert not [(name(p), b.language, b.code[:40]) for p in PAGES for b in blocks(p) if b.language not in known]
+
+
+def test_modules_in_configurations_exist() -> None:
+    found = [b.code for p in PAGES for b in blocks(p) if b.language == "yaml"]
+    names = re.findall(r"['\"](kdkernels\.[\w.]+)['\"]", "\n".join(found))
+    assert names
+    assert all(importlib.import_module(n) for n in names)
 
 
 def commands() -> list[tuple[str, str]]:
@@ -163,6 +176,21 @@ def test_every_public_name_is_found_by_a_search() -> None:
     assert not [n for n in public if not re.search(rf"\b{n}\b", docs)]
     trainer = set(kdkernels.training.__all__) - QUIET - {"Batch", "Outputs", "DistillationOutput"}
     assert not [n for n in trainer if not re.search(rf"\b{n}\b", docs)]
+
+
+PRESETS = [kdkernels.compat.kd_zoo, kdkernels.compat.mdistiller, kdkernels.compat.repdistiller]
+PRESETS += [kdkernels.compat.torchdistill, kdkernels.integrations.hf, kdkernels.integrations.lightning]
+
+
+@pytest.mark.parametrize("module", PRESETS, ids=lambda module: module.__name__)
+def test_every_preset_and_integration_is_documented(module: ModuleType) -> None:
+    own = [x for x in vars(module).values() if getattr(x, "__module__", None) == module.__name__]
+    public = [x for x in own if not x.__name__.startswith("_") and x.__name__ != "register"]
+    assert public
+    page = (ROOT / "docs" / ("compat.md" if "compat" in module.__name__ else "integrations.md")).read_text()
+    shown = reference("api-compat.md")
+    assert not [x.__name__ for x in public if not re.search(rf"\b{x.__name__}\b", page) or x not in shown]
+    assert all(inspect.getdoc(x) for x in public)
 
 
 def reference(page: str) -> list[object]:
