@@ -1,10 +1,11 @@
 # make demo    distil a student on real images, print a table, draw a picture
 # make test    everything that CI checks but the linters;  make lint: the linters
+# make docs    the documentation, into site/
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo
@@ -18,6 +19,10 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the variable silences a notice about MkDocs' future, which is no warning about these pages
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # every case into benchmarks/results/; with pytest-benchmark instead: pytest benchmarks -k "kd and 256"
 bench: .venv/installed
@@ -33,4 +38,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs *.egg-info
+	rm -rf .venv build dist runs site *.egg-info

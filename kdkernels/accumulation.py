@@ -62,7 +62,8 @@ def cached_backward(
     Autocast may be on around the call. ``forward`` runs twice per micro-batch, so it must have no other side effects.
 
     Raises:
-        ValueError: no micro-batches. TypeError: ``modules`` is missing, or ``forward`` returns something else.
+        ValueError: no micro-batches.
+        TypeError: ``modules`` is missing, or ``forward`` returns something else.
         RuntimeError: ``forward`` gave other shapes in pass 2, or nothing that needs a gradient.
     """
     modules = _modules(forward, modules)

@@ -48,8 +48,8 @@ def amd_loss(
         reduction: over the weighted layers: "mean", "sum" or "none" (L,).
 
     Returns:
-        float32 (float64 if an input is). The values are small, 1e-3 to 1e-6: weights of 30 to several thousand are
-        usual. A single pixel and an empty batch give 0.
+        float32 (float64 if an input is). The values are small, 1e-3 to 1e-6, so that weights of 30 to several thousand
+        are usual. A single pixel and an empty batch give 0.
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.

@@ -29,7 +29,7 @@ from .ops.softmax_kl import softmax_kl
 
 
 class CORSDWeights(NamedTuple):
-    """The weights of the terms, in the order of the module's formula."""
+    """The weights of the six terms, the same for every stage; positives are pairs of one class, negatives of two."""
 
     triplet: float = 0.01
     relation: float = 0.01
@@ -224,18 +224,12 @@ class _LogitRelation(nn.Module):
 class CORSDLoss(nn.Module):
     """``corsd_loss`` with its relation networks: ``CORSDLoss((64, 128, 256, 512), 100)(features, target, target_neg)``.
 
-    Args of the module:
+    Args:
         channels: of the stages' outputs, shallow to deep. The trunk of stage l has one SepConv block per deeper stage
             and ends with twice the deepest's channels: 3, 2, 1, 0 blocks for four stages.
         num_classes: K.
         temperature, margin, weights, detach_deepest: ``corsd_loss``'s.
         logit_relation: the weight of the optional logit relation (0.01 in the paper), 0 for none.
-
-    forward(features, target, target_neg, logits=None):
-        features: one (3 B, C_l, H_l, W_l) tensor per stage; rows 3i, 3i+1, 3i+2 are anchor, positive and negative i, as
-            ``kdkernels.training.triplets`` makes them.
-        target, target_neg: (B,) int64.
-        logits: (3 B, K), the network's own; needed by the logit relation alone.
 
     The negatives go through the relation networks first, so BatchNorm sees them first. The parameters train with the
     network and are dropped afterwards; in data-parallel training wrap this module as the network is wrapped. The cross
@@ -273,6 +267,14 @@ class CORSDLoss(nn.Module):
     def forward(
         self, features: Sequence[Tensor], target: Tensor, target_neg: Tensor, logits: Tensor | None = None
     ) -> Tensor:
+        """The loss of one batch of triplets.
+
+        Args:
+            features: one (3 B, C_l, H_l, W_l) tensor per stage; rows 3i, 3i+1, 3i+2 are anchor, positive and negative
+                i, as ``kdkernels.training.triplets`` makes them.
+            target, target_neg: (B,) int64.
+            logits: (3 B, K), the network's own; needed by the logit relation alone.
+        """
         check_tensor("CORSDLoss: target", target)
         batch = target.shape[0]
         shapes = [tuple(f.shape) for f in features]

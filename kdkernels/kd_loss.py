@@ -49,7 +49,7 @@ def kd_loss(
             value per position, in the logits' shape without the classes.
         class_dim: where the classes are.
         scale_by_t2: multiply by T^2, which keeps the gradient's size when T changes. Other libraries' losses are this
-            one times a factor: see the README's table.
+            one times a factor: docs/kd.md has the table.
 
     Returns:
         float32, or float64 if an input is. An empty batch gives 0.

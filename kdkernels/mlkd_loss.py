@@ -82,7 +82,7 @@ def correlation_loss(
             None: this process's rows alone.
 
     Returns:
-        A float32 scalar (float64 if an input is): the mean over (V - 1) B rows. B = 1 and an empty batch give 0. A
+        A float32 scalar (float64 if an input is), the mean over (V - 1) B rows. B = 1 and an empty batch give 0. A
         row shorter than 1e-8 counts as that long. Memory is (V - 1) B x B numbers, where the published code takes d
         times that.
 
@@ -218,14 +218,20 @@ def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 class MLKDLoss(nn.Module):
     """``mlkd_loss`` with its four heads: ``MLKDLoss(128, 512)(student_features, teacher_features, target)``.
 
-    g_a: Linear(d_s, 16 d_t) - BN - ReLU - Linear(16 d_t, d_t);  g_c: Linear(d_s, d_s) - BN - ReLU - Linear(d_s, d_s);
-    e_s: Linear(d_s, 128), e_t: Linear(d_t, 128). Their parameters train with the student: give ``loss.parameters()`` to
-    the optimizer, and in data-parallel training wrap this module as the student is wrapped. They are dropped
-    afterwards. With ``weights[1] == 0`` there are no e_s and e_t; in label-free training choose that, as their
-    parameters stay unused.
+        g_a   Linear(d_s, 16 d_t) - BN - ReLU - Linear(16 d_t, d_t)       alignment
+        g_c   Linear(d_s, d_s) - BN - ReLU - Linear(d_s, d_s)             correlation
+        e_s, e_t   Linear(d_s, 128), Linear(d_t, 128)                     supervised
 
-    forward(student, teacher, target=None): pooled penultimate features (V B, d_s) and (V B, d_t), row V b + r being
-    view r of image b; the teacher's are constants. Source: arXiv 2012.00573; ifding/DLKD.
+    Their parameters train with the student: give ``loss.parameters()`` to the optimizer, and in data-parallel training
+    wrap this module as the student is wrapped. They are dropped afterwards. With ``weights[1] == 0`` there are no e_s
+    and e_t; in label-free training choose that, as their parameters stay unused.
+
+    Args:
+        student_dim, teacher_dim: d_s and d_t, the widths of the features.
+        embedding_dim: the width of e_s and e_t.
+        views, weights, temperature, supervised_temperature, group: ``mlkd_loss``'s.
+
+    Source: arXiv 2012.00573; ifding/DLKD.
     """
 
     def __init__(
@@ -260,6 +266,13 @@ class MLKDLoss(nn.Module):
         self.e_t = nn.Linear(teacher_dim, embedding_dim) if weights[1] else None
 
     def forward(self, student: Tensor, teacher: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss of pooled penultimate features.
+
+        Args:
+            student, teacher: (V B, d_s) and (V B, d_t), row V b + r being view r of image b; no gradient
+                flows to the teacher.
+            target: int64 labels, (B,) or (V B,), or None.
+        """
         teacher = teacher.detach()
         students, teachers = [self.g_a(student), self.g_c(student), student], [teacher, teacher, teacher]
         if self.e_s is not None and self.e_t is not None and target is not None:

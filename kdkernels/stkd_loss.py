@@ -46,8 +46,8 @@ def stkd_loss(
             Both or neither; ``mixup`` and ``cutmix`` make them. Without them: plain distillation with hard labels.
         temperature: T > 0.
         ce_weight, kd_weight: weights of the two terms, each on its own scale.
-        decouple: (w_target, w_other) splits the KL as above; (1, 8) is DKD's recipe for CIFAR-100. Needs integer
-            labels.
+        decouple: (w_target, w_other) weights the KL over the labelled classes and that among the others apart;
+            (1, 8) is DKD's recipe for CIFAR-100. Needs integer labels.
         reduction: "batchmean" (mean over the positions that count), "sum", "none" (one value per position).
         ignore_index: positions with this label in ``target`` or ``target_mixed`` do not count and get no gradient.
 
@@ -56,7 +56,7 @@ def stkd_loss(
 
     Raises:
         TypeError, ValueError: dtypes, shapes, devices, labels or options that cannot be meant. Labels on an accelerator
-        are not read back to be checked: one out of range makes its row's loss and gradient NaN.
+            are not read back to be checked: one out of range makes its row's loss and gradient NaN.
 
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """

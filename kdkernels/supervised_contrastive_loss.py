@@ -30,13 +30,13 @@ def supervised_contrastive_loss(
     """Supervised contrastive loss over the 2 N rows of student and teacher together; gradients flow to both.
 
     Every row is an anchor. Its positives are the other rows of its class, of which its own image's row in the other
-    network is always one; its own entry is left out of the sums. See the module's formula.
+    network is always one; its own entry is left out of the sums.
 
     Args:
         student, teacher: (N, d) embeddings of one width; they need not be normalised. float16, bfloat16, float32 or
             float64, any strides. The teacher's rows come from a trained embedding, so they get a gradient.
         target: (N,) int64 labels, one per row.
-        temperature: > 0.
+        temperature: tau > 0.
         group: as ``correlation_loss``'s: rows and labels of all ranks together.
 
     Returns:

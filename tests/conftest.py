@@ -11,6 +11,7 @@ import kdkernels
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share checking.py
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the published formulas of benchmarks/
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from checking import backends_under_test
 

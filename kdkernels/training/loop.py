@@ -6,7 +6,7 @@ import csv
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_model
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .defaults import default_optimizer, default_scheduler
 from .distillation import Distillation, DistillationOutput, eval_mode
 from .exact import exact_step
 from .methods import Method
@@ -31,17 +32,6 @@ from .taps import unwrap
 
 Loader = DataLoader[tuple[Tensor, ...]]
 History = list[dict[str, float]]
-
-
-def default_optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """SGD, Nesterov momentum 0.9, weight decay 5e-4."""
-    return torch.optim.SGD(parameters, lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
-def default_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """A linear warm-up over the first 5 % of the steps, under a cosine to zero."""
-    warmup = max(1.0, 0.05 * steps)
-    return LambdaLR(optimizer, lambda i: min(1, (i + 1) / warmup) * (1 + math.cos(math.pi * min(1, i / steps))) / 2)
 
 
 def make_accelerator(mixed_precision: str, accumulate: int) -> Accelerator:
@@ -100,7 +90,7 @@ def fit(
             raise ValueError(f"{name} has no batches")
     accelerator = accelerator or make_accelerator(mixed_precision, accumulate)
     set_seed(seed)
-    optimizer = optimizer or default_optimizer((p for p in distillation.parameters() if p.requires_grad), lr)
+    optimizer = optimizer or default_optimizer(distillation.parameters(), lr)
     model, optimizer, train_loader = accelerator.prepare(distillation, optimizer, train_loader)
     if test_loader is not None:
         test_loader = accelerator.prepare(test_loader)

@@ -1,0 +1,118 @@
+"""mdistiller's losses (github.com/megvii-research/mdistiller, mdistiller/distillers): KD, DKD and SP.
+
+    from kdkernels.compat.mdistiller import dkd_loss, kd_loss, sp_loss        # was: from mdistiller.distillers.KD ...
+
+``logit_stand`` is the last argument of the fork with standardised logits (github.com/sunshangquan/
+logit-standardization-KD, arXiv 2403.01427); mdistiller itself has none, which is its default here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..kd_loss import kd_loss as kdkernels_kd_loss
+from ..ops.checks import check_pair, check_tensor, compute_dtype
+from ..ops.softmax_kl import softmax_kl
+from .scales import published_sp, warn_of_trained_teacher
+
+
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over all positions; a scalar.
+
+    Quirk: the classes are in dimension 1, for (N, L, C) too: use ``kdkernels.kd_loss(student, teacher,
+    temperature=T)``, whose ``class_dim`` is the last.
+    """
+    check_pair(logits_student, logits_teacher, "kd_loss")
+    warn_of_trained_teacher(logits_teacher)
+    if logit_stand:
+        logits_student, logits_teacher = _standardised(logits_student), _standardised(logits_teacher)
+    return kdkernels_kd_loss(logits_student, logits_teacher, temperature=temperature, class_dim=1)
+
+
+def dkd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    logit_stand: bool = False,
+) -> Tensor:
+    """Decoupled KD (arXiv 2203.08679): T^2 (alpha TCKD + beta NCKD), mean over the N samples; a scalar.
+
+    Args:
+        logits_student, logits_teacher: (N, C).
+        target: int64 labels with N elements. Unlike the original's also mixed labels: a floating-point (N, C) with one
+            or two positive entries a row, as mixup makes them without label smoothing; their classes are the labelled
+            ones, however large the entries (``kdkernels.stkd_loss``'s docstring has the formula).
+        alpha, beta: weights of the target class and of the others; 1 and 8 in the CIFAR-100 recipe.
+
+    Quirk: the warm-up of the weight over the first epochs is the trainer's, not the loss's. Use
+    ``kdkernels.stkd_loss(student, teacher, target, ce_weight=1, kd_weight=1, decouple=(alpha, beta))``: the cross
+    entropy, and mixed labels without a dense target, in the same pass.
+
+    Raises:
+        ValueError: a dense target with three or more positive entries in a row, or none. (On an accelerator targets
+            are not read back to be checked: such a row makes the loss NaN.)
+    """
+    check_pair(logits_student, logits_teacher, "dkd_loss")
+    check_tensor("dkd_loss: target", target)
+    warn_of_trained_teacher(logits_teacher)
+    if logit_stand:
+        logits_student, logits_teacher = _standardised(logits_student), _standardised(logits_teacher)
+    target_mixed = lam = None
+    if target.is_floating_point():
+        target, target_mixed = _labelled(target, logits_student)
+        lam = torch.full((), 0.5, device=target.device)  # the terms depend on which classes are labelled, not on it
+    return softmax_kl(
+        logits_student,
+        logits_teacher,
+        target.reshape(-1),
+        target_mixed,
+        lam,
+        temperature=temperature,
+        target_weight=alpha * temperature**2,
+        other_weight=beta * temperature**2,
+    )
+
+
+def sp_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> Tensor | int:
+    """L_SP = ||G_t - G_s||_F^2 / B^2, summed over the pairs of features (B, ...), in one launch.
+
+    Quirk: the result has shape (1,), and no pairs give the int 0: use ``kdkernels.sp_loss(g_s, g_t)``, a scalar.
+    Quirk: of lists of different lengths the shorter one counts.
+    """
+    pairs = list(zip(g_s, g_t, strict=False))
+    if not pairs:
+        return 0
+    students, teachers = zip(*pairs, strict=True)
+    return published_sp(students, teachers).view(1)
+
+
+def _standardised(logits: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the last dimension."""
+    z = logits.to(compute_dtype(logits))
+    return (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True))
+
+
+def _labelled(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The one or two classes of each row of a dense target; one class twice where there is one."""
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"dkd_loss: a dense target must have the logits' shape {tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+    positive = (target > 0).sum(1)
+    wrong = (positive == 0) | (positive > 2)
+    if wrong.device.type == "cpu" and bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"dkd_loss: a dense target must have one or two positive entries in each row, got {int(positive[row])} in "
+            f"row {row} (make it without label smoothing)"
+        )
+    order = target.argsort(dim=1, descending=True)
+    first = order[:, 0]
+    second = torch.where(positive == 2, order[:, min(1, order.shape[1] - 1)], first)
+    return torch.where(wrong, logits.shape[1], first), second

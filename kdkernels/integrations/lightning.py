@@ -1,0 +1,70 @@
+"""Distillation with Lightning. It needs the extra "lightning": pip install 'kdkernels[lightning]'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..training.defaults import default_optimizer, default_scheduler
+from ..training.distillation import Distillation, DistillationOutput
+from .relational import whole_batches
+
+try:
+    from lightning import LightningModule
+except ImportError as error:
+    raise ImportError(
+        f"kdkernels.integrations.lightning needs the extra lightning: pip install 'kdkernels[lightning]' ({error})"
+    ) from error
+
+
+class DistillationModule(LightningModule):
+    """``Trainer(max_epochs=...).fit(DistillationModule(distillation), loader)``.
+
+    Args:
+        distillation: the module to train. What it owns is trained, moved and saved: the student and the method's own
+            heads; the teacher is moved, but neither trained nor saved. ``distillation.student`` is the result.
+        lr: of the default optimizer and schedule, which are those of ``kdkernels.training.fit``; for others override
+            ``configure_optimizers`` (over ``self.parameters()``, which has the method's own).
+
+    Batches are (images, target), for "corsd" (images, target, target_neg). Logs ``loss`` and its terms, in validation
+    ``val_loss`` and, where each image has its row of logits, ``val_accuracy`` in percent.
+    A checkpoint is read with ``DistillationModule.load_from_checkpoint(path, distillation=...)``.
+
+    Raises:
+        TypeError: no Distillation.
+        ValueError: when training starts, accumulate_grad_batches with a method that compares the rows of a batch (sp,
+            mlkd). (Several processes are fine: rows are compared over all of them.)
+    """
+
+    def __init__(self, distillation: Distillation, lr: float = 0.05) -> None:
+        super().__init__()
+        if not isinstance(distillation, Distillation):
+            raise TypeError(f"DistillationModule needs a Distillation, got {type(distillation).__name__}")
+        self.distillation, self.lr = distillation, lr
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.distillation.student(images)
+
+    def on_fit_start(self) -> None:
+        whole_batches(self.distillation, self.trainer.accumulate_grad_batches, self.trainer.world_size)
+        self.distillation.train()  # Lightning leaves modes alone, and in eval mode a method does not mix images
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        result: DistillationOutput = self.distillation(*batch)
+        self.log_dict({"loss": result.loss.detach(), **result.terms}, batch_size=len(batch[0]))
+        return result.loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        result: DistillationOutput = self.distillation(*batch)
+        self.log("val_loss", result.loss, batch_size=len(batch[0]))
+        target = batch[1]
+        if len(result.logits) == len(target):
+            accuracy = 100 * (result.logits.argmax(-1) == target).float().mean()
+            self.log("val_accuracy", accuracy, batch_size=len(target), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = default_optimizer(self.parameters(), self.lr)
+        scheduler = default_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
