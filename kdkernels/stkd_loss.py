@@ -124,6 +124,8 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor) -> Tensor:
             f"stkd_loss: {name} must have shape {tuple(logits.shape[:-1])} (labels) or {tuple(logits.shape)} (dense), "
             f"got {tuple(target.shape)}"
         )
+    if logits.dim() == 2:
+        return target
     return target.reshape(-1, logits.shape[-1]) if target.is_floating_point() else target.reshape(-1)
 
 

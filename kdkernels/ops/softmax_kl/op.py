@@ -53,8 +53,10 @@ def _forward(
     outputs = implementation.forward(
         student, teacher, target, target_mixed, lam, temperature, weights, ignore_index, reduction, need_grad
     )
-    if target is not None and target.is_cpu and math.isnan(outputs[0].sum().item()):
-        _check_values(target, target_mixed, ignore_index, student.shape[1])
+    if target is not None and target.is_cpu:
+        loss = outputs[0]
+        if math.isnan((loss.sum() if loss.dim() else loss).item()):
+            _check_values(target, target_mixed, ignore_index, student.shape[1])
     return outputs
 
 
