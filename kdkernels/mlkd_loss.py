@@ -127,8 +127,9 @@ def _similarities(x: Tensor, views: int, cosine: Cosine) -> Tensor:
             if b > 1
             else x.new_zeros(b, 0, dtype=compute_dtype(x))
         )
-    images = x.unflatten(0, (-1, views)) if x.shape[0] else x.view(0, views, x.shape[1])
-    return cosine(images[:, 1:].flatten(0, 1), images[:, 0])
+    images, width = x.shape[0] // views, x.shape[1]
+    base, others = x.view(images, views, width).split([1, views - 1], dim=1)  # backward is one concatenation
+    return cosine(others.reshape(-1, width), base.squeeze(1))
 
 
 Rows = Tensor | Sequence[Tensor]
