@@ -102,11 +102,11 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
 // 8 with huge pages, which Linux gives to those who ask.
 inline void ask_for_huge_pages(const Tensor& x) {
 #ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21, kMost = uintptr_t(1) << 28;  // of more, Linux may have to make them first
   const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(x.numel()) * x.element_size();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (last > first) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
+  if (last > first && last - first <= kMost) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
 #else
   (void)x;
 #endif
