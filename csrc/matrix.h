@@ -6,6 +6,13 @@
 #include "cpu.h"
 #include "gram.h"
 
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 11)
+#include <immintrin.h>
+#define KD_BF16_PRODUCTS 1
+#else
+#define KD_BF16_PRODUCTS 0
+#endif
+
 namespace kd {
 namespace KD_ISA {
 namespace {
@@ -66,17 +73,80 @@ inline void inner_tile(const T* a, const T* b, int64_t stride, int64_t width, do
     for (int j = 0; j < kTile; ++j) out[i * out_stride + j] += LaneSum<T, kVectorBytes>::of(sum[i][j]);
 }
 
+// bf16 rows as they are: the processor multiplies pairs of them exactly and adds to fp32, 2.5 times as fast as fp32 FMA.
+typedef uint16_t Bf16;
+
+#if KD_BF16_PRODUCTS
+inline bool multiplies_bf16() {
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+}
+
+__attribute__((target("avx512bf16"))) inline void inner_tile(const Bf16* a, const Bf16* b, int64_t stride, int64_t width,
+                                                             double* out, int64_t out_stride) {
+  __m512 sum[kTile][kTile] = {};
+  for (int64_t k = 0; k < width; k += 32) {
+    __m512bh x[kTile];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i) x[i] = (__m512bh)_mm512_loadu_si512(a + i * stride + k);
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j) {
+      const __m512bh y = (__m512bh)_mm512_loadu_si512(b + j * stride + k);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTile; ++i) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], x[i], y);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTile; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kTile; ++j)
+      out[i * out_stride + j] += LaneSum<float, kVectorBytes>::of((Vector<float>::type)sum[i][j]);
+}
+#else
+inline bool multiplies_bf16() { return false; }
+inline void inner_tile(const Bf16*, const Bf16*, int64_t, int64_t, double*, int64_t) {}
+#endif
+
+template <typename P>
+inline const P* load_packed(const Rows& q, int64_t offset, int64_t n, P* buffer) {
+  return load<P>(q.type, q.data, offset, n, buffer);
+}
+template <>
+inline const Bf16* load_packed<Bf16>(const Rows& q, int64_t offset, int64_t, Bf16*) {
+  return static_cast<const Bf16*>(q.data) + offset;
+}
+
 // Columns [begin, begin + n) of rows [first, first + count) to `out`, in whole tiles and vectors, with zeros behind.
-template <typename T>
-void pack_rows(const Rows& q, int64_t first, int64_t count, int64_t begin, int64_t n, int64_t stride, T* out) {
-  const int64_t width = round_up(n, Vector<T>::lanes), rows = round_up(count, kTile);
+template <typename P>
+void pack_rows(const Rows& q, int64_t first, int64_t count, int64_t begin, int64_t n, int64_t stride, P* out) {
+  const int64_t width = round_up(n, kVectorBytes / static_cast<int>(sizeof(P))), rows = round_up(count, kTile);
   for (int64_t i = 0; i < rows; ++i) {
-    T* to = out + i * stride;
+    P* to = out + i * stride;
     if (i < count) {
-      const T* from = load<T>(q.type, q.data, (first + i) * q.stride + begin, n, to);
-      if (from != to) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+      const P* from = load_packed<P>(q, (first + i) * q.stride + begin, n, to);
+      if (from != to) std::memcpy(to, from, static_cast<size_t>(n) * sizeof(P));
     }
     for (int64_t k = i < count ? n : 0; k < width; ++k) to[k] = 0;
+  }
+}
+
+template <typename P>
+void inner_products_as(const Rows& a, int64_t first, int64_t count, const Rows& b, bool symmetric, int64_t begin,
+                       int64_t end, double* out, int64_t out_stride) {
+  const int64_t rows_a = round_up(count, kTile), rows_b = round_up(b.count, kTile);
+  std::memset(out, 0, static_cast<size_t>(rows_a * out_stride) * sizeof(double));
+  const int64_t packed = rows_b + (symmetric ? 0 : rows_a);
+  const int64_t slice = least<int64_t>(1024, most<int64_t>(64, (1 << 17) / (packed + 1) / 64 * 64));
+  const int64_t stride = slice + 64 / static_cast<int64_t>(sizeof(P));
+  Buffer<P> buffer(packed * stride);
+  P *pack_b = buffer, *pack_a = symmetric ? pack_b : pack_b + rows_b * stride;
+  for (int64_t k = begin; k < end; k += slice) {
+    const int64_t n = least(slice, end - k), width = round_up(n, kVectorBytes / static_cast<int>(sizeof(P)));
+    pack_rows(b, 0, b.count, k, n, stride, pack_b);
+    if (!symmetric) pack_rows(a, first, count, k, n, stride, pack_a);
+    for (int64_t i = 0; i < rows_a; i += kTile)
+      for (int64_t j = 0; j < (symmetric ? i + 1 : rows_b); j += kTile)
+        inner_tile(pack_a + i * stride, pack_b + j * stride, stride, width, out + i * out_stride + j, out_stride);
   }
 }
 
@@ -85,21 +155,9 @@ void pack_rows(const Rows& q, int64_t first, int64_t count, int64_t begin, int64
 template <typename T>
 void inner_products(const Rows& a, int64_t first, int64_t count, const Rows& b, bool symmetric, int64_t begin,
                     int64_t end, double* out, int64_t out_stride) {
-  const int64_t rows_a = round_up(count, kTile), rows_b = round_up(b.count, kTile);
-  std::memset(out, 0, static_cast<size_t>(rows_a * out_stride) * sizeof(double));
-  const int64_t packed = rows_b + (symmetric ? 0 : rows_a);
-  const int64_t slice = least<int64_t>(1024, most<int64_t>(64, (1 << 17) / (packed + 1) / 64 * 64));
-  const int64_t stride = slice + 64 / static_cast<int64_t>(sizeof(T));
-  Buffer<T> buffer(packed * stride);
-  T *pack_b = buffer, *pack_a = symmetric ? pack_b : pack_b + rows_b * stride;
-  for (int64_t k = begin; k < end; k += slice) {
-    const int64_t n = least(slice, end - k), width = round_up(n, Vector<T>::lanes);
-    pack_rows(b, 0, b.count, k, n, stride, pack_b);
-    if (!symmetric) pack_rows(a, first, count, k, n, stride, pack_a);
-    for (int64_t i = 0; i < rows_a; i += kTile)
-      for (int64_t j = 0; j < (symmetric ? i + 1 : rows_b); j += kTile)
-        inner_tile(pack_a + i * stride, pack_b + j * stride, stride, width, out + i * out_stride + j, out_stride);
-  }
+  const bool bf16 = a.type == DType::bf16 && b.type == DType::bf16 && sizeof(T) == 4 && multiplies_bf16();
+  const auto products = bf16 ? inner_products_as<Bf16> : inner_products_as<T>;
+  products(a, first, count, b, symmetric, begin, end, out, out_stride);
 }
 
 // ---- weighted sums of rows ----
