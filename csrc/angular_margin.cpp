@@ -270,14 +270,7 @@ double sample_forward(const AngularMargin& x, const AngularLayer& layer, int64_t
   return loss;
 }
 
-inline int64_t samples(const AngularLayer& l) { return l.height > 0 && l.width > 0 ? l.batch : 0; }
-
-// The (layer, sample) of a task, and the scratch that the largest map needs.
-inline int64_t tasks(const AngularMargin& x) {
-  int64_t count = 0;
-  for (int64_t i = 0; i < x.count; ++i) count += samples(x.layers[i]);
-  return count;
-}
+inline int64_t tasks(const AngularMargin& x) { return x.count ? x.count * x.layers[0].batch : 0; }
 
 inline int64_t scratch_size(const AngularMargin& x) {
   int64_t size = 0;
@@ -288,13 +281,13 @@ inline int64_t scratch_size(const AngularMargin& x) {
   return size;
 }
 
+// A task is one layer of one sample, the samples outermost: a thread's share has as much of every layer as the others'.
 template <typename F>
 void each_task(const AngularMargin& x, int64_t begin, int64_t end, const F& f) {
-  int64_t first = 0;
-  for (int64_t i = 0; i < x.count && first < end; ++i) {
-    const int64_t last = first + samples(x.layers[i]);
-    for (int64_t task = most(begin, first); task < least(end, last); ++task) f(task, x.layers[i], i, task - first);
-    first = last;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t index = task % x.count;
+    const AngularLayer& layer = x.layers[index];
+    if (layer.height > 0 && layer.width > 0) f(layer, index, task / x.count);
   }
 }
 
@@ -303,25 +296,23 @@ void forward(const AngularMargin& x, const Pool& pool) {
   const int64_t count = tasks(x);
   Buffer<double> losses(count);
   double* loss = losses;
+  for (int64_t i = 0; i < count; ++i) loss[i] = 0;
   const Margin<T> margin(x.margin);
   parallel(pool, count, 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(scratch_size(x));
-    each_task(x, begin, end, [&](int64_t task, const AngularLayer& layer, int64_t, int64_t sample) {
-      loss[task] = sample_forward<T>(x, layer, sample, margin, scratch);
+    each_task(x, begin, end, [&](const AngularLayer& layer, int64_t index, int64_t sample) {
+      loss[index * layer.batch + sample] = sample_forward<T>(x, layer, sample, margin, scratch);
     });
   });
   T* out = static_cast<T*>(x.loss);
   double total = 0;
-  if (!x.reduce)
-    for (int64_t i = 0; i < x.count; ++i) out[i] = 0;
-  int64_t layer_before = -1;
-  double layer_loss = 0;
-  each_task(x, 0, count, [&](int64_t task, const AngularLayer&, int64_t layer, int64_t) {
-    layer_loss = layer == layer_before ? layer_loss + loss[task] : loss[task];
-    layer_before = layer;
-    total += loss[task];
-    if (!x.reduce) out[layer] = static_cast<T>(layer_loss);
-  });
+  for (int64_t i = 0; i < x.count; ++i) {
+    const int64_t batch = x.layers[i].batch;
+    double sum = 0;
+    for (int64_t k = i * batch; k < (i + 1) * batch; ++k) sum += loss[k];
+    if (!x.reduce) out[i] = static_cast<T>(sum);
+    total += sum;
+  }
   if (x.reduce) *out = static_cast<T>(total);
 }
 
@@ -359,7 +350,7 @@ void backward(const AngularMargin& x, const Pool& pool) {
   }
   parallel(pool, tasks(x), 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(size);
-    each_task(x, begin, end, [&](int64_t, const AngularLayer& layer, int64_t index, int64_t sample) {
+    each_task(x, begin, end, [&](const AngularLayer& layer, int64_t index, int64_t sample) {
       sample_backward<T>(x, layer, index, sample, scratch);
     });
   });
