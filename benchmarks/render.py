@@ -24,6 +24,18 @@ under torch.compile (the better of default and max-autotune), **reference** is o
 are their time over ours: above 1, ours is faster. **share** is of the copy bandwidth measured here, or of the matmul
 rate where that allows less, for the bytes and operations that the loss needs at least. **peak MB** is what a step
 allocates through PyTorch, ours / eager; **error** the gradient's against fp64, ours / eager."""
+SUMMARY = (
+    "kd 64x100",
+    "stkd 256x1000",
+    "dkd 1024x1000",
+    "kd 8192x32000",
+    "sp resnet8x4, 3 stages",
+    "sp resnet50 256x2048x7x7",
+    "amd resnet8x4, 3 stages",
+    "amd resnet50 256x2048x7x7",
+    "mlkd correlation 16 images x 4 views x 128",
+    "mlkd correlation 64 images x 4 views x 512",
+)
 COMPILED = ("compile", "compile max-autotune")
 
 
@@ -63,7 +75,9 @@ def lost(rows: list[Row]) -> list[str]:
 
 def roof(row: Row, machine: dict[str, Any]) -> float:
     """Seconds that the machine needs at its measured best: for the bytes, or for the products, whichever is longer."""
-    return float(max(row["bytes"] / machine["copy_bandwidth"], row["flops"] / machine["matmul_rate"][row["dtype"]]))
+    rates = machine["matmul_rate"]
+    rate = max(rates[row["dtype"]], rates["float32"])  # some CPUs have no half-precision products worth the name
+    return float(max(row["bytes"] / machine["copy_bandwidth"], row["flops"] / rate))
 
 
 def share(row: Row, machine: dict[str, Any]) -> tuple[str, float]:
@@ -144,6 +158,7 @@ def markdown(result: dict[str, Any], pictures: list[str]) -> str:
         f"{geomean(ratio(r, best_compile(r)) for r in rows):.2f} against the better compile.",
     ]
     parts += [f"![{'Ratios' if 'ratios' in p else 'Roofline'}]({p})" for p in pictures]
+    parts += ["<!-- --8<-- [start:tables] -->"]  # what the documentation shows
     for group in dict.fromkeys(row["group"] for row in rows):
         parts.append(f"## {TITLES[group]}")
         chosen = [_row(row, machine) for row in rows if row["group"] == group]
@@ -156,7 +171,19 @@ def markdown(result: dict[str, Any], pictures: list[str]) -> str:
     failed = [f"- {row['case']}, {name}: {why}" for row in rows for name, why in row["failed"].items()]
     if failed:
         parts += ["## What the formula cannot compute", "\n".join(failed)]
+    parts += ["<!-- --8<-- [end:tables] -->"]
     return "\n\n".join(parts) + "\n"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The README's table: some rows of the report."""
+    chosen = {row["case"].removesuffix(" float32"): row for row in result["cases"]}
+    lines = []
+    for name in SUMMARY:
+        row = chosen[name]
+        time = milliseconds(row["providers"][ours(row)]["step"]).split(" ")[0]
+        lines.append([name, time, _times(ratio(row, "eager")), _times(ratio(row, best_compile(row)))])
+    return table(["forward + backward, fp32", "ms", "eager", "torch.compile"], lines)
 
 
 def training_table(found: dict[str, Any]) -> str:

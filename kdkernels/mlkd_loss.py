@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .distributed import cosine_over_ranks, describe, group_of_many, meet, replicate, shard_rows
 from .ops.checks import check_positive, check_rows, check_tensor, check_weight, compute_dtype
+from .ops.correlation import correlation, view_rows
 from .ops.gram import cosine_similarity
 from .ops.softmax_kl import softmax_kl
 from .supervised_contrastive_loss import supervised_contrastive_loss
@@ -98,6 +99,8 @@ def correlation_loss(
     check_positive("temperature", temperature)
     teacher = teacher.detach()
     many = group_of_many(group, what)
+    if many is None and views > 1 and student.shape[0]:
+        return correlation(student, teacher, views=views, temperature=temperature)
     if many is None:
         return _correlation(student, teacher, views, temperature, cosine_similarity)
     pair = f"student {describe([student])}, teacher {describe([teacher])}"
@@ -127,9 +130,7 @@ def _similarities(x: Tensor, views: int, cosine: Cosine) -> Tensor:
             if b > 1
             else x.new_zeros(b, 0, dtype=compute_dtype(x))
         )
-    images, width = x.shape[0] // views, x.shape[1]
-    base, others = x.view(images, views, width).split([1, views - 1], dim=1)  # backward is one concatenation
-    return cosine(others.reshape(-1, width), base.squeeze(1))
+    return cosine(*view_rows(x, views))
 
 
 Rows = Tensor | Sequence[Tensor]

@@ -16,7 +16,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "softmax_kl": (kdkernels.kd_loss, (6, 10)),
     "sp_gram": (kdkernels.sp_loss, (6, 3, 4, 4)),
     "angular_margin": (kdkernels.amd_loss, (6, 3, 4, 4)),
-    "cosine_similarity": (kdkernels.correlation_loss, (8, 5)),
+    "correlation": (kdkernels.correlation_loss, (8, 5)),
 }
 
 
