@@ -121,7 +121,7 @@ def run(
     return result
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose label contains this")
     parser.add_argument("--seconds", type=float, default=5.0, help="to spend on the rounds of a case")
@@ -132,12 +132,16 @@ def main() -> None:
     parser.add_argument("--providers", help="comma-separated; default: all that run here")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
     parser.add_argument("--json", type=Path, help="write the JSON there and no report")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     cases = [case for case in CASES if options.only in case.label]
     if not cases:
-        parser.error(f"no case contains {options.only!r}; there are: {', '.join(case.label for case in CASES)}")
+        parser().error(f"no case contains {options.only!r}; there are: {', '.join(case.label for case in CASES)}")
     if options.base:
         from .compare import compare
 

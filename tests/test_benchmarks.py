@@ -13,7 +13,7 @@ from checking import DEVICE
 
 from benchmarks import bench_angular_margin, bench_gram, bench_softmax_kl, published
 from benchmarks.cases import Case, Provider, errors, feature_case, logits, oracle, our_backends
-from benchmarks.render import geomean, lost, markdown, ratio, share, write
+from benchmarks.render import best_compile, geomean, lost, markdown, ratio, share, summary, write
 from benchmarks.report import CASES, measure, slug
 from benchmarks.timing import cold, peak_memory, quantile, take_turns
 
@@ -179,6 +179,19 @@ def test_ratios_and_what_is_lost(tmp_path: Path) -> None:
     made = write(result, tmp_path / "x")
     assert json.loads(made[0].read_text()) == result
     assert all(path.stat().st_size > 1000 for path in made[2:])
+
+
+def test_the_readme_shows_the_report() -> None:
+    root = Path(__file__).parents[1]
+    result = json.loads((root / "benchmarks" / "results" / "amd-epyc.json").read_text())
+    readme = (root / "README.md").read_text()
+    assert summary(result) in readme
+    against = [geomean(ratio(row, pick(row)) for row in result["cases"]) for pick in (lambda _: "eager", best_compile)]
+    assert (
+        f"Over all {len(result['cases'])} rows the geometric\nmeans are {against[0]:.1f} and {against[1]:.1f}" in readme
+    )
+    assert lost(result["cases"]) == [], "the README says that no row is below 1"
+    assert [row["case"] for row in result["cases"]] == [case.label for case in CASES]
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

@@ -23,6 +23,7 @@ import kdkernels.compat.torchdistill
 import kdkernels.integrations.hf
 import kdkernels.integrations.lightning
 import kdkernels.training
+from benchmarks import report
 from kdkernels import cli, doctor
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,8 @@ def test_commands_exist_with_their_options(page: str, line: str) -> None:
         words = words[words.index("-m") + 1 :]
     if words[0] == "kdkernels":
         cli.parser().parse_args(words[1:])  # exits with 2, which fails, on an option that does not exist
+    elif words[:3] == ["python", "-m", "benchmarks.report"]:
+        report.parser().parse_args(words[3:])
     elif words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M)
     elif words[:2] == ["pip", "install"]:
