@@ -32,6 +32,9 @@ class DistillationModule(LightningModule):
     ``val_loss`` and, where each image has its row of logits, ``val_accuracy`` in percent.
     A checkpoint is read with ``DistillationModule.load_from_checkpoint(path, distillation=...)``.
 
+    With the data's own order it ends with the student of ``fit``; a shuffling loader is drawn in other orders here from
+    the second epoch on, and an incomplete last window of accumulation counts for less than there.
+
     Raises:
         TypeError: no Distillation.
         ValueError: when training starts, accumulate_grad_batches with a method that compares the rows of a batch (sp,

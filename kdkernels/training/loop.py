@@ -60,6 +60,10 @@ def fit(
     """Train ``distillation.student`` and return one row of metrics per epoch.
 
     Args:
+        distillation: what is trained: its student, and the method's own heads.
+        train_loader, test_loader: batches of (images, labels) tensors, in training for "corsd" (images, labels,
+            negatives' labels). Accelerate shares them out over processes.
+        epochs, lr: passes over the training data, and the default optimizer's highest learning rate.
         optimizer: over ``distillation.parameters()``; default: SGD with ``lr``. Either way the learning rate warms up
             over 5 % of the steps and then follows a cosine, from and to what the optimizer was made with.
         accumulate: micro-batches per optimizer step. A relational method (sp, mlkd) sees them as one batch, at the
