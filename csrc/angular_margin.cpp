@@ -148,23 +148,30 @@ void energy(const Activation& a, int64_t sample, int64_t pixels, T* r, T* buffer
 }
 
 template <typename T>
-double sum_of_products(const T* a, const T* b, int64_t n, T factor) {
+double sum_of_products(const T* a, const T* b, int64_t n) {
   double sum = 0;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     T part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < least(n, begin + kChunk); ++k) part += (a[k] * factor) * (b[k] * factor);
+    for (int64_t k = begin; k < least(n, begin + kChunk); ++k) part += a[k] * b[k];
     sum += part;
   }
   return sum;
 }
 
-// R = ||r||, by way of r / max r: squares of large energies overflow
+// R = ||r||, by way of r / max r: squares of large energies overflow. A single energy is its own norm, exactly.
 template <typename T>
 T energy_norm(const T* r, int64_t n) {
   T top = largest(r, n);
   if (top <= 0) return 0;
-  return static_cast<T>(std::sqrt(sum_of_products(r, r, n, T(1) / top)) * top);
+  double sum = 0;
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    T part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int64_t k = begin; k < least(n, begin + kChunk); ++k) part += (r[k] / top) * (r[k] / top);
+    sum += part;
+  }
+  return static_cast<T>(std::sqrt(sum) * top);
 }
 
 struct Region {
@@ -180,8 +187,8 @@ double branch(const T* vs, const T* vt, const T* slope, const Region& a, int64_t
   const int64_t first = a.top * stride + a.left;
   double norm_s = 0, norm_t = 0, e = 0;
   for (int64_t i = 0; i < rows; ++i) {
-    norm_s += sum_of_products(vs + first + i * stride, vs + first + i * stride, n, T(1));
-    norm_t += sum_of_products(vt + first + i * stride, vt + first + i * stride, n, T(1));
+    norm_s += sum_of_products(vs + first + i * stride, vs + first + i * stride, n);
+    norm_t += sum_of_products(vt + first + i * stride, vt + first + i * stride, n);
   }
   const T length_s = static_cast<T>(std::sqrt(norm_s) < kUnitEps ? kUnitEps : std::sqrt(norm_s));
   const T length_t = static_cast<T>(std::sqrt(norm_t) < kUnitEps ? kUnitEps : std::sqrt(norm_t));
@@ -193,7 +200,7 @@ double branch(const T* vs, const T* vt, const T* slope, const Region& a, int64_t
       unit[k] = s[k] / length_s;
       difference[k] = unit[k] - t[k] / length_t;
     }
-    e += sum_of_products(difference, difference, n, T(1));
+    e += sum_of_products(difference, difference, n);
   }
   if (h) {
     const T along = static_cast<T>(along_unit(e, std::sqrt(norm_s), std::sqrt(norm_t)));
@@ -229,7 +236,7 @@ double sample_forward(const AngularMargin& x, const AngularLayer& layer, int64_t
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) {
       q[k] = r[k] / length;
-      w[k] = 1 - q[k];
+      w[k] = (norm - r[k] + T(kEnergyEps)) / length;  // 1 - q without its rounding: never 0
       u[k] = m.u(q[k]);
       g[k] = -softplus(s * (w[k] - u[k]));
     }
@@ -260,12 +267,12 @@ double sample_forward(const AngularMargin& x, const AngularLayer& layer, int64_t
   }
   if (x.kappa) {
     T* kappa = static_cast<T*>(x.kappa) + layer.kappa_offset + sample * n;
-    const double inner = sum_of_products(h, q, n, T(1));
-    // inner r / R, and 0 on a dead map
-    const T along = norm_student > 0 ? static_cast<T>(inner / norm_student) : T(0);
+    const double inner = sum_of_products(h, q, n);
+    // r / R is 1 where one pixel has all the energy, and nothing may be left of it there; 0 on a dead map
+    const T along = norm_student > 0 ? static_cast<T>(inner) : T(0), by = norm_student > 0 ? norm_student : T(1);
     const T length = norm_student + T(kEnergyEps);
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) kappa[k] = 2 * (h[k] - along * r[k]) / length;
+    for (int64_t k = 0; k < n; ++k) kappa[k] = 2 * (h[k] - along * (r[k] / by)) / length;
   }
   return loss;
 }

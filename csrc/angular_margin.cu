@@ -135,12 +135,13 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
     top = reduce_block(top, shared, 0.0, Max());
     if (top == 0) top = 1;  // a dead map; NaN does not count and shows in the sum
     for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) squares += (r[n] / top) * (r[n] / top);
-    const double norm = sqrt(reduce_block(squares, shared, 0.0, Add())) * top;
+    const double part = sqrt(reduce_block(squares, shared, 0.0, Add()));
+    const double norm = part > 0 && part < 1 ? top : part * top;  // never less than the largest energy
     norm_student = norm;
     const T length = static_cast<T>(norm) + T(1e-6);
     for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) {
       const T q = r[n] / length;
-      w[n] = 1 - q;
+      w[n] = static_cast<T>((norm - r[n] + 1e-6) / (norm + 1e-6));  // 1 - q without its rounding: never 0
       u[n] = cos(m * acos(clamped(q)));
       g[n] = -softplus(s * (w[n] - u[n]));
       h[n] = 0;
@@ -196,8 +197,10 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
   double inner = 0;
   for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) inner += double(h[n]) * double(r[n] / length);
   inner = reduce_block(inner, shared, 0.0, Add());
-  const T along = norm_student > 0 ? static_cast<T>(inner / norm_student) : T(0);  // 0 on a dead map
-  for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) kappa_out[offset + n] = 2 * (h[n] - along * r[n]) / length;
+  // r / R is 1 where one pixel has all the energy, and nothing may be left of it there; 0 on a dead map
+  const double along = norm_student > 0 ? inner : 0, by = norm_student > 0 ? norm_student : 1;
+  for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x)
+    kappa_out[offset + n] = static_cast<T>(2 * (h[n] - along * (r[n] / by)) / length);
 }
 
 template <typename T>

@@ -418,3 +418,15 @@ def test_numpy_scalars_are_numbers() -> None:
     s, t = randn(4, 12), randn(4, 12)
     for scalar in (np.float32(2), np.float64(2), np.int64(2)):
         assert torch.equal(kd_loss(s, t, temperature=scalar), kd_loss(s, t, temperature=2.0))
+
+
+def test_compiled_with_dynamic_shapes_and_a_lam_per_sample() -> None:
+    student, teacher = torch.randn(6, 5, device=DEVICE), torch.randn(6, 5, device=DEVICE)
+    a, b = (torch.randint(5, (6,), device=DEVICE) for _ in range(2))
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return stkd_loss(s, t, a, b, torch.full((6,), 0.4, device=DEVICE))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))

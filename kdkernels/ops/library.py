@@ -137,6 +137,7 @@ def _first(args: tuple[Any, ...]) -> Tensor:
 
 def _somebody_listens(args: tuple[Any, ...]) -> bool:
     """Whether a mode, a transform, a profiler, a tracer or a tensor of another class has to see the call."""
+    first = _first(args)
     if (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
@@ -144,7 +145,8 @@ def _somebody_listens(args: tuple[Any, ...]) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
-        or _first(args).is_meta
+        or first.is_meta
+        or torch._C._functorch.is_legacy_batchedtensor(first)  # autograd's own batched gradients
     ):
         return True
     for arg in args:

@@ -186,3 +186,19 @@ def test_nan_and_inf_come_out(which: int, bad: float) -> None:
     gradient = gradients(loss, [student])[0]
     assert gradient[1].isnan().any()
     assert gradient[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(7, 1, 1, 1), (7, 16, 1, 1), (7, 3, 2, 2), (7, 3, 3, 3)])
+def test_one_pixel_with_all_the_energy_moves_nothing(shape: tuple[int, ...]) -> None:
+    """Both maps are the same unit vector; 1 - q, rounded, made -1, 0 or 1 of it, and of the gradient anything."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        student, teacher = torch.zeros(shape), torch.zeros(shape)
+        for x in (student, teacher):
+            x[:, :, 0, 0] = 0.1 + 5 * torch.rand(shape[:2], generator=generator)
+        student = student.to(DEVICE).requires_grad_()
+        loss = angular_margin(
+            student, teacher.to(DEVICE), margin=1.35, scale=64.0, layer_weights=[1.0], local_weight=0.2 * (shape[2] > 1)
+        )
+        assert abs(loss.item()) < 1e-9
+        assert gradients(loss, [student])[0].abs().max() < 1e-8

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels
+from kdkernels.ops import library
 
 LOSSES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "softmax_kl": (kdkernels.kd_loss, (6, 10)),
@@ -81,3 +82,23 @@ def test_meta_tensors_run_no_kernel() -> None:
     loss = kdkernels.kd_loss(x, x.detach())
     assert loss.is_meta
     assert loss.shape == ()
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_a_plain_call_asks_no_dispatcher(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither forward nor backward, whatever kind of sequence autograd hands on."""
+    answers = []
+    asked = library._somebody_listens
+    monkeypatch.setattr(library, "_somebody_listens", lambda args: answers.append(asked(args)) or answers[-1])
+    step(name)
+    assert answers == [False, False]
+
+
+def test_batched_gradients() -> None:
+    """autograd's own vmap, which leaves no level behind to see."""
+    student, teacher = torch.randn(6, 7, device=DEVICE, requires_grad=True), torch.randn(6, 7, device=DEVICE)
+    loss = kdkernels.kd_loss(student, teacher)
+    upstream = torch.tensor([1.0, -2.0], device=DEVICE)
+    (batched,) = torch.autograd.grad(loss, student, upstream, is_grads_batched=True, retain_graph=True)
+    (single,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(batched, upstream[:, None, None] * single)

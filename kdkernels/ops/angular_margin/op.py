@@ -72,7 +72,7 @@ backward_op = Op(
 forward_op.set_autograd(
     inputs=lambda student, *_: student,
     saved=lambda args, outputs: ((*args[0], outputs[1]), None),
-    backward=lambda grad, tensors, _: backward_op(grad, tensors[:-1], tensors[-1]),
+    backward=lambda grad, tensors, _: backward_op(grad, list(tensors[:-1]), tensors[-1]),
     what="amd_loss",
 )
 

@@ -50,9 +50,9 @@ def _energy_norm(r: Tensor) -> Tensor:
     return _norm(r / top).mul_(top)
 
 
-def _maps(q: Tensor, theta: Tensor, margin: float, scale: float) -> Tensor:
-    """G, u and w, stacked."""
-    w = 1 - q
+def _maps(r: Tensor, norm: Tensor, theta: Tensor, margin: float, scale: float) -> Tensor:
+    """G, u and w, stacked. w = 1 - q without its rounding: where one pixel has all the energy it is eps / (R + eps)."""
+    w = (norm - r).add_(ENERGY_EPS).div_(norm + ENERGY_EPS)
     u = (margin * theta).cos_()
     return torch.stack((-F.softplus(scale * (w - u)), u, w))
 
@@ -86,7 +86,7 @@ def forward(
         norm = _energy_norm(r)
         q = r / (norm + ENERGY_EPS)
         theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
-        maps = _maps(q, theta, margin, scale)  # (3, 2, B, H, W)
+        maps = _maps(r, norm, theta, margin, scale)  # (3, 2, B, H, W)
         h = torch.zeros_like(q[0])
         slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
         for top, left, weight in regions(height, width, local_weight):

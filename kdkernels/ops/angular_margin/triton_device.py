@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..triton_common import log1p
 
+ENERGY_EPS = tl.constexpr(1e-6)
 CLAMP = tl.constexpr(1 - 1e-7)
 HALF_PI = tl.constexpr(1.5707963267948966)
 HALF_PI_HIGH = tl.constexpr(1.5703125)  # exact in fp32, and so is its product with 0, 1 and 2
@@ -45,12 +46,11 @@ def sincos(x):
 
 
 @triton.jit
-def maps(q, margin, scale):
-    """G, u and w."""
-    w = 1.0 - q
+def maps(q, w, margin, scale):
+    """G and u."""
     _, u = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
     x = scale * (w - u)
-    return -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))), u, w
+    return -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))), u
 
 
 @triton.jit
@@ -74,11 +74,10 @@ def pixel_offset(n, width, stride_h, stride_w, stride_pixel, GENERIC: tl.constex
 
 
 @triton.jit
-def load_pair(r, at, mask, P, eps_s, eps_t):
-    """q of student and teacher; eps_s, eps_t are R + 1e-6."""
-    q_s = tl.load(r + at, mask=mask, other=0.0) / eps_s
-    q_t = tl.load(r + P + at, mask=mask, other=0.0) / eps_t
-    return q_s, q_t
+def load_q_w(r, at, mask, norm):
+    """q and w = 1 - q without its rounding: where one pixel has all the energy, w is eps / (R + eps) and never 0."""
+    energy = tl.load(r + at, mask=mask, other=0.0)
+    return energy / (norm + ENERGY_EPS), (norm - energy + ENERGY_EPS) / (norm + ENERGY_EPS)
 
 
 @triton.jit

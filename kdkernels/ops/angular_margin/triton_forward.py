@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 from ..triton_common import aligned, find, pick
-from .triton_device import load_pair, maps, pixel_offset, region_mask, region_weights, slopes
+from .triton_device import ENERGY_EPS, load_q_w, maps, pixel_offset, region_mask, region_weights, slopes
 
-ENERGY_EPS = tl.constexpr(1e-6)
 UNIT_EPS = tl.constexpr(1e-12)
 TINY = tl.constexpr(1.1754943508222875e-38)
 
@@ -98,7 +97,8 @@ def _norm(r, at, N, BLOCK: tl.constexpr):
     for start in range(0, N, BLOCK):
         x = tl.load(r + at + start + n, mask=start + n < N, other=0.0) / top
         squares += x * x
-    return tl.sqrt(tl.sum(squares, 0)) * top
+    norm = tl.sqrt(tl.sum(squares, 0)) * top
+    return tl.where(norm > 0, tl.maximum(norm, top), norm)  # no rounding may make it less than the largest energy
 
 
 @triton.jit
@@ -170,8 +170,6 @@ def maps_kernel(
     at = pick(offsets, layer) + b.to(tl.int64) * N
     norm_s = _norm(r, at, N, BLOCK)
     norm_t = _norm(r + P, at, N, BLOCK)
-    eps_s = norm_s + ENERGY_EPS
-    eps_t = norm_t + ENERGY_EPS
 
     G_s2 = tl.zeros([REGIONS], tl.float32)
     G_t2 = tl.zeros([REGIONS], tl.float32)
@@ -182,9 +180,10 @@ def maps_kernel(
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
         mask = region_mask(n, N, width, height, REGIONS)
-        q_s, q_t = load_pair(r, at + n, n < N, P, eps_s, eps_t)
-        G_s, u_s, w_s = maps(q_s, margin, scale)
-        G_t, u_t, w_t = maps(q_t, margin, scale)
+        q_s, w_s = load_q_w(r, at + n, n < N, norm_s)
+        q_t, w_t = load_q_w(r + P, at + n, n < N, norm_t)
+        G_s, u_s = maps(q_s, w_s, margin, scale)
+        G_t, u_t = maps(q_t, w_t, margin, scale)
         G_s2 += _square(G_s, mask)
         G_t2 += _square(G_t, mask)
         u_s2 += _square(u_s, mask)
@@ -201,9 +200,10 @@ def maps_kernel(
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
         mask = region_mask(n, N, width, height, REGIONS)
-        q_s, q_t = load_pair(r, at + n, n < N, P, eps_s, eps_t)
-        G_s, u_s, w_s = maps(q_s, margin, scale)
-        G_t, u_t, w_t = maps(q_t, margin, scale)
+        q_s, w_s = load_q_w(r, at + n, n < N, norm_s)
+        q_t, w_t = load_q_w(r + P, at + n, n < N, norm_t)
+        G_s, u_s = maps(q_s, w_s, margin, scale)
+        G_t, u_t = maps(q_t, w_t, margin, scale)
         G_e += _gap(G_s, G_t, G_ls, G_lt, mask)
         u_e += _gap(u_s, u_t, u_ls, u_lt, mask)
         w_e += _gap(w_s, w_t, w_ls, w_lt, mask)
@@ -218,9 +218,10 @@ def maps_kernel(
         for start in range(0, N, BLOCK):
             n = start + tl.arange(0, BLOCK)
             mask = region_mask(n, N, width, height, REGIONS)
-            q_s, q_t = load_pair(r, at + n, n < N, P, eps_s, eps_t)
-            G_s, u_s, w_s = maps(q_s, margin, scale)
-            G_t, u_t, w_t = maps(q_t, margin, scale)
+            q_s, w_s = load_q_w(r, at + n, n < N, norm_s)
+            q_t, w_t = load_q_w(r + P, at + n, n < N, norm_t)
+            G_s, u_s = maps(q_s, w_s, margin, scale)
+            G_t, u_t = maps(q_t, w_t, margin, scale)
             dG, du = slopes(q_s, u_s, w_s, margin, scale)
             h = _pull(G_s, G_t, G_ls, G_lt, G_a, c, mask) * dG
             h += _pull(u_s, u_t, u_ls, u_lt, u_a, c, mask) * du
@@ -234,7 +235,7 @@ def maps_kernel(
             h = tl.load(kappa + at + n, mask=n < N, other=0.0)
             r_s = tl.load(r + at + n, mask=n < N, other=0.0)
             direction = tl.where(norm_s == 0, 0.0, r_s / tl.where(norm_s == 0, 1.0, norm_s))  # r / R; 0 on a dead map
-            tl.store(kappa + at + n, 2.0 * (h - total * direction) / eps_s, mask=n < N)
+            tl.store(kappa + at + n, 2.0 * (h - total * direction) / (norm_s + ENERGY_EPS), mask=n < N)
 
 
 @triton.jit

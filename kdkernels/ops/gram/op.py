@@ -105,7 +105,7 @@ cosine_backward_op = Op(
 sp_op.set_autograd(
     inputs=lambda student, *_: student,
     saved=lambda args, outputs: ((*args[0], outputs[1]), None),
-    backward=lambda grad, tensors, _: sp_backward_op(grad, tensors[:-1], tensors[-1]),
+    backward=lambda grad, tensors, _: sp_backward_op(grad, list(tensors[:-1]), tensors[-1]),
     what="sp_loss",
 )
 cosine_op.set_autograd(

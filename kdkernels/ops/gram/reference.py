@@ -56,10 +56,8 @@ def gram(q: Tensor) -> Tensor:
     """K = Q Q^T: a sum over columns, so that the Gram matrices of column shards add up to it."""
     if q.dtype == torch.float64 or q.shape[1] <= SLICE:
         return q @ q.t()
-    total = q.new_zeros(q.shape[0], q.shape[0], dtype=torch.float64)
-    for part in q.split(SLICE, dim=1):
-        total += part @ part.t()
-    return total.to(q.dtype)
+    wide = torch.float64 if q.device.type in ("cpu", "cuda") else q.dtype  # not every device has fp64
+    return torch.stack([part @ part.t() for part in q.split(SLICE, dim=1)]).sum(0, dtype=wide).to(q.dtype)
 
 
 def sp_from_grams(

@@ -211,5 +211,5 @@ def _check_labels(
             raise ValueError(f"{name} must have shape ({rows},) for logits {shape}, got {tuple(x.shape)}")
     if (target_mixed is None) != (lam is None):
         raise ValueError("target_mixed and lam go together: give both or neither")
-    if lam is not None and (not lam.is_floating_point() or lam.shape not in ((), (rows,))):
+    if lam is not None and (not lam.is_floating_point() or (lam.dim() and lam.shape != (rows,))):
         raise ValueError(f"lam must be a floating-point tensor of shape () or ({rows},), got {tuple(lam.shape)}")
