@@ -19,6 +19,10 @@
 #include "cuda.h"
 #endif
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace kd {
 
 using torch::headeronly::ScalarType;
