@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
 import kdkernels
 
 from . import published
-from .bench_gram import BF16, FP16, FP32, RESNET8X4
-from .cases import Case, feature_case
+from .bench_gram import BF16, FP16, RESNET8X4
+from .cases import Case, layer_pair
 from .under_pytest import PROVIDERS, run_case
 
-
-def case(what: str, student: Sequence[int], teacher: Sequence[int] | None = None, dtype: torch.dtype = FP32) -> Case:
-    pair = [student], None if teacher is None else [teacher]
-    name = f"amd {what} {'x'.join(map(str, student))}"
-    return feature_case("angular_margin", name, kdkernels.amd_loss, published.amd, *pair, dtype=dtype)
-
+case = partial(layer_pair, "angular_margin", "amd", kdkernels.amd_loss, published.amd)
 
 CASES = [
     *(case("resnet8x4", shape) for shape in RESNET8X4),

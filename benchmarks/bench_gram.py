@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,17 +11,13 @@ import torch
 import kdkernels
 
 from . import published
-from .cases import Case, feature_case
+from .cases import Case, layer_pair
 from .under_pytest import PROVIDERS, run_case
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def case(what: str, student: Sequence[int], teacher: Sequence[int] | None = None, dtype: torch.dtype = FP32) -> Case:
-    pair = [student], None if teacher is None else [teacher]
-    name = f"sp {what} {'x'.join(map(str, student))}"
-    return feature_case("gram", name, kdkernels.sp_loss, published.sp, *pair, dtype=dtype, products=1)
-
+case = partial(layer_pair, "gram", "sp", kdkernels.sp_loss, published.sp, products=1)
 
 RESNET8X4 = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8)]  # resnet32x4's stages have the same shapes
 CASES = [

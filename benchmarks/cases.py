@@ -222,3 +222,20 @@ def feature_case(
         flops=products * batch * (3 * n_s + n_t),  # symmetric products: B^2 D each; dQ = W Q: 2 B^2 D
         dtype=dtype,
     )
+
+
+def layer_pair(
+    group: str,
+    loss: str,
+    ours: Loss,
+    published_loss: Loss,
+    what: str,
+    student: Sequence[int],
+    teacher: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    products: int = 0,
+) -> Case:
+    """``feature_case`` of one layer pair, named after the loss, the network and the student's shape."""
+    name = f"{loss} {what} {'x'.join(map(str, student))}"
+    teachers = None if teacher is None else [teacher]
+    return feature_case(group, name, ours, published_loss, [student], teachers, dtype, products)

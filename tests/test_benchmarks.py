@@ -12,7 +12,7 @@ import torch
 from checking import DEVICE
 
 from benchmarks import bench_angular_margin, bench_gram, bench_softmax_kl, published
-from benchmarks.cases import Case, Provider, errors, feature_case, logits, oracle, our_backends
+from benchmarks.cases import Case, Provider, errors, logits, maps, oracle, our_backends
 from benchmarks.render import best_compile, geomean, lost, markdown, ratio, share, summary, write
 from benchmarks.report import CASES, measure, slug
 from benchmarks.timing import cold, peak_memory, quantile, take_turns
@@ -29,12 +29,8 @@ def small_cases() -> list[Case]:
     ]
     for module in (bench_gram, bench_angular_margin):
         example = module.CASES[0]
-        found.append(dataclasses.replace(example, inputs=feature_case("", "", *_losses(example), shape).inputs))
+        found.append(dataclasses.replace(example, inputs=maps(shape, shape, fp32)))
     return found
-
-
-def _losses(case: Case) -> tuple[Any, Any]:
-    return case.ours, case.published
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.name.split(" ")[0])
