@@ -78,5 +78,6 @@ if __name__ == "__main__":
     distillation = with_transformers(folder) if name == "hf" else with_lightning()
     assert dist.get_world_size() == 2
     torch.save(distillation.student.state_dict(), Path(folder) / f"{name}-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()  # left to the end of the process, gloo's threads abort it now and then
+    dist.barrier()  # no rank leaves while another still needs it
+    sys.stdout.flush()
+    os._exit(0)  # tearing gloo's threads down aborts a process that has done its work now and then
