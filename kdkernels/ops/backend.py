@@ -1,9 +1,8 @@
 """Which implementation of an op runs, and why.
 
-Every op has up to three implementations with the same names: ``supports(*tensors)``, which returns None or the reason
-why not, ``forward`` and ``backward``. The reference and the Triton one are modules in the op's folder; all native ones
-come from one library, see native.py. They save the same things, so a forward pass of one may be followed by the
-backward pass of another.
+Every op's folder has up to three modules with the same functions, those of the Protocol in its op.py: ``supports(*tensors)``,
+which returns None or the reason why not, and the op's forward and backward passes. They save the same things, so a
+forward pass of one may be followed by the backward pass of another.
 """
 
 from __future__ import annotations
@@ -20,12 +19,11 @@ from typing import Any
 from torch import Tensor
 
 OPS = ("softmax_kl", "gram", "angular_margin")
-BACKENDS = ("native", "triton", "reference")
+MODULES = {"native": "native", "triton": "triton_kernels", "reference": "reference"}  # each backend's in an op's folder
 VARIABLE = "KDKERNELS_BACKEND"
 # auto tries these in turn, fastest first; a device that is not listed has the reference alone. On CUDA native comes
 # behind Triton until somebody has measured it on a GPU.
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference"), "xpu": ("triton", "reference")}
-_MODULES = {"triton": "triton_kernels", "reference": "reference"}
 
 logger = logging.getLogger("kdkernels")
 _chosen: str | None = None  # set by use_backend; process-wide, because backward may run on another thread
@@ -36,8 +34,8 @@ class BackendError(RuntimeError):
 
 
 def _check(name: str, source: str) -> str:
-    if name not in ("auto", *BACKENDS):
-        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    if name not in ("auto", *MODULES):
+        raise ValueError(f"{source} must be one of 'auto', {', '.join(map(repr, MODULES))}, got {name!r}")
     return name
 
 
@@ -66,12 +64,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 @cache
 def load(op: str, backend: str) -> Any:
-    """What implements ``op`` on ``backend``, or a string that says why there is nothing."""
-    if backend == "native":
-        from . import native  # builds the library where there is none, so not before an op asks for it
-
-        return native.implementation(op)
-    name = f"kdkernels.ops.{op}.{_MODULES[backend]}"
+    """The module that implements ``op`` on ``backend``, or a string that says why there is none."""
+    name = f"kdkernels.ops.{op}.{MODULES[backend]}"
     if importlib.util.find_spec(name) is None:
         return f"this version of kdkernels has no {backend} implementation of {op}"
     try:
@@ -80,15 +74,11 @@ def load(op: str, backend: str) -> Any:
         return f"{name} cannot be imported: {error}"
 
 
-def _look_up(op: str, backend: str, tensors: tuple[Tensor, ...]) -> tuple[Any, str | None]:
-    """The implementation, and None or the reason why it cannot run these tensors."""
-    implementation = load(op, backend)
-    return implementation, implementation if isinstance(implementation, str) else implementation.supports(*tensors)
-
-
 def why_not(op: str, backend: str, *tensors: Tensor) -> str | None:
     """None if ``backend`` can run ``op`` on these tensors, else the reason."""
-    return _look_up(op, backend, tensors)[1]
+    implementation = load(op, backend)
+    reason: str | None = implementation if isinstance(implementation, str) else implementation.supports(*tensors)
+    return reason
 
 
 @cache
@@ -101,18 +91,15 @@ def _log_fallback(op: str, device: str, backend: str, reasons: tuple[str, ...]) 
 def choose(op: str, *tensors: Tensor) -> Any:
     """The implementation of ``op`` for these tensors, by the request in force."""
     name = requested()
-    if name != "auto":
-        implementation, reason = _look_up(op, name, tensors)
-        if reason is not None:
-            raise BackendError(f"backend {name!r} was asked for by name and cannot run {op}: {reason}")
-        return implementation
     device = tensors[0].device.type
     reasons: list[str] = []
-    for name in AUTO_ORDER.get(device, ("reference",)):
-        implementation, reason = _look_up(op, name, tensors)
+    for candidate in AUTO_ORDER.get(device, ("reference",)) if name == "auto" else (name,):
+        reason = why_not(op, candidate, *tensors)
         if reason is None:
             if reasons:
-                _log_fallback(op, device, name, tuple(reasons))
-            return implementation
-        reasons.append(f"{name}: {reason}")
+                _log_fallback(op, device, candidate, tuple(reasons))
+            return load(op, candidate)
+        reasons.append(f"{candidate}: {reason}")
+    if name != "auto":
+        raise BackendError(f"backend {name!r} was asked for by name and cannot run {op}: {reason}")
     raise BackendError(f"no backend can run {op} on {device}: {'; '.join(reasons)}")

@@ -1,159 +1,206 @@
-"""The torch.library namespace "kdkernels" and how an op enters it."""
+"""The torch.library namespace "kdkernels": how an op enters it and gets its gradient, by public PyTorch alone.
+
+An op's arguments are a record, a NamedTuple of tensors, numbers and smaller records: ``schema`` writes it as torch.library
+wants it, ``flatten`` and ``build`` take it there and back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("kdkernels", "DEF")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
+# the op has a fake kernel and passes opcheck, so that Inductor keeps the strides that it sees
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    list[float]: "float[]",
+    float: "float",
+    int: "int",
+    bool: "bool",
+    str: "str",
+}
+Record = TypeVar("Record", bound=tuple[Any, ...])
 
 
-class Op:
-    """``kdkernels::name``. Called, it gives all its outputs; ``loss(...)`` gives the first, which has the gradient.
+@cache
+def _fields(record: type) -> list[tuple[str, Any]]:
+    return list(typing.get_type_hints(record).items())
 
-    The op is opaque to torch.compile: its body chooses the backend each time it runs, so a compiled graph follows a
-    change of backend. Autocast is switched off inside: the body's own arithmetic decides the precision, and an eager
-    and a compiled call would differ otherwise.
 
-    A plain eager call runs the body and the same autograd node without the dispatcher, whose way through Python costs
-    more than the kernels of a small loss. Whoever traces, transforms or profiles meets the op.
+@cache
+def _parts(record: type) -> list[tuple[type | None, int]]:
+    """Of each field the smaller record that it is, if it is one, and how many arguments it takes."""
+    return [(None, 1) if kind in TYPES else (kind, len(_fields(kind))) for _, kind in _fields(record)]
+
+
+def schema(record: type) -> str:
+    """The record's fields as a schema's arguments: ``Tensor student, Tensor teacher, ...``."""
+    return ", ".join(f"{TYPES[kind]} {name}" if kind in TYPES else schema(kind) for name, kind in _fields(record))
+
+
+def flatten(record: tuple[Any, ...]) -> list[Any]:
+    """The arguments of an op that takes this record."""
+    flat: list[Any] = []
+    for value in record:
+        if isinstance(value, tuple):
+            flat += value
+        else:
+            flat.append(value)
+    return flat
+
+
+def build(record: type[Record], flat: Iterable[Any]) -> Record:
+    """The record from an op's arguments; what stands behind them is left in ``flat`` if that is an iterator."""
+    values, fields = iter(flat), []
+    for part, count in _parts(record):
+        fields.append(next(values) if part is None else part(*islice(values, count)))
+    return record(*fields)
+
+
+def register(name: str, signature: str, body: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The op ``kdkernels::name``, for every device; ``fake`` makes its outputs without their values.
+
+    It is opaque to torch.compile: its body chooses the backend each time it runs, so that a compiled graph follows a
+    change of backend. Autocast is off inside: the body's own arithmetic decides the precision, and an eager and a
+    compiled call would differ otherwise.
     """
 
-    def __init__(self, name: str, schema: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        # pt2_compliant_tag: the op has a fake kernel and passes opcheck, so Inductor keeps the strides that it sees
-        LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-        LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"kdkernels::{name}", fake, lib=LIBRARY)
-        self.overload = getattr(torch.ops.kdkernels, name).default
-        self._body = body
-        self._plain_loss: Callable[..., Tensor]
+    def run(*args: Any) -> Any:
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if torch.is_autocast_enabled(first.device.type):
+            with torch.autocast(first.device.type, enabled=False):
+                return body(*args)
+        return body(*args)
 
-    def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _somebody_listens(args):
-            return self.overload(*args)
-        return self._run(*args)
+    LIBRARY.define(name + signature, tags=TAGS)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kdkernels::{name}", fake, lib=LIBRARY)
+    return typing.cast("Callable[..., Any]", getattr(torch.ops.kdkernels, name).default)
 
-    def loss(self, *args: Any) -> Tensor:
-        if torch.compiler.is_compiling() or _somebody_listens(args):
-            return self.overload(*args)[0]
-        return self._plain_loss(*args)
 
-    def _run(self, *args: Any) -> Any:
-        device = _first(args).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._body(*args)
-        return self._body(*args)
+class Differentiable:
+    """The op ``kdkernels::name``, called for its first output, which has gradients for the op's first argument(s).
 
-    def _below_autograd(self, keyset: Any, args: tuple[Any, ...]) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    In eager mode a torch.autograd.Function calls the op, forward and backward, so that modes, profilers and tracers see
+    it. Where torch.compile traces, a second op with the same body has its gradient by register_autograd, which AOTAutograd
+    wants and whose bookkeeping would cost a small loss more than its kernels.
 
-    def set_autograd(
+        keep(args, outputs)          what ``backward`` takes behind the upstream gradient
+        backward(grad, *kept)        an op; the gradients of the first ``inputs`` arguments, tensors or lists of them
+    """
+
+    def __init__(
         self,
-        inputs: Callable[..., Sequence[Tensor]],
-        saved: Callable[..., tuple[Sequence[Tensor | None], Any]],
-        backward: Callable[..., Sequence[Tensor | None]],
-        what: str,
+        name: str,
+        signature: str,
+        body: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        keep: Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]],
+        backward: Callable[..., Any],
+        inputs: int = 1,
     ) -> None:
-        """Give the op a gradient for its first output.
 
-        inputs(*args)                       the tensors among the op's arguments that gradients may flow to
-        saved(args, outputs)                the tensors to save, and anything else that backward needs
-        backward(grad, tensors, others)     one gradient per input
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:  # called by these names
+            _save(ctx, keep(inputs, output))
+            ctx.constants = len(inputs) - count
 
-        The same registration as torch.library.register_autograd makes, which flattens its arguments as a tree: with
-        lists of tensors that alone costs 0.2 ms per call, more than the kernels behind it.
-        """
-        op = self
+        count = self._inputs = inputs
+        self._node = _node(name, register(name, signature, body, fake), keep, backward)
+        self._traced = register(f"{name}_traced", signature, body, fake)
+        torch.library.register_autograd(
+            f"kdkernels::{name}_traced",
+            _traced_backward(name, backward),
+            setup_context=setup_context,
+            lib=LIBRARY,
+        )
 
-        class Plain(torch.autograd.Function):
-            """The node of a call that did not pass the dispatcher: one output."""
-
-            @staticmethod
-            def forward(ctx: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
-                outputs = op._run(*args)
-                save(ctx, args, outputs)
-                return outputs[0]
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-                return None, *gradients(ctx, grad, ctx.needs_input_grad[1:])
-
-        class Dispatched(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, keyset: Any, args: tuple[Any, ...], *_: Tensor) -> Any:
-                outputs = op._below_autograd(keyset, args)
-                save(ctx, args, outputs)
-                ctx.mark_non_differentiable(*outputs[1:])
-                return outputs
-
-            @staticmethod
-            def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-                return None, None, *gradients(ctx, grad, ctx.needs_input_grad[2:])
-
-        def save(ctx: Any, args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
-            tensors, ctx.others = saved(args, outputs)
-            # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
-            ctx.save_for_backward(*[t.clone() if t is not None and t.is_inference() else t for t in tensors])
-            ctx.set_materialize_grads(False)
-
-        def gradients(ctx: Any, grad: Tensor | None, needed: tuple[bool, ...]) -> Sequence[Tensor | None]:
-            if torch.is_grad_enabled():  # autograd enables gradients here only under create_graph=True
-                raise RuntimeError(f"{what} has no second derivative: take gradients without create_graph=True")
-            if grad is None:
-                return (None,) * len(needed)
-            found = backward(grad, ctx.saved_tensors, ctx.others)
-            return found if all(needed) else [g if n else None for g, n in zip(found, needed, strict=True)]
-
-        def plain_loss(*args: Any) -> Tensor:
-            tensors = inputs(*args)
-            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-                return Plain.apply(args, *tensors)
-            return op._run(*args)[0]
-
-        def autograd(keyset: Any, *args: Any) -> Any:
-            tensors = inputs(*args)
-            if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-                raise NotImplementedError(
-                    f"{what} has no forward-mode derivative (jvp, jacfwd): it would be a silent zero"
-                )
-            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-                return Dispatched.apply(keyset, args, *tensors)
-            return op._below_autograd(keyset, args)
-
-        self._plain_loss = plain_loss
-        LIBRARY.impl(self.overload.name().split("::")[1], autograd, "Autograd", with_keyset=True)
+    def __call__(self, *args: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return typing.cast(Tensor, self._traced(*args)[0])
+        inputs = args[0] if isinstance(args[0], list) else args[: self._inputs]
+        return typing.cast(Tensor, self._node.apply(args, *inputs))
 
 
-def _first(args: tuple[Any, ...]) -> Tensor:
-    return args[0][0] if isinstance(args[0], list) else args[0]
+def _node(
+    name: str, op: Callable[..., Any], keep: Callable[..., Sequence[Any]], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
+            outputs = op(*args)
+            _save(ctx, keep(args, outputs))
+            return outputs[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            _refuse_second_derivative(name)
+            found = backward(grad, *_saved(ctx))
+            return (None, found) if isinstance(found, Tensor) else (None, *found)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd)")
+
+    Node.__name__ = Node.__qualname__ = f"kdkernels_{name}"  # what a loss's grad_fn is called
+    return Node
 
 
-def _somebody_listens(args: tuple[Any, ...]) -> bool:
-    """Whether a mode, a transform, a profiler, a tracer or a tensor of another class has to see the call."""
-    first = _first(args)
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-        or first.is_meta
-        or torch._C._functorch.is_legacy_batchedtensor(first)  # autograd's own batched gradients
-    ):
-        return True
-    for arg in args:
-        if type(arg) is list:
-            for x in arg:
-                if type(x) not in _PLAIN:
-                    return True
-        elif type(arg) not in _PLAIN:
-            return True
-    return False
+def _traced_backward(name: str, backward: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+        _refuse_second_derivative(name)
+        found = backward(grad, *_saved(ctx))
+        own = found if isinstance(found, tuple) else (found,)
+        return (*own, *[None] * ctx.constants)
+
+    return gradients
+
+
+def _refuse_second_derivative(name: str) -> None:
+    if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
+        raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
+
+
+class _Layers(int):
+    """Stands for so many saved tensors that were one list."""
+
+
+_TENSOR = object()  # stands for a saved tensor
+
+
+def _save(ctx: Any, kept: Sequence[Any]) -> None:
+    """Tensors by autograd, which watches that nobody changes them; everything else, and their places, in ``ctx.plan``."""
+    tensors: list[Tensor] = []
+    plan: list[Any] = []
+    for value in kept:
+        if isinstance(value, Tensor):
+            plan.append(_TENSOR)
+            tensors.append(value)
+        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            plan.append(_Layers(len(value)))
+            tensors += value
+        else:
+            plan.append(value)
+    # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
+    ctx.save_for_backward(*[t.clone() if t.is_inference() else t for t in tensors])
+    ctx.plan = plan
+
+
+def _saved(ctx: Any) -> list[Any]:
+    tensors = iter(ctx.saved_tensors)
+    kept = []
+    for value in ctx.plan:
+        if value is _TENSOR:
+            kept.append(next(tensors))
+        else:
+            kept.append(list(islice(tensors, value)) if isinstance(value, _Layers) else value)
+    return kept

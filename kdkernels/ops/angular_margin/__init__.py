@@ -1,5 +1,5 @@
-"""Normalised angular margins of attention maps."""
+"""angular_margin: the distance between the angular maps of two networks' activations. op.py is the contract."""
 
-from .op import angular_margin
+from .op import ActivationPairs, angular_margin
 
-__all__ = ["angular_margin"]
+__all__ = ["ActivationPairs", "angular_margin"]

@@ -1,126 +1,114 @@
 """angular_margin: per layer, the distance between the angular maps of student and teacher, and its gradient.
 
-One read of each activation gives its channel-energy map (B, H, W); everything after that is work on the small maps.
-What is saved is one number per pixel, kappa, with dloss/dA[c, n] = kappa[n] A[c, n]. All layers of a call are one op,
-so that a backend can run them in one launch.
+The formula is in definition.py. One read of each activation gives its channel-energy map (B, H, W); everything after that
+is work on the small maps. What is saved is one number per pixel, kappa, with dloss/dA[c, n] = kappa[n] A[c, n]. All layers
+of a call are one op, so that a backend can run them in one launch.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import check_positive, check_weight, compute_dtype, grad_like, layer_pairs, need_grad
-from ..library import Op
+from ..checks import compute_dtype, grad_like, need_grad
+from ..library import Differentiable, build, flatten, register, schema
 
 
-def _forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    layer_weights: list[float],
-    margin: float,
-    scale: float,
-    local_weight: float,
-    reduce: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    implementation = choose("angular_margin", *student, *teacher)
-    return implementation.forward(student, teacher, layer_weights, margin, scale, local_weight, reduce, need_grad)
+class ActivationPairs(NamedTuple):
+    """What angular_margin computes."""
+
+    student: list[Tensor]  # (B, C, H, W) each, any strides
+    teacher: list[Tensor]  # (B, C', H, W); constants
+    layer_weights: list[float]
+    area_weights: bool = False  # times (H W)^2
+    reduction: str = "mean"  # over the samples; "sum", "none": (B,) or (L, B)
+    layer_reduction: str = "sum"  # or "mean", "none": (L,) or (L, B)
+    margin: float = 1.35
+    sharpness: float = 64.0
+    local_weight: float = 0.0
+
+    def factors(self) -> list[float]:
+        """What each layer's value of a sample is multiplied by. Read inside the op, where sizes are plain numbers."""
+        batch, *_ = self.student[0].shape
+        over = max(batch, 1) if self.reduction == "mean" else 1
+        over *= len(self.student) if self.layer_reduction == "mean" else 1
+        areas = [float(s.shape[2] * s.shape[3]) ** 2 if self.area_weights else 1.0 for s in self.student]
+        return [weight * area / over for weight, area in zip(self.layer_weights, areas, strict=True)]
+
+    @property
+    def per_layer(self) -> bool:
+        return self.layer_reduction == "none"
+
+    @property
+    def per_sample(self) -> bool:
+        return self.reduction == "none"
 
 
-def _forward_fake(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    layer_weights: list[float],
-    margin: float,
-    scale: float,
-    local_weight: float,
-    reduce: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(*student, *teacher)
-    pixels = sum(math.prod((s.shape[0], *s.shape[2:])) for s in student) if need_grad else 0
-    first = student[0]
-    return first.new_empty(() if reduce else (len(student),), dtype=dtype), first.new_empty(pixels, dtype=dtype)
+class AngularMargin(Protocol):
+    """What an implementation has."""
+
+    def supports(self, *tensors: Tensor) -> str | None:
+        """None, or the reason why these tensors cannot be computed."""
+
+    def forward(self, x: ActivationPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+        """The loss, (), (L,), (B,) or (L, B), and kappa of every layer's pixels, flat (empty without need_grad)."""
+
+    def backward(self, grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
+        """grad_lb * kappa * A of each layer, in the layer's shape, dtype and memory format; grad is (L, B), any strides."""
 
 
-def _backward(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
-    return choose("angular_margin", *student).backward(grad, student, kappa)
+def _forward(*args: Any) -> tuple[Tensor, Tensor]:
+    x = build(ActivationPairs, args)
+    implementation: AngularMargin = choose("angular_margin", *x.student, *x.teacher)
+    return implementation.forward(x, args[-1])
 
 
-def _backward_fake(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
-    return [grad_like(s) for s in student]
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, need_grad = build(ActivationPairs, args), args[-1]
+    like = x.student[0].new_empty((), dtype=compute_dtype(*x.student, *x.teacher))
+    pixels = sum(math.prod((s.shape[0], *s.shape[2:])) for s in x.student) if need_grad else 0
+    shape = [len(x.student)] * x.per_layer + [x.student[0].shape[0]] * x.per_sample
+    return like.new_empty(shape), like.new_empty(pixels)
 
 
-forward_op = Op(
-    "angular_margin",
-    "(Tensor[] student, Tensor[] teacher, float[] layer_weights, float margin, float scale, float local_weight, "
-    "bool reduce, bool need_grad) -> (Tensor loss, Tensor kappa)",
-    _forward,
-    _forward_fake,
-)
-backward_op = Op(
+def _backward(grad: Tensor, student: list[Tensor], kappa: Tensor, per_sample: bool) -> list[Tensor]:
+    implementation: AngularMargin = choose("angular_margin", *student)
+    grad = grad if per_sample else grad[..., None]
+    return implementation.backward(grad.expand(len(student), student[0].shape[0]), student, kappa)
+
+
+backward_op = register(
     "angular_margin_backward",
-    "(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
+    "(Tensor grad, Tensor[] student, Tensor kappa, bool per_sample) -> Tensor[]",
     _backward,
-    _backward_fake,
+    lambda grad, student, kappa, per_sample: [grad_like(s) for s in student],
 )
 
 
-forward_op.set_autograd(
-    inputs=lambda student, *_: student,
-    saved=lambda args, outputs: ((*args[0], outputs[1]), None),
-    backward=lambda grad, tensors, _: backward_op(grad, list(tensors[:-1]), tensors[-1]),
-    what="amd_loss",
+_REDUCTION = ActivationPairs._fields.index("reduction")
+
+
+def _keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
+    return args[0], outputs[1], args[_REDUCTION] == "none"
+
+
+_op = Differentiable(
+    "angular_margin",
+    f"({schema(ActivationPairs)}, bool need_grad) -> (Tensor loss, Tensor kappa)",
+    _forward,
+    _fake,
+    keep=_keep,
+    backward=backward_op,
 )
 
 
-def check_options(margin: float, scale: float, local_weight: float) -> None:
-    check_positive("margin", margin)
-    check_positive("scale", scale)
-    check_weight("local_weight", local_weight)
-    if margin > 2:
-        raise ValueError(f"margin must be in (0, 2], got {margin}")
-    if local_weight > 1:
-        raise ValueError(f"local_weight must be in [0, 1], got {local_weight}")
+def angular_margin(x: ActivationPairs) -> Tensor:
+    """The layers' weighted losses, reduced: float32 (float64 if an input is). Gradients flow to the student.
 
-
-def angular_margin(
-    student: Tensor | list[Tensor],
-    teacher: Tensor | list[Tensor],
-    *,
-    margin: float,
-    scale: float,
-    local_weight: float = 0.0,
-    layer_weights: list[float],
-    reduce: bool = True,
-) -> Tensor:
-    """The layers' losses times their weights: summed, or (L,) with reduce=False. Gradients flow to the student.
-
-    Args:
-        student, teacher: (B, C, H, W) activations, or sequences of them; H and W of a pair are equal, C is free.
+    Arguments are the caller's to check: amd_loss.py does.
     """
-    check_options(margin, scale, local_weight)
-    students, teachers = layer_pairs(student, teacher, "amd_loss")
-    for s, t in zip(students, teachers, strict=True):
-        if s.dim() != 4 or t.dim() != 4 or s.shape[2:] != t.shape[2:]:
-            raise ValueError(
-                f"amd_loss: student and teacher must be (B, C, H, W) with the same H and W, got {tuple(s.shape)} and "
-                f"{tuple(t.shape)}"
-            )
-        if local_weight and min(s.shape[2:]) < 2:
-            raise ValueError(f"amd_loss: quadrants (local_weight > 0) need H and W of 2 or more, got {tuple(s.shape)}")
-    if len(layer_weights) != len(students):
-        raise ValueError(f"layer_weights has {len(layer_weights)} numbers for {len(students)} layers")
-    return forward_op.loss(
-        students,
-        [t.detach() for t in teachers],
-        [float(x) for x in layer_weights],
-        float(margin),
-        float(scale),
-        float(local_weight),
-        reduce,
-        need_grad(*students),
-    )
+    return _op(*flatten(x), need_grad(*x.student))

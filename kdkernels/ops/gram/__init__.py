@@ -1,5 +1,5 @@
-"""Batch Gram matrices, the similarity-preserving loss on them, and cosine similarities."""
+"""gram: the similarities inside a batch. op.py is the contract."""
 
-from .op import cosine_similarity, sp_gram
+from .op import ROW_NORMS, LayerPairs, SPOptions, cosine_similarity, sp_gram
 
-__all__ = ["cosine_similarity", "sp_gram"]
+__all__ = ["ROW_NORMS", "LayerPairs", "SPOptions", "cosine_similarity", "sp_gram"]

@@ -2,67 +2,163 @@
 
     sp_gram             sum over layer pairs of scale * ||G_t - G_s||_F^2,  G = Q Q^T with normalised rows
     cosine_similarity   S[i, j] = <a_i, b_j> / (|a_i| |b_j|)
+    grams, products, sp_from_grams     their parts, for batches whose columns lie on several ranks
 
-Products are accumulated in fp32 (fp64 for fp64). All layers of an sp_gram call are one op, so that a backend can run
-them in one launch. Only B x B matrices are saved.
+The formulas are in definition.py. Products are accumulated in fp32 (fp64 for fp64). All layers of an sp_gram call are one
+op, so that a backend can run them in one launch. Only B x B matrices are saved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import (
-    check_choice,
-    check_pair,
-    check_positive,
-    compute_dtype,
-    grad_like,
-    layer_pairs,
-    need_grad,
-)
-from ..library import Op
+from ..checks import compute_dtype, grad_like, need_grad
+from ..library import Differentiable, build, flatten, register, schema
 
 ROW_NORMS = ("l2", "l1")
 
 
-def _sp_forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    row_norm: str,
-    scale: float,
-    eps: float,
-    zero_row_grad: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    implementation = choose("gram", *student, *teacher)
-    return implementation.sp_forward(student, teacher, row_norm, scale, eps, zero_row_grad, need_grad)
+class SPOptions(NamedTuple):
+    """How Gram matrices become a loss."""
+
+    layer_weights: list[float]
+    reduction: str = "mean"  # over the B^2 pairs of samples, or "sum"
+    layer_reduction: str = "sum"  # or "mean", "none": (L,)
+    row_norm: str = "l2"  # or "l1"
+    eps: float = 1e-12  # a row of K with a smaller norm is divided by this
+    zero_row_grad: bool = False  # an all-zero student row passes a gradient of 1 / eps through its own normalisation
+
+    def scales(self, batch: int) -> list[float]:
+        """What each layer's ||G_t - G_s||_F^2 is multiplied by. Read inside the op, where sizes are plain numbers."""
+        pairs = max(batch, 1) ** 2 if self.reduction == "mean" else 1
+        layers = len(self.layer_weights) if self.layer_reduction == "mean" else 1
+        return [weight / (pairs * layers) for weight in self.layer_weights]
+
+    @property
+    def per_layer(self) -> bool:
+        return self.layer_reduction == "none"
 
 
-def _sp_fake(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    row_norm: str,
-    scale: float,
-    eps: float,
-    zero_row_grad: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    dtype, b = compute_dtype(*student, *teacher), student[0].shape[0]
-    weights = (len(student), b, b) if need_grad else (0,)
-    return student[0].new_empty((), dtype=dtype), student[0].new_empty(weights, dtype=dtype)
+class LayerPairs(NamedTuple):
+    """What sp_gram computes."""
+
+    student: list[Tensor]  # (B, ...) each, any strides
+    teacher: list[Tensor]  # (B, ...); constants
+    options: SPOptions
 
 
-def _sp_backward(grad: Tensor, student: list[Tensor], weights: Tensor) -> list[Tensor]:
-    return choose("gram", *student).sp_backward(grad, student, weights)
+class Gram(Protocol):
+    """What an implementation has. Q (B, D) is a (B, ...) tensor as rows; K = Q Q^T; G is K with normalised rows."""
+
+    def supports(self, *tensors: Tensor) -> str | None:
+        """None, or the reason why these tensors cannot be computed."""
+
+    def sp_forward(self, x: LayerPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+        """The loss, () or (L,), and the gradient matrices (L, B, B): dloss_l/dQ_s = gradient_matrix_l Q_s."""
+
+    def sp_from_grams(self, grams: Tensor, options: SPOptions, need_grad: bool) -> tuple[Tensor, Tensor]:
+        """sp_forward from (2, L, B, B): the students' K, then the teachers'."""
+
+    def sp_backward(self, grad: Tensor, student: list[Tensor], gradient_matrix: Tensor) -> list[Tensor]:
+        """grad_l * gradient_matrix_l Q_s of each layer, in the layer's shape, dtype and memory format; grad is () or (L,)."""
+
+    def grams(self, features: list[Tensor]) -> Tensor:
+        """(M, B, B): K of each of M (B, ...) tensors."""
+
+    def products(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A B^T (N, M) and the squared norms of A's (N,) and B's (M,) rows."""
+
+    def cosine_forward(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The cosines (N, M) of the rows of a (N, D) and b (M, D), and the rows' inverse norms (N,) and (M,)."""
+
+    def cosine_backward(
+        self, grad: Tensor, a: Tensor, b: Tensor, similarity: Tensor, inverse_a: Tensor, inverse_b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """dloss/da and dloss/db. Columns may be any part of a's and b's: a row's gradient needs no other columns."""
 
 
-def _sp_backward_fake(grad: Tensor, student: list[Tensor], weights: Tensor) -> list[Tensor]:
-    return [grad_like(s) for s in student]
+def _implementation(*tensors: Tensor) -> Gram:
+    implementation: Gram = choose("gram", *tensors)
+    return implementation
 
 
-def _cosine_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return choose("gram", a, b).cosine_forward(a, b)
+def _sp_outputs(like: Tensor, batch: int, options: SPOptions, need_grad: bool) -> tuple[Tensor, Tensor]:
+    layers = len(options.layer_weights)
+    loss = like.new_empty((layers,) if options.per_layer else ())
+    return loss, like.new_empty((layers, batch, batch) if need_grad else (0,))
+
+
+def _sp_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    x = build(LayerPairs, args)
+    return _implementation(*x.student, *x.teacher).sp_forward(x, args[-1])
+
+
+def _sp_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x = build(LayerPairs, args)
+    like = x.student[0].new_empty((), dtype=compute_dtype(*x.student, *x.teacher))
+    return _sp_outputs(like, x.student[0].shape[0], x.options, args[-1])
+
+
+def _sp_backward(grad: Tensor, student: list[Tensor], gradient_matrix: Tensor) -> list[Tensor]:
+    return _implementation(*student).sp_backward(grad, student, gradient_matrix)
+
+
+sp_backward_op = register(
+    "sp_gram_backward",
+    "(Tensor grad, Tensor[] student, Tensor gradient_matrix) -> Tensor[]",
+    _sp_backward,
+    lambda grad, student, gradient_matrix: [grad_like(s) for s in student],
+)
+
+
+def _sp_keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
+    return args[0], outputs[1]
+
+
+_sp_op = Differentiable(
+    "sp_gram",
+    f"({schema(LayerPairs)}, bool need_grad) -> (Tensor loss, Tensor gradient_matrix)",
+    _sp_forward,
+    _sp_fake,
+    keep=_sp_keep,
+    backward=sp_backward_op,
+)
+
+
+def sp_gram(x: LayerPairs) -> Tensor:
+    """The layers' ||G_t - G_s||_F^2 times their scales: float32 (float64 if an input is). Gradients flow to the student.
+
+    Arguments are the caller's to check: sp_loss.py does.
+    """
+    return _sp_op(*flatten(x), need_grad(*x.student))
+
+
+def _sp_from_grams(grams: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _implementation(grams).sp_from_grams(grams, SPOptions(*args[:-1]), args[-1])
+
+
+def _sp_from_grams_fake(grams: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _sp_outputs(grams, grams.shape[-1], SPOptions(*args[:-1]), args[-1])
+
+
+sp_from_grams_op = register(
+    "sp_from_grams",
+    f"(Tensor grams, {schema(SPOptions)}, bool need_grad) -> (Tensor loss, Tensor gradient_matrix)",
+    _sp_from_grams,
+    _sp_from_grams_fake,
+)
+grams_op = register(
+    "grams",
+    "(Tensor[] features) -> Tensor",
+    lambda features: _implementation(*features).grams(features),
+    lambda features: features[0].new_empty(
+        (len(features), len(features[0]), len(features[0])), dtype=compute_dtype(*features)
+    ),
+)
 
 
 def _cosine_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,79 +166,38 @@ def _cosine_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return a.new_empty((n, m), dtype=dtype), a.new_empty(n, dtype=dtype), a.new_empty(m, dtype=dtype)
 
 
-def _cosine_backward(
-    grad: Tensor, a: Tensor, b: Tensor, similarity: Tensor, inverse_a: Tensor, inverse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    return choose("gram", a, b).cosine_backward(grad, a, b, similarity, inverse_a, inverse_b)
-
-
-def _cosine_backward_fake(grad: Tensor, a: Tensor, b: Tensor, *saved: Tensor) -> tuple[Tensor, Tensor]:
-    return a.new_empty(a.shape), b.new_empty(b.shape)
-
-
-sp_op = Op(
-    "sp_gram",
-    "(Tensor[] student, Tensor[] teacher, str row_norm, float scale, float eps, bool zero_row_grad, bool need_grad)"
-    " -> (Tensor loss, Tensor weights)",
-    _sp_forward,
-    _sp_fake,
+products_op = register(
+    "products",
+    "(Tensor a, Tensor b) -> (Tensor products, Tensor squares_a, Tensor squares_b)",
+    lambda a, b: _implementation(a, b).products(a, b),
+    _cosine_fake,
 )
-sp_backward_op = Op(
-    "sp_gram_backward",
-    "(Tensor grad, Tensor[] student, Tensor weights) -> Tensor[]",
-    _sp_backward,
-    _sp_backward_fake,
-)
-cosine_op = Op("cosine_similarity", "(Tensor a, Tensor b) -> (Tensor, Tensor, Tensor)", _cosine_forward, _cosine_fake)
-cosine_backward_op = Op(
+cosine_backward_op = register(
     "cosine_similarity_backward",
     "(Tensor grad, Tensor a, Tensor b, Tensor similarity, Tensor inverse_a, Tensor inverse_b) -> (Tensor, Tensor)",
-    _cosine_backward,
-    _cosine_backward_fake,
+    lambda grad, a, b, *saved: _implementation(a, b).cosine_backward(grad, a, b, *saved),
+    lambda grad, a, b, *saved: (a.new_empty(a.shape), b.new_empty(b.shape)),
 )
 
 
-sp_op.set_autograd(
-    inputs=lambda student, *_: student,
-    saved=lambda args, outputs: ((*args[0], outputs[1]), None),
-    backward=lambda grad, tensors, _: sp_backward_op(grad, list(tensors[:-1]), tensors[-1]),
-    what="sp_loss",
+def _cosine_keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
+    return *args, *outputs
+
+
+_cosine_op = Differentiable(
+    "cosine_similarity",
+    "(Tensor a, Tensor b) -> (Tensor similarity, Tensor inverse_a, Tensor inverse_b)",
+    lambda a, b: _implementation(a, b).cosine_forward(a, b),
+    _cosine_fake,
+    keep=_cosine_keep,
+    backward=cosine_backward_op,
+    inputs=2,
 )
-cosine_op.set_autograd(
-    inputs=lambda a, b: (a, b),
-    saved=lambda args, outputs: ((*args, *outputs), None),
-    backward=lambda grad, tensors, _: cosine_backward_op(grad, *tensors),
-    what="cosine_similarity",
-)
-
-
-def sp_gram(
-    student: Tensor | list[Tensor],
-    teacher: Tensor | list[Tensor],
-    *,
-    row_norm: str = "l2",
-    scale: float,
-    eps: float = 1e-12,
-    zero_row_grad: bool = False,
-) -> Tensor:
-    """scale * sum over layer pairs of ||G_t - G_s||_F^2; gradients flow to the student.
-
-    Args:
-        student, teacher: (B, ...) features, or sequences of them; student and teacher may differ behind B.
-        row_norm: "l2" or "l1".
-        zero_row_grad: let an all-zero student row pass a gradient of 1 / eps through its own normalisation, as
-            the published code does; the default gives it none.
-    """
-    check_choice("row_norm", row_norm, ROW_NORMS)
-    check_positive("eps", eps)
-    students, teachers = layer_pairs(student, teacher, "sp_loss")
-    teachers = [t.detach() for t in teachers]
-    return sp_op.loss(students, teachers, row_norm, float(scale), float(eps), zero_row_grad, need_grad(*students))
 
 
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
-    """(N, M) cosines of the rows of a (N, D) and b (M, D); gradients flow to both. A zero row has cosine 0."""
-    check_pair(a, b, "cosine_similarity")
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"cosine_similarity: needs (N, D) and (M, D), got {tuple(a.shape)} and {tuple(b.shape)}")
-    return cosine_op.loss(a, b)
+    """(N, M) cosines of the rows of a (N, D) and b (M, D); gradients flow to both. A zero row has cosine 0.
+
+    Arguments are the caller's to check.
+    """
+    return _cosine_op(a, b)

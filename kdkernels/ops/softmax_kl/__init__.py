@@ -1,5 +1,5 @@
-"""Softmax, KL divergence and mixed-label cross entropy over rows of logits."""
+"""softmax_kl: rows of logits to weighted cross-entropy and divergence terms. op.py is the contract."""
 
-from .op import softmax_kl
+from .op import Labels, Rows, Terms, softmax_kl
 
-__all__ = ["softmax_kl"]
+__all__ = ["Labels", "Rows", "Terms", "softmax_kl"]

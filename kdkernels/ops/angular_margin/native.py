@@ -1,0 +1,22 @@
+"""angular_margin by the native library: csrc/angular_margin.cpp and csrc/angular_margin.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..native import supports as supports
+from .op import ActivationPairs
+
+_native = torch.ops.kdkernels_native
+
+
+def forward(x: ActivationPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+    options = x.factors(), x.margin, x.sharpness, x.local_weight, x.per_layer, x.per_sample
+    outputs: tuple[Tensor, Tensor] = _native.angular_margin_forward.default(x.student, x.teacher, *options, need_grad)
+    return outputs
+
+
+def backward(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
+    gradients: list[Tensor] = _native.angular_margin_backward.default(grad, student, kappa)
+    return gradients
