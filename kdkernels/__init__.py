@@ -1,26 +1,31 @@
 """kdkernels: exact, fast knowledge-distillation losses, one function call on two tensors."""
 
 from .accumulation import cached_backward
+from .alignment_loss import AlignmentLoss, alignment_loss
 from .amd_loss import AMDLoss, amd_loss
-from .corsd_loss import CORSDLoss, CORSDWeights, corsd_loss
+from .correlation_loss import CorrelationLoss, correlation_loss
+from .corsd_loss import CORSDLoss, corsd_loss
 from .kd_loss import KDLoss, kd_loss
-from .mlkd_loss import MLKDLoss, alignment_loss, correlation_loss, mlkd_loss
+from .mixing import cutmix, mixup
+from .mlkd_loss import MLKDLoss, mlkd_loss
 from .ops.backend import BackendError, use_backend
 from .sp_loss import SPLoss, sp_loss
-from .stkd_loss import STKDLoss, cutmix, mixup, stkd_loss
-from .supervised_contrastive_loss import supervised_contrastive_loss
+from .stkd_loss import STKDLoss, stkd_loss
+from .supervised_contrastive_loss import SupervisedContrastiveLoss, supervised_contrastive_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AMDLoss",
+    "AlignmentLoss",
     "BackendError",
     "CORSDLoss",
-    "CORSDWeights",
+    "CorrelationLoss",
     "KDLoss",
     "MLKDLoss",
     "SPLoss",
     "STKDLoss",
+    "SupervisedContrastiveLoss",
     "__version__",
     "alignment_loss",
     "amd_loss",

@@ -12,15 +12,20 @@ of 16 x 16.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .ops.angular_margin import angular_margin
-from .ops.angular_margin.op import check_options
-from .ops.checks import check_choice, check_weight, layer_pairs
-
-LAYER_REDUCTIONS = ("mean", "sum", "none")
+from .ops.angular_margin import ActivationPairs, angular_margin
+from .ops.checks import (
+    LAYER_REDUCTIONS,
+    check_choice,
+    check_positive,
+    check_reduction,
+    check_weight,
+    layer_numbers,
+    layer_pairs,
+)
 
 
 def amd_loss(
@@ -28,58 +33,81 @@ def amd_loss(
     teacher: Tensor | Sequence[Tensor],
     *,
     margin: float = 1.35,
-    scale: float = 64.0,
+    sharpness: float = 64.0,
     local_weight: float = 0.0,
     layer_weights: Sequence[float] | str | None = None,
     reduction: str = "mean",
+    layer_reduction: str = "sum",
 ) -> Tensor:
     """The distance between the angular distributions of student and teacher activations.
 
     Args:
-        student, teacher: (B, C, H, W) activations of one layer each, or two sequences of them. A pair agrees in B, H
-            and W; the channels are free. float16, bfloat16, float32 or float64, any strides: channels_last is read
-            without a copy. No gradient flows to the teacher.
+        student, teacher: (B, C, H, W) activations of one layer each, or two sequences of them (layer pairs). A pair
+            agrees in B, H and W; the channels are free. float16, bfloat16, float32 or float64, any strides:
+            channels_last is read without a copy. No gradient flows to the teacher.
         margin: m in (0, 2], multiplies the angle of the positive map.
-        scale: s > 0.
+        sharpness: s > 0, of the softplus that sets the two maps against each other.
         local_weight: lambda in [0, 1]; L = (1 - lambda) global + lambda * mean over the four quadrants (0.2 in the
             paper's global + local form). Quadrants need H and W of 2 or more.
-        layer_weights: one number per layer, None for all 1, or "area" for (H W)^2: the loss grows about 16 times with
-            each halving of the map, so that without weights the smallest map is nearly all of it.
-        reduction: over the weighted layers: "mean", "sum" or "none" (L,).
+        layer_weights: one number per layer pair, None for all 1, or "area" for (H W)^2: the loss grows about 16 times
+            with each halving of the map, so that without weights the smallest map is nearly all of it.
+        reduction: over the samples: "mean", "sum" or "none", one value per sample.
+        layer_reduction: over the weighted layers: "sum", "mean" or "none", one value per layer.
 
     Returns:
-        float32 (float64 if an input is). The values are small, 1e-3 to 1e-6, so that weights of 30 to several thousand
-        are usual. A single pixel and an empty batch give 0.
+        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. The values are
+        small, 1e-3 to 1e-6, so that weights of 30 to several thousand are usual. A single pixel and an empty batch
+        give 0.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes.
 
     Source: arXiv 2302.14130, eq. 7-12; the authors' jeunsom/AMD_loss. Weights and reduction over layers are ours.
     """
-    check_choice("reduction", reduction, LAYER_REDUCTIONS)
     students, teachers = layer_pairs(student, teacher, "amd_loss")
-    if layer_weights is None:
-        weights = [1.0] * len(students)
-    elif isinstance(layer_weights, str):
-        check_choice("layer_weights", layer_weights, ("area",))
-        weights = [float(s.shape[-2] * s.shape[-1]) ** 2 for s in students]
-    else:
-        if not isinstance(layer_weights, Iterable):
-            raise TypeError(f"layer_weights must be numbers, 'area' or None, got {type(layer_weights).__name__}")
-        weights = list(layer_weights)
-        for weight in weights:
-            check_weight("layer_weights", weight)
-    if reduction == "mean":
-        weights = [weight / len(students) for weight in weights]
+    reduction = _check_options(margin, sharpness, local_weight, reduction, layer_reduction)
+    for s, t in zip(students, teachers, strict=True):
+        if s.dim() != 4 or t.dim() != 4 or s.shape[2:] != t.shape[2:]:
+            raise ValueError(
+                f"amd_loss: student and teacher must be (B, C, H, W) with the same H and W, got {tuple(s.shape)} and "
+                f"{tuple(t.shape)}"
+            )
+        if local_weight and min(s.shape[2:]) < 2:
+            raise ValueError(f"amd_loss: quadrants (local_weight > 0) need H and W of 2 or more, got {tuple(s.shape)}")
+    area = _is_area(layer_weights)
+    weights = layer_numbers(None if area else layer_weights, len(students), "amd_loss")  # type: ignore[arg-type]
     return angular_margin(
-        students,
-        teachers,
-        margin=margin,
-        scale=scale,
-        local_weight=local_weight,
-        layer_weights=weights,
-        reduce=reduction != "none",
+        ActivationPairs(
+            students,
+            teachers,
+            weights,
+            area,
+            reduction,
+            layer_reduction,
+            float(margin),
+            float(sharpness),
+            float(local_weight),
+        )
     )
+
+
+def _is_area(layer_weights: Sequence[float] | str | None) -> bool:
+    if isinstance(layer_weights, str):
+        check_choice("layer_weights", layer_weights, ("area",))
+        return True
+    return False
+
+
+def _check_options(margin: float, sharpness: float, local_weight: float, reduction: str, layer_reduction: str) -> str:
+    check_positive("margin", margin)
+    check_positive("sharpness", sharpness)
+    check_weight("local_weight", local_weight)
+    if margin > 2:
+        raise ValueError(f"margin must be in (0, 2], got {margin}")
+    if local_weight > 1:
+        raise ValueError(f"local_weight must be in [0, 1], got {local_weight}")
+    check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
+    return check_reduction(reduction, "amd_loss")
 
 
 class AMDLoss(nn.Module):
@@ -88,27 +116,28 @@ class AMDLoss(nn.Module):
     def __init__(
         self,
         margin: float = 1.35,
-        scale: float = 64.0,
+        sharpness: float = 64.0,
         local_weight: float = 0.0,
         layer_weights: Sequence[float] | str | None = None,
         reduction: str = "mean",
+        layer_reduction: str = "sum",
     ) -> None:
         super().__init__()
-        check_choice("reduction", reduction, LAYER_REDUCTIONS)
-        check_options(margin, scale, local_weight)
-        self.margin, self.scale, self.local_weight = margin, scale, local_weight
-        self.layer_weights, self.reduction = layer_weights, reduction
+        _check_options(margin, sharpness, local_weight, reduction, layer_reduction)
+        self.margin, self.sharpness, self.local_weight = margin, sharpness, local_weight
+        self.layer_weights, self.reduction, self.layer_reduction = layer_weights, reduction, layer_reduction
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         return amd_loss(
             student,
             teacher,
             margin=self.margin,
-            scale=self.scale,
+            sharpness=self.sharpness,
             local_weight=self.local_weight,
             layer_weights=self.layer_weights,
             reduction=self.reduction,
+            layer_reduction=self.layer_reduction,
         )
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, scale={self.scale}, local_weight={self.local_weight}"
+        return f"margin={self.margin}, sharpness={self.sharpness}, local_weight={self.local_weight}"

@@ -19,24 +19,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .ops.checks import FLOATING, check_labels, check_positive, check_tensor, check_weight, compute_dtype
-from .ops.softmax_kl import softmax_kl
-
-
-class CORSDWeights(NamedTuple):
-    """The weights of the six terms, the same for every stage; positives are pairs of one class, negatives of two."""
-
-    triplet: float = 0.01
-    relation: float = 0.01
-    ce_pos: float = 0.04
-    kl_pos: float = 0.16
-    ce_neg: float = 0.01
-    kl_neg: float = 0.04
+from .ops.checks import (
+    FLOATING,
+    check_labels,
+    check_positive,
+    check_reduction,
+    check_tensor,
+    check_weight,
+    compute_dtype,
+)
+from .ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
 
 def corsd_loss(
@@ -47,10 +44,16 @@ def corsd_loss(
     target: Tensor,
     target_neg: Tensor,
     *,
+    triplet_weight: float = 0.01,
+    relation_weight: float = 0.01,
+    ce_pos_weight: float = 0.04,
+    kl_pos_weight: float = 0.16,
+    ce_neg_weight: float = 0.01,
+    kl_neg_weight: float = 0.04,
     temperature: float = 3.0,
     margin: float = 1.0,
-    weights: Sequence[float] = CORSDWeights(),
     detach_deepest: bool = True,
+    reduction: str = "mean",
 ) -> Tensor:
     """The triplet, relation and class terms of all stages; the task's cross entropy comes beside them.
 
@@ -58,31 +61,50 @@ def corsd_loss(
         relations_pos, relations_neg: (L, B) relation scores, deepest stage last. float16, bfloat16, float32 or float64.
         logits_pos, logits_neg: (L, B, K) class logits of the relation networks.
         target, target_neg: (B,) int64 labels of the anchors (and positives) and of the negatives.
+        triplet_weight, ..., kl_neg_weight: of the six terms, the same for every stage; positives are pairs of one class,
+            negatives of two.
         temperature: T > 0 of the KL terms.
         margin: of the triplet term. At 1 the hinge never clips, as scores lie in (0, 1): its gradient is constant.
-        weights: six numbers in ``CORSDWeights``' order. Every stage has the same ones.
         detach_deepest: the deepest stage is a constant in the relation and KL terms, so that knowledge flows from deep
             to shallow (the paper's words); False lets gradients reach it (the published code).
+        reduction: over the triplets: "mean", "sum" or "none" (B,).
 
     Returns:
-        A float32 scalar (float64 if an input is). B = 0 gives 0.
+        float32 (float64 if an input is). B = 0 gives 0.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices, labels or options that cannot be meant, with what was given.
+        TypeError, ValueError: invalid dtypes, shapes, devices, labels or options, with what was given.
 
     Source: arXiv 2305.00918; the authors' muzhou-yu/CORSD.
     """
     _check(relations_pos, relations_neg, logits_pos, logits_neg, target, target_neg)
-    w = _check_options(temperature, margin, weights)
+    _check_options(
+        temperature,
+        margin,
+        triplet_weight=triplet_weight,
+        relation_weight=relation_weight,
+        ce_pos_weight=ce_pos_weight,
+        kl_pos_weight=kl_pos_weight,
+        ce_neg_weight=ce_neg_weight,
+        kl_neg_weight=kl_neg_weight,
+    )
+    reduction = check_reduction(reduction, "corsd_loss", batchmean=True)
     dtype = compute_dtype(relations_pos, relations_neg, logits_pos, logits_neg)
     near, far = relations_pos.to(dtype), relations_neg.to(dtype)
-    batch = max(near.shape[1], 1)
-    loss = w.triplet * (near - far + margin).relu().sum() / batch
+    triplets = triplet_weight * (near - far + margin).relu().sum(0)
     for r in (near, far):
         deepest = r[-1].detach() if detach_deepest else r[-1]
-        loss = loss + w.relation * (r[:-1] - deepest).square().sum() / batch
-    loss = loss + _classes(logits_pos, target, None, temperature, w.ce_pos, w.kl_pos, detach_deepest)
-    return loss + _classes(logits_neg, target, target_neg, temperature, w.ce_neg, w.kl_neg, detach_deepest)
+        triplets = triplets + relation_weight * (r[:-1] - deepest).square().sum(0)
+    positive, negative = Terms(ce_pos_weight, kl_pos_weight), Terms(ce_neg_weight, kl_neg_weight)
+    loss = _reduce(triplets, reduction)
+    loss = loss + _classes(logits_pos, target, None, temperature, positive, detach_deepest, reduction)
+    return loss + _classes(logits_neg, target, target_neg, temperature, negative, detach_deepest, reduction)
+
+
+def _reduce(triplets: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return triplets
+    return triplets.sum() / (max(len(triplets), 1) if reduction == "mean" else 1)
 
 
 def _classes(
@@ -90,38 +112,33 @@ def _classes(
     target: Tensor,
     other: Tensor | None,
     temperature: float,
-    ce_weight: float,
-    kl_weight: float,
+    terms: Terms,
     detach_deepest: bool,
+    reduction: str,
 ) -> Tensor:
     """Cross entropy of all stages and KL of the shallow ones to the deepest, whose KL to itself is left out."""
     shallow, deepest = logits[:-1], logits[-1]
     stages, batch, classes = shallow.shape
     half = None if other is None else torch.full((), 0.5, device=logits.device)
 
-    def ce_and_kl(rows: Tensor, teacher: Tensor, repeats: int, kl_weight: float) -> Tensor:
+    def ce_and_kl(rows: Tensor, teacher: Tensor, repeats: int, terms: Terms) -> Tensor:
+        labels = Labels(target.repeat(repeats), None if other is None else other.repeat(repeats), half)
+        loss = softmax_kl(Rows(rows, teacher.detach(), labels, terms, float(temperature), reduction))
+        if reduction == "none":
+            return loss.view(repeats, batch).sum(0)
         # a mean over all stages' rows, times their number, is the sum of the stages' means
-        loss = softmax_kl(
-            rows,
-            teacher,
-            target.repeat(repeats),
-            None if other is None else other.repeat(repeats),
-            half,
-            temperature=temperature,
-            ce_weight=ce_weight,
-            kl_weight=kl_weight,
-        )
-        return loss * repeats
+        return loss * repeats if reduction == "mean" else loss
 
-    loss = ce_and_kl(deepest, deepest, 1, 0.0)
+    loss = ce_and_kl(deepest, deepest, 1, Terms(terms.ce, 0.0))
     if stages == 0:
         return loss
     rows, teacher = shallow.reshape(-1, classes), deepest.expand_as(shallow).reshape(-1, classes)
-    loss = loss + ce_and_kl(rows, teacher, stages, kl_weight if detach_deepest else 0.0)
+    loss = loss + ce_and_kl(rows, teacher, stages, terms if detach_deepest else Terms(terms.ce, 0.0))
     if not detach_deepest:  # the op's teacher is a constant, and here it is not
         dtype = compute_dtype(logits)
         log_q, log_p = ((x.to(dtype) / temperature).log_softmax(1) for x in (rows, teacher))
-        loss = loss + kl_weight * (log_p.exp() * (log_p - log_q)).sum() / max(batch, 1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(1).view(stages, batch).sum(0)
+        loss = loss + terms.kl * _reduce(kl, reduction)
     return loss
 
 
@@ -147,14 +164,11 @@ def _check(near: Tensor, far: Tensor, logits: Tensor, logits_neg: Tensor, target
             )
 
 
-def _check_options(temperature: float, margin: float, weights: Sequence[float]) -> CORSDWeights:
+def _check_options(temperature: float, margin: float, **weights: float) -> None:
     check_positive("temperature", temperature)
     check_weight("margin", margin)
-    if len(weights) != len(CORSDWeights._fields):
-        raise ValueError(f"weights must be six numbers, {CORSDWeights._fields}, got {tuple(weights)}")
-    for name, weight in zip(CORSDWeights._fields, weights, strict=True):
-        check_weight(f"corsd_loss: {name} weight", weight)
-    return CORSDWeights(*weights)
+    for name, weight in weights.items():
+        check_weight(f"corsd_loss: {name}", weight)
 
 
 class _SepConv(nn.Sequential):
@@ -228,8 +242,8 @@ class CORSDLoss(nn.Module):
         channels: of the stages' outputs, shallow to deep. The trunk of stage l has one SepConv block per deeper stage
             and ends with twice the deepest's channels: 3, 2, 1, 0 blocks for four stages.
         num_classes: K.
-        temperature, margin, weights, detach_deepest: ``corsd_loss``'s.
-        logit_relation: the weight of the optional logit relation (0.01 in the paper), 0 for none.
+        logit_relation_weight: of the optional logit relation (0.01 in the paper), 0 for none.
+        The others: ``corsd_loss``'s. With reduction "none" there is no logit relation.
 
     The negatives go through the relation networks first, so BatchNorm sees them first. The parameters train with the
     network and are dropped afterwards; in data-parallel training wrap this module as the network is wrapped. The cross
@@ -243,26 +257,47 @@ class CORSDLoss(nn.Module):
         channels: Sequence[int],
         num_classes: int,
         *,
+        triplet_weight: float = 0.01,
+        relation_weight: float = 0.01,
+        ce_pos_weight: float = 0.04,
+        kl_pos_weight: float = 0.16,
+        ce_neg_weight: float = 0.01,
+        kl_neg_weight: float = 0.04,
+        logit_relation_weight: float = 0.0,
         temperature: float = 3.0,
         margin: float = 1.0,
-        weights: Sequence[float] = CORSDWeights(),
         detach_deepest: bool = True,
-        logit_relation: float = 0.0,
+        reduction: str = "mean",
     ) -> None:
         super().__init__()
         if len(channels) < 2 or min(channels) < 1:
             raise ValueError(f"CORSDLoss: channels must be two or more positive numbers, got {tuple(channels)}")
         if num_classes < 2:
             raise ValueError(f"CORSDLoss: num_classes must be 2 or more, got {num_classes}")
-        check_weight("logit_relation", logit_relation)
-        self.channels, self.num_classes = tuple(channels), num_classes
-        self.temperature, self.margin, self.detach_deepest = temperature, margin, detach_deepest
-        self.weights, self.logit_weight = _check_options(temperature, margin, weights), logit_relation
+        check_weight("logit_relation_weight", logit_relation_weight)
+        weights = {
+            "triplet_weight": triplet_weight,
+            "relation_weight": relation_weight,
+            "ce_pos_weight": ce_pos_weight,
+            "kl_pos_weight": kl_pos_weight,
+            "ce_neg_weight": ce_neg_weight,
+            "kl_neg_weight": kl_neg_weight,
+        }
+        _check_options(temperature, margin, **weights)
+        reduction = check_reduction(reduction, "CORSDLoss", per_sample=not logit_relation_weight, batchmean=True)
+        self.channels, self.num_classes, self.logit_relation_weight = tuple(channels), num_classes, logit_relation_weight
+        self.options: dict[str, Any] = {
+            **weights,
+            "temperature": temperature,
+            "margin": margin,
+            "detach_deepest": detach_deepest,
+            "reduction": reduction,
+        }
         widths, last = [2 * c for c in channels], len(channels) - 1
         self.relations = nn.ModuleList(
             RelationNetwork(widths[i:], channels[0] * (4 if i == last else 2), num_classes) for i in range(last + 1)
         )
-        self.logit_relation = _LogitRelation(num_classes) if logit_relation else None
+        self.logit_relation = _LogitRelation(num_classes) if logit_relation_weight else None
 
     def forward(
         self, features: Sequence[Tensor], target: Tensor, target_neg: Tensor, logits: Tensor | None = None
@@ -290,18 +325,8 @@ class CORSDLoss(nn.Module):
             pairs = [net(f[0::3], f[other::3]) for net, f in zip(self.relations, features, strict=True)]
             relations, classes = zip(*pairs, strict=True)
             scores[other] = torch.stack(relations), torch.stack(classes)
-        loss = corsd_loss(
-            scores[1][0],
-            scores[2][0],
-            scores[1][1],
-            scores[2][1],
-            target,
-            target_neg,
-            temperature=self.temperature,
-            margin=self.margin,
-            weights=self.weights,
-            detach_deepest=self.detach_deepest,
-        )
+        (near, classes_pos), (far, classes_neg) = scores[1], scores[2]
+        loss = corsd_loss(near, far, classes_pos, classes_neg, target, target_neg, **self.options)
         if self.logit_relation is None:
             return loss
         if logits is None or logits.shape != (3 * batch, self.num_classes):
@@ -310,4 +335,7 @@ class CORSDLoss(nn.Module):
                 f"CORSDLoss: the logit relation needs logits ({3 * batch}, {self.num_classes}), got {given}"
             )
         labels = torch.stack([target, target, target_neg], 1).flatten()
-        return loss + self.logit_weight * self.logit_relation(logits, labels)
+        relation = self.logit_relation(logits, labels)
+        if self.options["reduction"] == "sum":
+            relation = relation * batch
+        return loss + self.logit_relation_weight * relation

@@ -25,14 +25,26 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .ops import correlation
+from .ops.backend import choose
 from .ops.checks import compute_dtype
-from .ops.gram.reference import COSINE_EPS, gram, sp_from_grams
+from .ops.correlation import CorrelationOptions
+from .ops.gram.op import (
+    COSINE_EPS,
+    SPOptions,
+    cosine_backward_op,
+    grams_op,
+    products_op,
+    sp_backward_op,
+    sp_from_grams_op,
+)
 
 
 class Ranks(NamedTuple):
@@ -47,14 +59,14 @@ class Ranks(NamedTuple):
         return sum(self.sizes)
 
 
-def group_of_many(group: dist.ProcessGroup | None, what: str) -> dist.ProcessGroup | None:
+def group_of_many(group: dist.ProcessGroup | None, caller: str) -> dist.ProcessGroup | None:
     """The group, or None where there is nobody to exchange anything with."""
     if group is None:
         return None
     if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(f"{what}: this rank is not a member of the group; only members may call")
+        raise ValueError(f"{caller}: this rank is not a member of the group; only members may call")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{what}: group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
+        raise TypeError(f"{caller}: group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}")
     return group if dist.get_world_size(group) > 1 else None
 
 
@@ -142,6 +154,11 @@ class _ShardColumns(torch.autograd.Function):
         return out.transpose(0, 1).reshape(rows, count * share)[:, : ctx.width], None
 
 
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
+        raise RuntimeError("a loss with group= has no second derivative: take gradients without create_graph=True")
+
+
 class _Replicate(torch.autograd.Function):
     """The same loss on every rank: the gradient of all ranks' copies together."""
 
@@ -152,8 +169,7 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if torch.is_grad_enabled():  # autograd enables gradients here only under create_graph=True
-            raise RuntimeError("a loss with group= has no second derivative: take gradients without create_graph=True")
+        _refuse_second_derivative()
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
@@ -165,79 +181,96 @@ def replicate(loss: Tensor, ranks: Ranks) -> Tensor:
 
 
 class _SPShards(torch.autograd.Function):
-    """The SP loss from column shards; saves the student's shards and the B x B weights."""
+    """The SP loss from column shards; saves the student's shards and the B x B gradient matrices."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        ranks: Ranks,
-        teachers: list[Tensor],
-        row_norm: str,
-        scale: float,
-        eps: float,
-        *students: Tensor,
-    ) -> Tensor:
-        dtype = compute_dtype(*students, *teachers)
-        with torch.autocast(students[0].device.type, enabled=False):
-            grams = torch.stack([gram(q.to(dtype)) for q in (*students, *teachers)])
-            dist.all_reduce(grams, group=ranks.group)
-            pairs = zip(grams[: len(students)], grams[len(students) :], strict=True)
-            loss, weights = sp_from_grams(pairs, row_norm, scale, eps, False, any(ctx.needs_input_grad[5:]))
-        ctx.save_for_backward(weights, *students)
+    def forward(ctx: Any, ranks: Ranks, teachers: list[Tensor], options: SPOptions, *students: Tensor) -> Tensor:
+        grams = grams_op([*students, *teachers])
+        dist.all_reduce(grams, group=ranks.group)
+        need_grad = any(ctx.needs_input_grad[3:])
+        loss, matrix = sp_from_grams_op(grams.unflatten(0, (2, len(students))), *options, need_grad)
+        ctx.save_for_backward(matrix, *students)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, *students = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            # (w grad) Q, not w (Q grad): a loss scale of 2^16 must not overflow half features
-            products = [((w * grad) @ q.to(w.dtype)).to(q.dtype) for w, q in zip(weights, students, strict=True)]
-        return (None,) * 5 + tuple(products)
+        matrix, *students = ctx.saved_tensors
+        return None, None, None, *sp_backward_op(grad, students, matrix)
 
 
 def sp_over_ranks(
-    students: list[Tensor], teachers: list[Tensor], row_norm: str, reduction: str, eps: float, group: dist.ProcessGroup
+    students: list[Tensor], teachers: list[Tensor], options: SPOptions, group: dist.ProcessGroup
 ) -> Tensor:
     """sp_loss of the whole group's batch."""
-    call = (
-        f"sp_loss of {len(students)} layers, student {describe(students)}, teacher {describe(teachers)}, "
-        f"row_norm={row_norm!r}, reduction={reduction!r}, eps={eps}"
-    )
+    call = f"sp_loss of student {describe(students)}, teacher {describe(teachers)}, {options}"
     ranks = meet(group, students[0].shape[0], call, students[0].device)
-    scale = 1 / max(ranks.rows, 1) ** 2 if reduction == "batchmean" else 1.0
     shards = [shard_columns(s, ranks) for s in students]
-    constants = [shard_columns(t.detach(), ranks) for t in teachers]
-    return replicate(_SPShards.apply(ranks, constants, row_norm, scale, eps, *shards), ranks)
+    constants = [shard_columns(t, ranks) for t in teachers]
+    return replicate(_SPShards.apply(ranks, constants, options, *shards), ranks)
 
 
-class _Products(torch.autograd.Function):
-    """A B^T and the rows' squared norms of A and B from column shards, summed over the ranks, as one flat tensor.
+def _cosines(a: Tensor, b: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram.cosine_forward from column shards of a and b, alike on every rank: products and squares are sums over columns.
 
-    What follows is alike on every rank, up to ``replicate``: the gradient that arrives here is already the whole.
+    What is left to do on (N, M) numbers is elementwise, and PyTorch's.
     """
+    (n, _), m = a.shape, b.shape[0]
+    parts = products_op(a, b)
+    packed = torch.cat([x.view(-1) for x in parts])
+    dist.all_reduce(packed, group=group)
+    inverse_a, inverse_b = packed[n * m :].sqrt().clamp(min=COSINE_EPS).reciprocal().split([n, m])
+    return packed[: n * m].view(n, m) * inverse_a[:, None] * inverse_b, inverse_a, inverse_b
+
+
+class _CosineShards(torch.autograd.Function):
+    """Cosines from column shards. What follows is alike on every rank, up to ``replicate``: the gradient that arrives
+    here is already the whole."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> Tensor:
-        ctx.save_for_backward(a, b)
-        with torch.autocast(a.device.type, enabled=False):
-            x, y = a.to(dtype), b.to(dtype)
-            packed = torch.cat([(x @ y.t()).view(-1), x.square().sum(1), y.square().sum(1)])
-        dist.all_reduce(packed, group=group)
-        return packed
+    def forward(ctx: Any, a: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor:
+        similarity, inverse_a, inverse_b = _cosines(a, b, group)
+        ctx.save_for_backward(a, b, similarity, inverse_a, inverse_b)
+        return similarity
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        a, b = ctx.saved_tensors
-        n, m = a.shape[0], b.shape[0]
-        with torch.autocast(grad.device.type, enabled=False):
-            x, y = a.to(grad.dtype), b.to(grad.dtype)
-            g, of_a, of_b = grad[: n * m].view(n, m), grad[n * m : n * m + n, None], grad[n * m + n :, None]
-            return (g @ y + 2 * of_a * x).to(a.dtype), (g.t() @ x + 2 * of_b * y).to(b.dtype), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *cosine_backward_op(grad, *ctx.saved_tensors), None
 
 
 def cosine_over_ranks(a: Tensor, b: Tensor, ranks: Ranks) -> Tensor:
     """``ops.gram.cosine_similarity`` from column shards of a and b, (N, M) on every rank. ``replicate`` must follow."""
-    n, m = a.shape[0], b.shape[0]
-    packed = _Products.apply(a, b, compute_dtype(a, b), ranks.group)
-    inverse = packed[n * m :].clamp(min=COSINE_EPS**2).rsqrt()
-    return packed[: n * m].view(n, m) * inverse[:n, None] * inverse[n:]
+    return _CosineShards.apply(a, b, ranks.group)
+
+
+class _CorrelationShards(torch.autograd.Function):
+    """ops/correlation.py on column shards: the same two functions, with the cosines of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, options: CorrelationOptions, group: dist.ProcessGroup
+    ) -> Tensor:
+        with torch.autocast(student.device.type, enabled=False):
+            cosine, kl = partial(_cosines, group=group), choose("softmax_kl", student, teacher)
+            loss, *saved = correlation.forward(cosine, kl, student, teacher, options, ctx.needs_input_grad[0])
+        ctx.save_for_backward(student, *saved)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, *saved = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            gram, kl = choose("gram", student), choose("softmax_kl", saved[0], saved[3])
+            return correlation.backward(gram, kl, grad, student, *saved, ctx.options), None, None, None
+
+
+def correlation_over_ranks(
+    student: Tensor, teacher: Tensor, options: CorrelationOptions, group: dist.ProcessGroup
+) -> Tensor:
+    """correlation_loss of the whole group's batch."""
+    call = f"correlation_loss of student {describe([student])}, teacher {describe([teacher])}, {options}"
+    ranks = meet(group, student.shape[0], call, student.device)
+    shards = shard_columns(student, ranks), shard_columns(teacher, ranks)
+    if not correlation.comparable(ranks.rows, options.views):
+        return replicate(correlation.nothing(*shards, ranks.rows, options), ranks)
+    return replicate(_CorrelationShards.apply(*shards, options, ranks.group), ranks)

@@ -61,7 +61,7 @@ def _op(op: str, device: torch.device) -> Iterator[str]:
         chosen = backend.choose(op, probe)
     except backend.BackendError as error:
         yield f"    cannot run: {error}"
-    for name in backend.BACKENDS:
+    for name in backend.MODULES:
         reason = backend.why_not(op, name, probe)
         mark = "->" if chosen is not None and chosen is backend.load(op, name) else "  "
         yield f"    {mark} {name:10s} {'available' if reason is None else reason}"

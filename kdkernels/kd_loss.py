@@ -8,23 +8,24 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .ops.checks import REDUCTIONS, check_choice, check_pair, check_positive
-from .ops.softmax_kl import softmax_kl
+from .ops.checks import check_pair, check_positive, check_reduction
+from .ops.softmax_kl import Rows, Terms, softmax_kl
 
 
-def flatten_positions(student: Tensor, teacher: Tensor, class_dim: int, what: str) -> tuple[Tensor, Tensor]:
+def flatten_positions(student: Tensor, teacher: Tensor, class_dim: int, caller: str) -> tuple[Tensor, Tensor]:
     """Logits with the classes at ``class_dim`` as (positions, C); the first dimension is the batch."""
-    check_pair(student, teacher, what)
+    check_pair(student, teacher, caller)
     if student.dim() < 2 or student.shape != teacher.shape:
         raise ValueError(
-            f"{what}: student and teacher logits must have one shape of two or more dimensions, got "
+            f"{caller}: student and teacher logits must have one shape of two or more dimensions, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if not -student.dim() <= class_dim < student.dim() or class_dim % student.dim() == 0:
-        raise ValueError(f"{what}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}")
+        raise ValueError(f"{caller}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}")
     classes = student.shape[class_dim]
     if classes == 0:
-        raise ValueError(f"{what}: there are no classes in logits of shape {tuple(student.shape)}")
+        raise ValueError(f"{caller}: there are no classes in logits of shape {tuple(student.shape)}")
+    teacher = teacher.detach()
     if student.dim() == 2:
         return student, teacher
     return student.movedim(class_dim, -1).reshape(-1, classes), teacher.movedim(class_dim, -1).reshape(-1, classes)
@@ -35,7 +36,7 @@ def kd_loss(
     teacher_logits: Tensor,
     *,
     temperature: float = 4.0,
-    reduction: str = "batchmean",
+    reduction: str = "mean",
     class_dim: int = -1,
     scale_by_t2: bool = True,
 ) -> Tensor:
@@ -45,8 +46,8 @@ def kd_loss(
         student_logits, teacher_logits: (N, C), (N, L, C), or any shape with the classes at ``class_dim`` ((N, C, H, W):
             1). float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
         temperature: T > 0.
-        reduction: "batchmean" is the mean over all positions (rows of the softmax), "sum" their sum, "none" one
-            value per position, in the logits' shape without the classes.
+        reduction: "mean" over all positions (rows of the softmax), "sum" of them, "none": one value per position, in
+            the logits' shape without the classes. For (N, C) logits "batchmean" is taken for "mean".
         class_dim: where the classes are.
         scale_by_t2: multiply by T^2, which keeps the gradient's size when T changes. Other libraries' losses are this
             one times a factor: docs/kd.md has the table.
@@ -55,15 +56,15 @@ def kd_loss(
         float32, or float64 if an input is. An empty batch gives 0.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes.
 
     Source: arXiv 1503.02531, section 2; the scale is that of RepDistiller's DistillKL.
     """
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_positive("temperature", temperature)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "kd_loss")
-    weight = temperature**2 if scale_by_t2 else 1.0
-    loss = softmax_kl(student, teacher, temperature=temperature, kl_weight=weight, reduction=reduction)
+    check_positive("temperature", temperature)
+    reduction = check_reduction(reduction, "kd_loss", batchmean=student_logits.dim() == 2)
+    terms = Terms(kl=temperature**2 if scale_by_t2 else 1.0)
+    loss = softmax_kl(Rows(student, teacher, terms=terms, temperature=float(temperature), reduction=reduction))
     if reduction != "none":
         return loss
     shape = list(student_logits.shape)
@@ -77,13 +78,13 @@ class KDLoss(nn.Module):
     def __init__(
         self,
         temperature: float = 4.0,
-        reduction: str = "batchmean",
+        reduction: str = "mean",
         class_dim: int = -1,
         scale_by_t2: bool = True,
     ) -> None:
         super().__init__()
         check_positive("temperature", temperature)
-        check_choice("reduction", reduction, REDUCTIONS)
+        check_reduction(reduction, "KDLoss", batchmean=True)
         self.temperature, self.reduction = temperature, reduction
         self.class_dim, self.scale_by_t2 = class_dim, scale_by_t2
 

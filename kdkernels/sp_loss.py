@@ -14,11 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import group_of_many, sp_over_ranks
-from .ops.checks import check_choice, check_positive, layer_pairs
-from .ops.gram import sp_gram
-from .ops.gram.op import ROW_NORMS
-
-SP_REDUCTIONS = ("batchmean", "sum")
+from .ops.checks import LAYER_REDUCTIONS, check_choice, check_positive, check_reduction, layer_numbers, layer_pairs
+from .ops.gram import ROW_NORMS, LayerPairs, SPOptions, sp_gram
 
 
 def sp_loss(
@@ -26,24 +23,29 @@ def sp_loss(
     teacher: Tensor | Sequence[Tensor],
     *,
     row_norm: str = "l2",
-    reduction: str = "batchmean",
+    reduction: str = "mean",
+    layer_weights: Sequence[float] | None = None,
+    layer_reduction: str = "sum",
     eps: float = 1e-12,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The squared distance between the batch similarity matrices of student and teacher.
 
     Args:
-        student, teacher: (B, ...) features of one layer each, or two sequences of them (layer pairs, whose losses are
-            summed). They agree in B; everything behind it may differ. float16, bfloat16, float32 or float64, any
-            strides: channels_last is read without a copy. No gradient flows to the teacher.
+        student, teacher: (B, ...) features of one layer each, or two sequences of them (layer pairs). They agree in B;
+            everything behind it may differ. float16, bfloat16, float32 or float64, any strides: channels_last is read
+            without a copy. No gradient flows to the teacher.
         row_norm: "l2" (the paper) or "l1" (torchdistill's).
-        reduction: "batchmean" divides by B^2, "sum" does not.
+        reduction: "mean" over the B^2 pairs of samples (other libraries call it "batchmean", which is taken too), or
+            "sum". A sample has no value of its own.
+        layer_weights: one number per layer pair; None is 1 for each.
+        layer_reduction: over the weighted layers: "sum" (the paper), "mean" or "none" (L,).
         eps: rows of the Gram matrix with a smaller norm are divided by eps.
         group: a torch.distributed group, each rank of which calls with its own rows (any number of them): the batch is
             the rows of all ranks in rank order, exactly. None: this process's rows alone.
 
     Returns:
-        A float32 scalar (float64 if an input is). For non-negative features at most 2 / B per layer, which is
+        float32 (float64 if an input is). For non-negative features at most 2 / B per layer, which is
         why the paper weights it with 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
         from its own normalisation.
 
@@ -60,15 +62,20 @@ def sp_loss(
 
     Source: arXiv 1907.09682, eq. 2-4; values equal RepDistiller's ``Similarity``.
     """
-    check_choice("reduction", reduction, SP_REDUCTIONS)
     students, teachers = layer_pairs(student, teacher, "sp_loss")
+    weights = layer_numbers(layer_weights, len(students), "sp_loss")
+    reduction = _check_options(row_norm, reduction, layer_reduction, eps)
+    options = SPOptions(weights, reduction, layer_reduction, row_norm, float(eps))
     if (many := group_of_many(group, "sp_loss")) is not None:
-        check_choice("row_norm", row_norm, ROW_NORMS)
-        check_positive("eps", eps)
-        return sp_over_ranks(students, teachers, row_norm, reduction, eps, many)
-    batch = students[0].shape[0]
-    scale = 1 / max(batch, 1) ** 2 if reduction == "batchmean" else 1.0
-    return sp_gram(students, teachers, row_norm=row_norm, scale=scale, eps=eps)
+        return sp_over_ranks(students, teachers, options, many)
+    return sp_gram(LayerPairs(students, teachers, options))
+
+
+def _check_options(row_norm: str, reduction: str, layer_reduction: str, eps: float) -> str:
+    check_choice("row_norm", row_norm, ROW_NORMS)
+    check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
+    check_positive("eps", eps)
+    return check_reduction(reduction, "sp_loss", per_sample=False, batchmean=True)
 
 
 class SPLoss(nn.Module):
@@ -77,20 +84,28 @@ class SPLoss(nn.Module):
     def __init__(
         self,
         row_norm: str = "l2",
-        reduction: str = "batchmean",
+        reduction: str = "mean",
+        layer_weights: Sequence[float] | None = None,
+        layer_reduction: str = "sum",
         eps: float = 1e-12,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_choice("row_norm", row_norm, ROW_NORMS)
-        check_choice("reduction", reduction, SP_REDUCTIONS)
-        check_positive("eps", eps)
+        _check_options(row_norm, reduction, layer_reduction, eps)
         self.row_norm, self.reduction, self.eps, self.group = row_norm, reduction, eps, group
+        self.layer_weights, self.layer_reduction = layer_weights, layer_reduction
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         return sp_loss(
-            student, teacher, row_norm=self.row_norm, reduction=self.reduction, eps=self.eps, group=self.group
+            student,
+            teacher,
+            row_norm=self.row_norm,
+            reduction=self.reduction,
+            layer_weights=self.layer_weights,
+            layer_reduction=self.layer_reduction,
+            eps=self.eps,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
-        return f"row_norm={self.row_norm!r}, reduction={self.reduction!r}"
+        return f"row_norm={self.row_norm!r}, reduction={self.reduction!r}, layer_reduction={self.layer_reduction!r}"

@@ -6,9 +6,9 @@ Only the paper's abstract is certain; these equations are the reading that satis
     z_s = student(x~),  z_t = teacher(x~);   p = softmax(z),  q = softmax(z / T)
     L = ce_weight * mean_i CE(y~_i, p_s,i)  +  kd_weight * T^2 * mean_i KL(q_t,i || q_s,i)
 
-and with ``decouple=(w_target, w_other)`` the KL is split into the labelled classes and the rest, whose mass is S:
+and with ``decouple=(w_target, w_non_target)`` the KL is split into the labelled classes and the rest, whose mass is S:
 
-    KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_other NCKD        (DKD, arXiv 2203.08679, for one or two labels)
+    KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_non_target NCKD        (DKD, arXiv 2203.08679, for one or two labels)
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .kd_loss import flatten_positions
-from .ops.checks import REDUCTIONS, check_choice, check_number, check_positive, check_tensor, check_weight
-from .ops.softmax_kl import softmax_kl
+from .ops.checks import check_number, check_positive, check_reduction, check_weight
+from .ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
 
 def stkd_loss(
@@ -32,78 +32,54 @@ def stkd_loss(
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     decouple: tuple[float, float] | None = None,
-    reduction: str = "batchmean",
+    reduction: str = "mean",
+    class_dim: int = -1,
     ignore_index: int = -100,
 ) -> Tensor:
     """Mixed-label cross entropy plus T^2 KL to the teacher's probabilities on the same mixed images, in one pass.
 
     Args:
-        student_logits, teacher_logits: (N, C) or (N, L, C) logits of the mixed images. float16, bfloat16, float32
-            or float64, any strides. No gradient flows to the teacher.
-        target: int64 labels, (N,) or (N, L), or a dense floating-point target in the logits' shape, as other libraries'
-            mixup makes.
+        student_logits, teacher_logits: logits of the mixed images, (N, C), (N, L, C), or any shape with the classes at
+            ``class_dim`` ((N, C, d1, ...): 1). float16, bfloat16, float32 or float64, any strides. No gradient flows to
+            the teacher.
+        target: int64 labels in the logits' shape without the classes, or a dense floating-point target in the logits'
+            shape, as other libraries' mixup makes.
         target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, a tensor of shape () or (N,).
             Both or neither; ``mixup`` and ``cutmix`` make them. Without them: plain distillation with hard labels.
         temperature: T > 0.
         ce_weight, kd_weight: weights of the two terms, each on its own scale.
-        decouple: (w_target, w_other) weights the KL over the labelled classes and that among the others apart;
+        decouple: (w_target, w_non_target) weights the KL over the labelled classes and that among the others apart;
             (1, 8) is DKD's recipe for CIFAR-100. Needs integer labels. In fp32, where both networks put a label's logit
             far above the others, their rounding beside it shows in the gradient: 2e-5 at a distance of 600.
-        reduction: "batchmean" (mean over the positions that count), "sum", "none" (one value per position).
+        reduction: "mean" over the positions that count, "sum", or "none": one value per position, in the logits' shape
+            without the classes. For (N, C) logits "batchmean" is taken for "mean".
+        class_dim: where the classes are.
         ignore_index: positions with this label in ``target`` or ``target_mixed`` do not count and get no gradient.
 
     Returns:
         float32 (float64 if an input is). An empty batch, or one where nothing counts, gives 0.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices, labels or options that cannot be meant. Labels on an accelerator
+        TypeError, ValueError: invalid dtypes, shapes, devices, labels or options. Labels on an accelerator
             are not read back to be checked: one out of range makes its row's loss and gradient NaN.
 
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """
-    _check_options(temperature, ce_weight, kd_weight, decouple, reduction, ignore_index)
-    student, teacher = flatten_positions(student_logits, teacher_logits, -1, "stkd_loss")
-    if student_logits.dim() > 3:
-        raise ValueError(f"stkd_loss: logits must be (N, C) or (N, L, C), got {tuple(student_logits.shape)}")
-    positions = student_logits.shape[:-1]
-    target = _flatten_target("target", target, student_logits)
-    if target_mixed is not None:
-        target_mixed = _flatten_target("target_mixed", target_mixed, student_logits)
-    if (target_mixed is None) != (lam is None):
-        raise ValueError("stkd_loss: target_mixed and lam go together: give both or neither")
-    if lam is not None:
-        lam = _flatten_lam(lam, student_logits)
-
-    kd_weight = kd_weight * temperature**2
-    kl_weight, target_weight, other_weight = kd_weight, 0.0, 0.0
-    if decouple is not None:
-        kl_weight, target_weight, other_weight = 0.0, kd_weight * decouple[0], kd_weight * decouple[1]
-    loss = softmax_kl(
-        student,
-        teacher,
-        target,
-        target_mixed,
-        lam,
-        temperature=temperature,
-        ce_weight=ce_weight,
-        kl_weight=kl_weight,
-        target_weight=target_weight,
-        other_weight=other_weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-    )
-    return loss.view(positions) if reduction == "none" else loss
+    _check_options(temperature, ce_weight, kd_weight, decouple, ignore_index)
+    student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "stkd_loss")
+    reduction = check_reduction(reduction, "stkd_loss", batchmean=student_logits.dim() == 2)
+    labels = _flatten_labels(target, target_mixed, lam, ignore_index, student_logits, class_dim)
+    if decouple is not None and labels.dense:
+        raise ValueError("stkd_loss: decouple needs integer labels, got a dense floating-point target")
+    kd = kd_weight * temperature**2
+    terms = Terms(ce_weight, kd) if decouple is None else Terms(ce_weight, 0.0, kd * decouple[0], kd * decouple[1])
+    loss = softmax_kl(Rows(student, teacher, labels, terms, float(temperature), reduction))
+    return loss.view(_positions(student_logits, class_dim)) if reduction == "none" else loss
 
 
 def _check_options(
-    temperature: float,
-    ce_weight: float,
-    kd_weight: float,
-    decouple: tuple[float, float] | None,
-    reduction: str,
-    ignore_index: int,
+    temperature: float, ce_weight: float, kd_weight: float, decouple: tuple[float, float] | None, ignore_index: int
 ) -> None:
-    check_choice("reduction", reduction, REDUCTIONS)
     check_positive("temperature", temperature)
     check_weight("ce_weight", ce_weight)
     check_weight("kd_weight", kd_weight)
@@ -112,39 +88,75 @@ def _check_options(
     if decouple is None:
         return
     if not isinstance(decouple, (tuple, list)) or len(decouple) != 2:
-        raise ValueError(f"decouple must be (w_target, w_other), got {decouple!r}")
+        raise ValueError(f"decouple must be (w_target, w_non_target), got {decouple!r}")
     for weight in decouple:
         check_weight("decouple", weight)
 
 
-def _flatten_target(name: str, target: Tensor, logits: Tensor) -> Tensor:
-    check_tensor(f"stkd_loss: {name}", target)
-    expected = logits.shape if target.is_floating_point() else logits.shape[:-1]
-    if target.shape != expected:
+def _positions(logits: Tensor, class_dim: int) -> list[int]:
+    shape = list(logits.shape)
+    del shape[class_dim]
+    return shape
+
+
+def _flatten_labels(
+    target: Tensor,
+    mixed: Tensor | None,
+    lam: Tensor | float | None,
+    ignore_index: int,
+    logits: Tensor,
+    class_dim: int,
+) -> Labels:
+    """The labels of the logits' positions, checked."""
+    if (mixed is None) != (lam is None):
+        raise ValueError("stkd_loss: target_mixed and lam go together: give both or neither")
+    target = _flatten_target("target", target, logits, class_dim, dense_allowed=mixed is None)
+    if mixed is not None and lam is not None:
+        mixed = _flatten_target("target_mixed", mixed, logits, class_dim, dense_allowed=False)
+        lam = _flatten_lam(lam, logits, target.shape[0])
+    return Labels(target, mixed, lam, ignore_index)  # type: ignore[arg-type]  # lam is a tensor or None by now
+
+
+def _flatten_target(name: str, target: Tensor, logits: Tensor, class_dim: int, dense_allowed: bool) -> Tensor:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"stkd_loss: {name} must be a torch.Tensor, got {type(target).__name__}")
+    if target.device != logits.device:
+        raise ValueError(f"stkd_loss: {name} is on {target.device} and the logits on {logits.device}; move one of them")
+    if target.is_floating_point():
+        if not dense_allowed:
+            raise ValueError("stkd_loss: a dense target comes without target_mixed and lam, which are of integer labels")
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"stkd_loss: a dense target must have the logits' shape {tuple(logits.shape)}, got {tuple(target.shape)}"
+            )
+        return target if target.dim() == 2 else target.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
+    if target.dtype != torch.int64:
+        raise TypeError(f"stkd_loss: {name} must be int64 class indices, got {target.dtype}")
+    if (shape := _positions(logits, class_dim)) != list(target.shape):
         raise ValueError(
-            f"stkd_loss: {name} must have shape {tuple(logits.shape[:-1])} (labels) or {tuple(logits.shape)} (dense), "
+            f"stkd_loss: {name} must have shape {tuple(shape)} (labels) or {tuple(logits.shape)} (dense), "
             f"got {tuple(target.shape)}"
         )
-    if logits.dim() == 2:
-        return target
-    return target.reshape(-1, logits.shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    return target if target.dim() == 1 else target.reshape(-1)
 
 
-def _flatten_lam(lam: Tensor | float, logits: Tensor) -> Tensor:
+def _flatten_lam(lam: Tensor | float, logits: Tensor, positions: int) -> Tensor:
     if not isinstance(lam, Tensor):
         check_number("stkd_loss: lam (if it is no tensor)", lam)
         if not 0 <= lam <= 1:
             raise ValueError(f"stkd_loss: lam must be in [0, 1], got {lam}")
-        return torch.full(
-            (), lam, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32, device=logits.device
-        )
-    if lam.dim() == 0:
-        return lam
-    if lam.shape != logits.shape[:1]:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return torch.full((), lam, dtype=dtype, device=logits.device)
+    if lam.device != logits.device:
+        raise ValueError(f"stkd_loss: lam is on {lam.device} and the logits on {logits.device}; move one of them")
+    if not lam.is_floating_point() or (lam.dim() and lam.shape != logits.shape[:1]):
         raise ValueError(
-            f"stkd_loss: lam must be a number or have shape () or ({logits.shape[0]},), got {tuple(lam.shape)}"
+            f"stkd_loss: lam must be a number or a floating-point tensor of shape () or ({logits.shape[0]},), got "
+            f"{lam.dtype} {tuple(lam.shape)}"
         )
-    return lam if logits.dim() == 2 else lam[:, None].expand(logits.shape[:2]).reshape(-1)
+    if lam.dim() == 0 or logits.dim() == 2:
+        return lam
+    return lam[:, None].expand(-1, positions // max(len(lam), 1)).reshape(-1)
 
 
 class STKDLoss(nn.Module):
@@ -156,13 +168,16 @@ class STKDLoss(nn.Module):
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,
         decouple: tuple[float, float] | None = None,
-        reduction: str = "batchmean",
+        reduction: str = "mean",
+        class_dim: int = -1,
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        _check_options(temperature, ce_weight, kd_weight, decouple, reduction, ignore_index)
+        _check_options(temperature, ce_weight, kd_weight, decouple, ignore_index)
+        check_reduction(reduction, "STKDLoss", batchmean=True)
         self.temperature, self.ce_weight, self.kd_weight = temperature, ce_weight, kd_weight
-        self.decouple, self.reduction, self.ignore_index = decouple, reduction, ignore_index
+        self.decouple, self.reduction = decouple, reduction
+        self.class_dim, self.ignore_index = class_dim, ignore_index
 
     def forward(
         self,
@@ -183,6 +198,7 @@ class STKDLoss(nn.Module):
             kd_weight=self.kd_weight,
             decouple=self.decouple,
             reduction=self.reduction,
+            class_dim=self.class_dim,
             ignore_index=self.ignore_index,
         )
 
@@ -191,84 +207,3 @@ class STKDLoss(nn.Module):
             f"temperature={self.temperature}, ce_weight={self.ce_weight}, kd_weight={self.kd_weight}, "
             f"decouple={self.decouple}"
         )
-
-
-Mixed = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def mixup(
-    images: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = 1.0,
-    generator: torch.Generator | None = None,
-    per_sample: bool = False,
-) -> Mixed:
-    """lam x + (1 - lam) x[pi] with lam ~ Beta(alpha, alpha), pi a permutation of the batch (arXiv 1710.09412).
-
-    Args:
-        images: (B, ...) floating-point.
-        target: (B,) labels.
-        alpha: 0.01 or more; 1 makes lam uniform.
-        generator: a CPU generator for reproducible draws.
-        per_sample: one lam per image instead of one per batch.
-
-    Returns:
-        images, target, target[pi], lam: what ``stkd_loss`` takes. lam is a float32 tensor, () or (B,).
-    """
-    lam, order = _draw(images, target, alpha, generator, per_sample)
-    weight = _per_image(lam, images).to(images.dtype)
-    return images * weight + images[order] * (1 - weight), target, target[order], lam
-
-
-def cutmix(
-    images: Tensor,
-    target: Tensor,
-    *,
-    alpha: float = 1.0,
-    generator: torch.Generator | None = None,
-    per_sample: bool = False,
-) -> Mixed:
-    """A box of x[pi] pasted into x; lam is the share of x that is left (arXiv 1905.04899). Arguments as ``mixup``'s.
-
-    The box covers about 1 - lam of the image, lam ~ Beta(alpha, alpha), around a uniform centre, cut off at the border;
-    the lam that is returned counts its pixels. images: (B, C, H, W).
-    """
-    check_tensor("images", images)
-    if images.dim() != 4:
-        raise ValueError(f"cutmix: images must be (B, C, H, W), got {tuple(images.shape)}")
-    lam, order = _draw(images, target, alpha, generator, per_sample)
-    centre = torch.rand(2, *lam.shape, generator=generator).to(images.device)
-    side = (1 - lam).sqrt() / 2
-    inside = []
-    for c, n in zip(centre, images.shape[2:], strict=True):
-        low, high = ((c - side) * n).round(), ((c + side) * n).round()
-        pixel = torch.arange(n, device=images.device)
-        inside.append((pixel >= low[..., None]) & (pixel < high[..., None]))
-    box = inside[0][..., :, None] & inside[1][..., None, :]
-    mask = box[:, None] if per_sample else box
-    return torch.where(mask, images[order], images), target, target[order], 1 - box.float().mean((-2, -1))
-
-
-def _draw(
-    images: Tensor, target: Tensor, alpha: float, generator: torch.Generator | None, per_sample: bool
-) -> tuple[Tensor, Tensor]:
-    """lam and the permutation, drawn on the CPU and moved."""
-    check_positive("alpha", alpha)
-    if alpha < 0.01:  # both of Beta's gamma draws would underflow now and then, and lam be 0.5
-        raise ValueError(f"alpha must be 0.01 or more, got {alpha}")
-    check_tensor("images", images)
-    check_tensor("target", target)
-    if not images.is_floating_point():
-        raise TypeError(f"images must be floating-point to be mixed, got {images.dtype}")
-    if images.shape[0] != target.shape[0]:
-        raise ValueError(f"images and target differ in B: {tuple(images.shape)} and {tuple(target.shape)}")
-    concentration = torch.full((images.shape[0] if per_sample else 1, 2), alpha, dtype=torch.float64)
-    lam = torch._sample_dirichlet(concentration, generator)[:, 0].float()  # Beta(a, a), and it takes a generator
-    order = torch.randperm(images.shape[0], generator=generator)
-    lam = lam if per_sample else lam[0]
-    return lam.to(images.device, non_blocking=True), order.to(images.device, non_blocking=True)
-
-
-def _per_image(lam: Tensor, images: Tensor) -> Tensor:
-    return lam.view(-1, *(1,) * (images.dim() - 1)) if lam.dim() else lam

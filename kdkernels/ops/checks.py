@@ -1,4 +1,4 @@
-"""What every op checks and decides about its arguments."""
+"""What public functions check about their arguments, once, and what ops decide from them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ import torch
 from torch import Tensor
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-REDUCTIONS = ("batchmean", "sum", "none")
+LAYER_REDUCTIONS = ("sum", "mean", "none")
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 if any input is fp64, else fp32: what sums are kept in and what the loss is."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
-def check_pair(student: Tensor, teacher: Tensor, what: str) -> None:
+def check_pair(student: Tensor, teacher: Tensor, caller: str) -> None:
     """Student and teacher are floating-point tensors on one device."""
     for name, x in (("student", student), ("teacher", teacher)):
-        check_tensor(f"{what}: {name}", x)
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {type(x).__name__}")
         if x.dtype not in FLOATING:
-            raise TypeError(f"{what}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+            raise TypeError(f"{caller}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if student.device != teacher.device:
-        raise ValueError(f"{what}: student is on {student.device} and teacher on {teacher.device}; move one of them")
+        raise ValueError(f"{caller}: student is on {student.device} and teacher on {teacher.device}; move one of them")
 
 
-def check_rows(student: Tensor, teacher: Tensor, what: str, *, same_width: bool) -> None:
+def check_rows(student: Tensor, teacher: Tensor, caller: str, *, same_width: bool) -> None:
     """Student and teacher are (N, d), with the same d where the two are compared with each other."""
-    check_pair(student, teacher, what)
+    check_pair(student, teacher, caller)
     shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
     if student.dim() != 2 or teacher.dim() != 2 or student.shape[0] != teacher.shape[0]:
-        raise ValueError(f"{what}: student and teacher must be (N, d) with the same N, got {shapes}")
+        raise ValueError(f"{caller}: student and teacher must be (N, d) with the same N, got {shapes}")
     if same_width and student.shape[1] != teacher.shape[1]:
-        raise ValueError(f"{what}: student and teacher must have the same width (project the student), got {shapes}")
+        raise ValueError(f"{caller}: student and teacher must have the same width (project the student), got {shapes}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -51,15 +55,32 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    check_number(name, value)
+    if type(value) is not float:
+        check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_weight(name: str, value: float) -> None:
-    check_number(name, value)
+    if type(value) is not float:
+        check_number(name, value)
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} must be zero or positive and finite, got {value}")
+
+
+def check_reduction(reduction: object, caller: str, *, per_sample: bool = True, batchmean: bool = False) -> str:
+    """"mean", "sum" or, where there is a value of each sample, "none". "batchmean" is "mean" where it means the same."""
+    if reduction == "mean" or reduction == "sum" or (per_sample and reduction == "none"):
+        return str(reduction)
+    if reduction == "batchmean" and batchmean:
+        return "mean"
+    valid = "'mean', 'sum' or 'none'" if per_sample else "'mean' or 'sum'"
+    hint = ""
+    if reduction == "none":
+        hint = ": it compares samples with each other, so none has a value of its own"
+    elif reduction == "batchmean":
+        hint = ": divide the 'sum' by the batch if that is what you want"
+    raise ValueError(f"{caller}: reduction must be {valid}, got {reduction!r}{hint}")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -79,39 +100,65 @@ def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.
 
 
 def layer_pairs(
-    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], what: str
+    student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], caller: str
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Two tensors, or two sequences of equally many, as two checked lists."""
+    """Two tensors, or two sequences of equally many, as two checked lists; the teacher's without gradient."""
     kinds = [isinstance(x, Tensor) for x in (student, teacher)]
     if kinds[0] != kinds[1] or not (kinds[0] or (isinstance(student, Iterable) and isinstance(teacher, Iterable))):
         raise TypeError(
-            f"{what}: give two tensors or two sequences of tensors, got {type(student).__name__} "
+            f"{caller}: give two tensors or two sequences of tensors, got {type(student).__name__} "
             f"and {type(teacher).__name__}"
         )
     students = [student] if isinstance(student, Tensor) else list(student)
     teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if len(students) != len(teachers) or not students:
-        raise ValueError(f"{what}: needs as many student as teacher layers, got {len(students)} and {len(teachers)}")
+        raise ValueError(f"{caller}: needs as many student as teacher layers, got {len(students)} and {len(teachers)}")
     for s, t in zip(students, teachers, strict=True):
-        check_pair(s, t, what)
+        check_pair(s, t, caller)
         if s.dim() < 2 or t.dim() < 2 or s.shape[0] != t.shape[0]:
             raise ValueError(
-                f"{what}: student and teacher must be (B, ...) with the same B, "
+                f"{caller}: student and teacher must be (B, ...) with the same B, "
                 f"got {tuple(s.shape)} and {tuple(t.shape)}"
             )
-        if s.device != students[0].device:
-            raise ValueError(f"{what}: layers are on {students[0].device} and {s.device}; move them to one device")
-        if s.shape[0] != students[0].shape[0]:
+    if len(students) > 1:
+        _check_layers(students, teachers, caller)
+    return students, [t.detach() for t in teachers]
+
+
+def _check_layers(students: list[Tensor], teachers: list[Tensor], caller: str) -> None:
+    """All layers are of one batch, on one device, in fp64 or not."""
+    first = students[0]
+    for s, t in zip(students, teachers, strict=True):
+        if s.device != first.device:
+            raise ValueError(f"{caller}: layers are on {first.device} and {s.device}; move them to one device")
+        if s.shape[0] != first.shape[0]:
             raise ValueError(
-                f"{what}: all layers must have the same B, got {tuple(students[0].shape)} and {tuple(s.shape)}"
+                f"{caller}: all layers must have the same B, got {tuple(first.shape)} and {tuple(s.shape)}"
             )
-        if compute_dtype(s, t) != compute_dtype(students[0], teachers[0]):
-            raise TypeError(f"{what}: float64 and other layers cannot be mixed, got {students[0].dtype} and {s.dtype}")
-    return students, teachers
+        if compute_dtype(s, t) != compute_dtype(first, teachers[0]):
+            raise TypeError(f"{caller}: float64 and other layers cannot be mixed, got {first.dtype} and {s.dtype}")
+
+
+def layer_numbers(layer_weights: Sequence[float] | None, layers: int, caller: str) -> list[float]:
+    """One number per layer; None is 1 for each."""
+    if layer_weights is None:
+        return [1.0] * layers
+    if isinstance(layer_weights, str) or not isinstance(layer_weights, Iterable):
+        raise TypeError(f"{caller}: layer_weights must be numbers, one per layer, got {layer_weights!r}")
+    weights = list(layer_weights)
+    for weight in weights:
+        check_weight(f"{caller}: layer_weights", weight)
+    if len(weights) != layers:
+        raise ValueError(f"{caller}: layer_weights has {len(weights)} numbers for {layers} layers")
+    return [float(weight) for weight in weights]
 
 
 def need_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                return True
+    return False
 
 
 def is_channels_last(x: Tensor) -> bool:

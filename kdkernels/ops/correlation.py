@@ -1,63 +1,99 @@
 """correlation: MLKD's correlation loss as one op and one node of autograd.
 
     S[a, j] = cos(view row a, base row j) of the student, T of the teacher
-    loss = mean_a KL(softmax(T / tau) || softmax(S / tau))
+    row a   = KL(softmax(T / tau) || softmax(S / tau))
 
 It has no kernels of its own: it runs those of gram and softmax_kl one after the other, without autograd between them,
-whose bookkeeping would take longer than they do on batches of ordinary size.
+whose bookkeeping would take longer than they do on batches of ordinary size. ``forward`` and ``backward`` are the one way
+to compute it: where the batch is spread over ranks, distributed.py calls them with its own cosines.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backend import choose
 from .checks import compute_dtype, need_grad
-from .library import Op
-from .softmax_kl.op import STATS
+from .gram.op import Gram
+from .library import Differentiable, build, flatten, register, schema
+from .softmax_kl.op import STATS, Rows, SoftmaxKL
 
-_KL = [0.0, 1.0, 0.0, 0.0]  # softmax_kl's weights of its terms
-_NO_LABELS = (None, None, None)
-_IGNORE = -100
+Cosine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # Gram.cosine_forward, of one process or of all ranks
+
+
+class CorrelationOptions(NamedTuple):
+    """How rows become a loss."""
+
+    views: int  # 1: every row against all others
+    temperature: float
+    reduction: str = "mean"  # over the view rows; "sum", "none"
+
+
+class ViewRows(NamedTuple):
+    """What correlation computes."""
+
+    student: Tensor  # (V B, d), row V b + r being view r of image b
+    teacher: Tensor  # (V B, d'); a constant
+    options: CorrelationOptions
 
 
 def view_rows(x: Tensor, views: int) -> tuple[Tensor, Tensor]:
-    """The view rows ((V - 1) B, d) and the base rows (B, d) of (V B, d), row V b + r being view r of image b."""
+    """The view rows ((V - 1) B, d) and the base rows (B, d); of one view, all rows twice."""
+    if views == 1:
+        return x, x
     rows, width = x.shape
     images = x.view(rows // views, views, width)
     return images.narrow(1, 1, views - 1).reshape(-1, width), images.select(1, 0)
 
 
-def _forward(
-    student: Tensor, teacher: Tensor, views: int, temperature: float, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gram = choose("gram", student, teacher)
-    s, inverse_a, inverse_b = gram.cosine_forward(*view_rows(student, views))
-    t = gram.cosine_forward(*view_rows(teacher, views))[0]
-    if s.dtype != t.dtype:  # one of the networks in fp64
-        s, t = s.to(compute_dtype(s, t)), t.to(compute_dtype(s, t))
-    kl = choose("softmax_kl", s, t)
-    loss, stats, scale = kl.forward(s, t, *_NO_LABELS, temperature, _KL, _IGNORE, "batchmean", need_grad)
+def comparable(rows: int, views: int) -> bool:
+    """Whether there is anything to compare: an image, or two where each is compared with the others."""
+    return rows >= (2 if views == 1 else 1)
+
+
+def nothing(student: Tensor, teacher: Tensor, rows: int, options: CorrelationOptions) -> Tensor:
+    """The loss where nothing is comparable: 0, in the graph."""
+    zero = student.sum().to(compute_dtype(student, teacher)) * 0
+    return zero.expand(rows) if options.reduction == "none" else zero
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    """(B, B - 1): read from its second element on in rows of B + 1, a B x B matrix has its diagonal in the last column."""
+    b = square.shape[0]
+    return square.reshape(-1)[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1) if b > 1 else square.new_empty(b, 0)
+
+
+def _with_diagonal(x: Tensor) -> Tensor:
+    """``_off_diagonal``'s gradient: (B, B), 0 on the diagonal."""
+    b = x.shape[0]
+    if b < 2:
+        return x.new_zeros(b, b)
+    return torch.cat([x.new_zeros(1), torch.cat([x.view(b - 1, b), x.new_zeros(b - 1, 1)], 1).view(-1)]).view(b, b)
+
+
+def forward(
+    cosine: Cosine, kl: SoftmaxKL, student: Tensor, teacher: Tensor, options: CorrelationOptions, need_grad: bool
+) -> tuple[Tensor, ...]:
+    """The loss, and what ``backward`` needs of the cosines and of their softmax."""
+    s, inverse_a, inverse_b = cosine(*view_rows(student, options.views))
+    t = cosine(*view_rows(teacher, options.views))[0]
+    loss, stats, scale = kl.forward(_rows(s, t, options), need_grad)
     return loss, s, inverse_a, inverse_b, t, stats, scale
 
 
-def _forward_fake(
-    student: Tensor, teacher: Tensor, views: int, temperature: float, need_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype, images = compute_dtype(student, teacher), student.shape[0] // views
-    rows = (views - 1) * images
-
-    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-        return student.new_empty(shape, dtype=dtype)
-
-    own = compute_dtype(student)
-    norms = empty(rows, dtype=own), empty(images, dtype=own)
-    stats = empty(STATS, rows) if need_grad else empty(0)
-    return empty(), empty(rows, images), *norms, empty(rows, images), stats, empty()
+def _rows(s: Tensor, t: Tensor, options: CorrelationOptions) -> Rows:
+    dtype = compute_dtype(s, t)  # one of the networks may be in fp64
+    s, t = (x.to(dtype) if options.views > 1 else _off_diagonal(x.to(dtype)) for x in (s, t))
+    return Rows(s, t, temperature=options.temperature, reduction=options.reduction)
 
 
-def _backward(
+def backward(
+    gram: Gram,
+    kl: SoftmaxKL,
     grad: Tensor,
     student: Tensor,
     s: Tensor,
@@ -66,48 +102,80 @@ def _backward(
     t: Tensor,
     stats: Tensor,
     scale: Tensor,
-    views: int,
-    temperature: float,
+    options: CorrelationOptions,
 ) -> Tensor:
-    d_s = choose("softmax_kl", s, t).backward(grad, s, t, *_NO_LABELS, stats, scale, temperature, _KL, _IGNORE)
-    others, base = view_rows(student, views)
+    """dloss/dstudent, of all columns or of any part of them."""
+    d_s = kl.backward(grad, _rows(s, t, options), stats, scale)
+    others, base = view_rows(student, options.views)
     own = inverse_a.dtype
-    d_others, d_base = choose("gram", student).cosine_backward(
-        d_s.to(own), others, base, s.to(own), inverse_a, inverse_b
-    )
-    return torch.cat([d_base[:, None], d_others.view(len(d_base), views - 1, -1)], dim=1).view(student.shape)
+    if options.views == 1:  # both sides are the same rows, whose gradients are rounded once, as a sum
+        wide = student.to(own)
+        d_others, d_base = gram.cosine_backward(_with_diagonal(d_s.to(own)), wide, wide, s, inverse_a, inverse_b)
+        return (d_others + d_base).to(student.dtype)
+    d_others, d_base = gram.cosine_backward(d_s.to(own), others, base, s, inverse_a, inverse_b)
+    gradient = torch.cat([d_base[:, None], d_others.view(len(d_base), options.views - 1, -1)], dim=1)
+    return gradient.view(student.shape)
 
 
-def _backward_fake(grad: Tensor, student: Tensor, *rest: object) -> Tensor:
-    return student.new_empty(student.shape)
+def _implementations(*tensors: Tensor) -> tuple[Gram, SoftmaxKL]:
+    return choose("gram", *tensors), choose("softmax_kl", *tensors)
 
 
-forward_op = Op(
-    "correlation",
-    "(Tensor student, Tensor teacher, int views, float temperature, bool need_grad)"
-    " -> (Tensor loss, Tensor s, Tensor inverse_a, Tensor inverse_b, Tensor t, Tensor stats, Tensor scale)",
-    _forward,
-    _forward_fake,
-)
-backward_op = Op(
+def _forward(*args: Any) -> tuple[Tensor, ...]:
+    x = build(ViewRows, args)
+    gram, kl = _implementations(x.student, x.teacher)
+    return forward(gram.cosine_forward, kl, *x, args[-1])
+
+
+def _fake(*args: Any) -> tuple[Tensor, ...]:
+    x, need_grad = build(ViewRows, args), args[-1]
+    dtype, own, views = compute_dtype(x.student, x.teacher), compute_dtype(x.student), x.options.views
+    images = x.student.shape[0] // views
+    rows = max(views - 1, 1) * images
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return x.student.new_empty(shape, dtype=dtype)
+
+    loss = empty(rows) if x.options.reduction == "none" else empty()
+    cosines = empty(rows, images, dtype=own), empty(rows, dtype=own), empty(images, dtype=own)
+    of_teacher = empty(rows, images, dtype=compute_dtype(x.teacher))
+    return loss, *cosines, of_teacher, empty(STATS, rows) if need_grad else empty(0), empty()
+
+
+def _backward(grad: Tensor, student: Tensor, *args: Any) -> Tensor:
+    gram, kl = _implementations(student, args[0])
+    return backward(gram, kl, grad, student, *args[:6], CorrelationOptions(*args[6:]))
+
+
+_SAVED = "Tensor s, Tensor inverse_a, Tensor inverse_b, Tensor t, Tensor stats, Tensor scale"
+backward_op = register(
     "correlation_backward",
-    "(Tensor grad, Tensor student, Tensor s, Tensor inverse_a, Tensor inverse_b, Tensor t, Tensor stats, Tensor scale,"
-    " int views, float temperature) -> Tensor",
+    f"(Tensor grad, Tensor student, {_SAVED}, {schema(CorrelationOptions)}) -> Tensor",
     _backward,
-    _backward_fake,
-)
-forward_op.set_autograd(
-    inputs=lambda student, *_: (student,),
-    saved=lambda args, outputs: ((args[0], *outputs[1:]), args[2:4]),
-    backward=lambda grad, tensors, options: (backward_op(grad, *tensors, *options),),
-    what="correlation_loss",
+    lambda grad, student, *rest: student.new_empty(student.shape),
 )
 
 
-def correlation(student: Tensor, teacher: Tensor, *, views: int, temperature: float) -> Tensor:
-    """The module's loss of (V B, d) rows, V of 2 or more and B of 1 or more; gradients flow to the student.
+def _keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
+    return args[0], *outputs[1:], *args[2:-1]
 
-    Returns:
-        float32 (float64 if an input is).
+
+_op = Differentiable(
+    "correlation",
+    f"({schema(ViewRows)}, bool need_grad) -> (Tensor loss, {_SAVED})",
+    _forward,
+    _fake,
+    keep=_keep,
+    backward=backward_op,
+)
+
+
+def correlation(x: ViewRows) -> Tensor:
+    """The view rows' divergences, reduced: float32 (float64 if an input is). Gradients flow to the student.
+
+    Arguments are the caller's to check: correlation_loss.py does.
     """
-    return forward_op.loss(student, teacher.detach(), views, float(temperature), need_grad(student))
+    rows = x.student.shape[0]
+    if not comparable(rows, x.options.views):
+        return nothing(x.student, x.teacher, rows, x.options)
+    return _op(*flatten(x), need_grad(x.student))

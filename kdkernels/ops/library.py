@@ -96,6 +96,7 @@ class Differentiable:
 
         keep(args, outputs)          what ``backward`` takes behind the upstream gradient
         backward(grad, *kept)        an op; the gradients of the first ``inputs`` arguments, tensors or lists of them
+        keeps_constants              whether other tensors among the arguments are kept too
     """
 
     def __init__(
@@ -108,20 +109,23 @@ class Differentiable:
         keep: Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]],
         backward: Callable[..., Any],
         inputs: int = 1,
+        keeps_constants: bool = False,
     ) -> None:
-
-        def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Tensor]) -> None:  # called by these names
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:  # called by these names
+            if keeps_constants:
+                *output, copies = output
+                inputs = _replaced(inputs, copies)
             _save(ctx, keep(inputs, output))
-            ctx.constants = len(inputs) - count
+            ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
 
         count = self._inputs = inputs
         self._node = _node(name, register(name, signature, body, fake), keep, backward)
+        if keeps_constants:
+            body, fake = _with_copies(body), _with_copies(fake)
+            signature = f"{signature.removesuffix(')')}, Tensor[] copies)"
         self._traced = register(f"{name}_traced", signature, body, fake)
         torch.library.register_autograd(
-            f"kdkernels::{name}_traced",
-            _traced_backward(name, backward),
-            setup_context=setup_context,
-            lib=LIBRARY,
+            f"kdkernels::{name}_traced", _traced_backward(name, backward), setup_context=setup_context, lib=LIBRARY
         )
 
     def __call__(self, *args: Any) -> Tensor:
@@ -131,28 +135,45 @@ class Differentiable:
         return typing.cast(Tensor, self._node.apply(args, *inputs))
 
 
+def _with_copies(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body with copies of the constant tensors as one more output.
+
+    A compiled graph saves its inputs as they are, which autograd refuses for tensors from torch.inference_mode(), and while
+    it is traced nobody can see that a teacher's logits are such.
+    """
+
+    def with_copies(*args: Any) -> tuple[Any, ...]:
+        need_grad = args[-1]
+        return *body(*args), [x.clone() for x in args[1:] if isinstance(x, Tensor) and need_grad]
+
+    return with_copies
+
+
+def _replaced(args: Sequence[Any], copies: Sequence[Tensor]) -> Sequence[Any]:
+    """The arguments with the constant tensors replaced by their copies, if there are any."""
+    left = iter(copies)
+    return [args[0], *(next(left, x) if isinstance(x, Tensor) else x for x in args[1:])]
+
+
 def _node(
     name: str, op: Callable[..., Any], keep: Callable[..., Sequence[Any]], backward: Callable[..., Any]
 ) -> type[torch.autograd.Function]:
-    class Node(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
-            outputs = op(*args)
-            _save(ctx, keep(args, outputs))
-            return outputs[0]
+    def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
+        outputs = op(*args)
+        _save(ctx, keep(args, outputs))
+        return outputs[0]
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-            _refuse_second_derivative(name)
-            found = backward(grad, *_saved(ctx))
-            return (None, found) if isinstance(found, Tensor) else (None, *found)
+    def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative(name)
+        found = backward(grad, *_saved(ctx))
+        return (None, found) if isinstance(found, Tensor) else (None, *found)
 
-        @staticmethod
-        def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd)")
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd)")
 
-    Node.__name__ = Node.__qualname__ = f"kdkernels_{name}"  # what a loss's grad_fn is called
-    return Node
+    methods = {"forward": forward, "backward": gradients, "jvp": jvp}
+    # its name is what a loss's grad_fn is called
+    return type(f"kdkernels_{name}", (torch.autograd.Function,), {n: staticmethod(m) for n, m in methods.items()})
 
 
 def _traced_backward(name: str, backward: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -160,7 +181,7 @@ def _traced_backward(name: str, backward: Callable[..., Any]) -> Callable[..., t
         _refuse_second_derivative(name)
         found = backward(grad, *_saved(ctx))
         own = found if isinstance(found, tuple) else (found,)
-        return (*own, *[None] * ctx.constants)
+        return (*own, *ctx.constants)
 
     return gradients
 
@@ -168,6 +189,10 @@ def _traced_backward(name: str, backward: Callable[..., Any]) -> Callable[..., t
 def _refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
         raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
+
+
+def _is_layers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor)
 
 
 class _Layers(int):
@@ -185,7 +210,7 @@ def _save(ctx: Any, kept: Sequence[Any]) -> None:
         if isinstance(value, Tensor):
             plan.append(_TENSOR)
             tensors.append(value)
-        elif isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        elif _is_layers(value):
             plan.append(_Layers(len(value)))
             tensors += value
         else:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -38,6 +37,8 @@ _state: dict[str, str | None] = {}  # "reason": None once the library is loaded,
 
 def why_not() -> str | None:
     """None with the library loaded, else the reason why it cannot be. Tried once per process."""
+    if "reason" in _state:
+        return _state["reason"]
     with _lock:
         if "reason" not in _state:
             try:
@@ -161,7 +162,11 @@ def _build(plan: native_build.Plan, library: Path) -> None:
     logger.info("built in %.0f s", time.monotonic() - start)
 
 
-def _supports(*tensors: Tensor) -> str | None:
+def supports(*tensors: Tensor) -> str | None:
+    """None if the library's kernels, the same for all ops, can compute these tensors, else the reason why not."""
+    reason = why_not()
+    if reason is not None:
+        return reason
     for x in tensors:
         if x.is_cpu and x.dtype in FLOATING:
             continue
@@ -169,26 +174,6 @@ def _supports(*tensors: Tensor) -> str | None:
             return f"there are no native kernels for {x.device.type}"
         if x.dtype not in FLOATING:
             return f"there are no native kernels for {x.dtype}"
-        if x.device.type == "cuda" and not _has_cuda():
+        if x.device.type == "cuda" and not hasattr(torch.ops.kdkernels_native, "has_cuda"):
             return "the native library has no CUDA kernels: it was built without nvcc, or where no GPU was at hand"
     return None
-
-
-def _has_cuda() -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels_native::sp_forward", "CUDA")
-
-
-_FUNCTIONS = {
-    "softmax_kl": {"forward": "softmax_kl_forward", "backward": "softmax_kl_backward"},
-    "angular_margin": {"forward": "angular_margin_forward", "backward": "angular_margin_backward"},
-    "gram": {name: name for name in ("sp_forward", "sp_backward", "cosine_forward", "cosine_backward")},
-}
-
-
-def implementation(op: str) -> SimpleNamespace | str:
-    """``op`` under the names of its reference.py (supports, forward, backward), or the reason why not."""
-    reason = why_not()
-    if reason is not None:
-        return reason
-    functions = {name: getattr(torch.ops.kdkernels_native, f).default for name, f in _FUNCTIONS[op].items()}
-    return SimpleNamespace(supports=_supports, **functions)

@@ -1,4 +1,4 @@
-"""Angular margin maps in plain PyTorch: the definition, the fallback and the oracle of the tests.
+"""angular_margin in plain PyTorch, made fast: the fallback. What it computes is in definition.py.
 
 Notation, per sample, over the N = H W pixels: r channel energy, R its norm, q = r / (R + eps) the positive and w = 1
 - q the negative map, u = cos(m acos q), G = -softplus(s (w - u)). Gradients are closed forms; differences of unit
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import compute_dtype, grad_like
+from .op import ActivationPairs
 
 ENERGY_EPS, UNIT_EPS, CLAMP = 1e-6, 1e-12, 1e-7
 CACHED = 1 << 18  # numbers that stay in a core's cache
@@ -50,75 +51,80 @@ def _energy_norm(r: Tensor) -> Tensor:
     return _norm(r / top).mul_(top)
 
 
-def _maps(r: Tensor, norm: Tensor, theta: Tensor, margin: float, scale: float) -> Tensor:
+def _maps(r: Tensor, norm: Tensor, theta: Tensor, margin: float, sharpness: float) -> Tensor:
     """G, u and w, stacked. w = 1 - q without its rounding: where one pixel has all the energy it is eps / (R + eps)."""
     w = (norm - r).add_(ENERGY_EPS).div_(norm + ENERGY_EPS)
     u = (margin * theta).cos_()
-    return torch.stack((-F.softplus(scale * (w - u)), u, w))
+    return torch.stack((-F.softplus(sharpness * (w - u)), u, w))
 
 
-def _slopes(q: Tensor, theta: Tensor, u: Tensor, w: Tensor, margin: float, scale: float) -> Tensor:
+def _slopes(q: Tensor, theta: Tensor, u: Tensor, w: Tensor, margin: float, sharpness: float) -> Tensor:
     """dG/dq, du/dq and dw/dq, stacked."""
     du = (margin * torch.sin(margin * theta)).div_(torch.sin(theta)).masked_fill_(q.abs() > 1 - CLAMP, 0)
-    return torch.stack((scale * torch.sigmoid(scale * (w - u)) * (du + 1), du, torch.full_like(du, -1)))
+    return torch.stack((sharpness * torch.sigmoid(sharpness * (w - u)) * (du + 1), du, torch.full_like(du, -1)))
 
 
-def forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    layer_weights: list[float],
-    margin: float,
-    scale: float,
-    local_weight: float,
-    reduce: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """The weighted losses of the layers, (L,) or their sum, and kappa of every layer, flat: dloss/dA = kappa A."""
-    dtype = compute_dtype(*student, *teacher)
+def forward(x: ActivationPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(*x.student, *x.teacher)
     losses, kappas = [], []
-    for s, t, layer_weight in zip(student, teacher, layer_weights, strict=True):
-        batch, _, height, width = s.shape
-        loss = torch.zeros((), dtype=dtype, device=s.device)
+    for s, t, factor in zip(x.student, x.teacher, x.factors(), strict=True):
+        if s.shape[0] * s.shape[2] * s.shape[3]:
+            loss, kappa = _layer(s, t, factor, x, dtype, need_grad)
+            kappas.append(kappa)
+        else:
+            loss = torch.zeros(s.shape[0], dtype=dtype, device=s.device)
         losses.append(loss)
-        if batch * height * width == 0:
-            continue
-        r = torch.stack((_energy(s, dtype), _energy(t, dtype)))  # (2, B, H, W): student, teacher
-        norm = _energy_norm(r)
-        q = r / (norm + ENERGY_EPS)
-        theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
-        maps = _maps(r, norm, theta, margin, scale)  # (3, 2, B, H, W)
-        h = torch.zeros_like(q[0])
-        slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], margin, scale) if need_grad else None
-        for top, left, weight in regions(height, width, local_weight):
-            v = maps[..., top, left]
-            norms = _norm(v)
-            length = norms.clamp(min=UNIT_EPS)
-            unit = v / length
-            difference = unit[:, 0] - unit[:, 1]
-            e = difference.square().sum((-2, -1), keepdim=True)
-            c = layer_weight * weight / (3 * batch * v[0, 0, 0].numel())
-            loss += c * e.sum()
-            if slopes is not None:
-                # <x, D>: e / 2 for unit vectors. Under the clamp (a region of one bright pixel) a vector is shorter
-                # than 1, and the student's norm is a constant
-                of_1 = (norms / length).square()
-                inner = ((e + of_1[:, 0] - of_1[:, 1]) / 2).masked_fill_(norms[:, 0] < UNIT_EPS, 0)
-                dv = difference.sub_(inner * unit[:, 0]).mul_(2 * c / length[:, 0])
-                h[..., top, left] += dv.mul_(slopes[..., top, left]).sum(0)
-        if need_grad:
-            direction = torch.where(norm[0] > 0, r[0] / norm[0], 0)  # r / R, and 0 on a dead map
-            inner = (h * q[0]).sum((-2, -1), keepdim=True)
-            kappas.append((2 * (h - inner * direction) / (norm[0] + ENERGY_EPS)).flatten())
-    total = torch.stack(losses)
-    return total.sum() if reduce else total, torch.cat(kappas) if kappas else total.new_empty(0)
+    total = torch.stack(losses)  # (L, B)
+    total = total if x.per_sample else total.sum(1)
+    total = total if x.per_layer else total.sum(0)
+    return total, torch.cat(kappas) if kappas and need_grad else total.new_empty(0)
+
+
+def _layer(
+    s: Tensor, t: Tensor, factor: float, x: ActivationPairs, dtype: torch.dtype, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """One layer's losses (B,) and kappa (B H W,)."""
+    _, _, height, width = s.shape
+    r = torch.stack((_energy(s, dtype), _energy(t, dtype)))  # (2, B, H, W): student, teacher
+    norm = _energy_norm(r)
+    q = r / (norm + ENERGY_EPS)
+    theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
+    maps = _maps(r, norm, theta, x.margin, x.sharpness)  # (3, 2, B, H, W)
+    slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], x.margin, x.sharpness) if need_grad else None
+    loss, h = torch.zeros(len(s), dtype=dtype, device=s.device), torch.zeros_like(q[0])
+    for top, left, weight in regions(height, width, x.local_weight):
+        v = maps[..., top, left]
+        c = factor * weight / (3 * v[0, 0, 0].numel())
+        e, dv = _region(v, c)
+        loss += c * e.sum((0, 2, 3))
+        if slopes is not None:
+            h[..., top, left] += dv.mul_(slopes[..., top, left]).sum(0)
+    if not need_grad:
+        return loss, loss
+    direction = torch.where(norm[0] > 0, r[0] / norm[0], 0)  # r / R, and 0 on a dead map
+    inner = (h * q[0]).sum((-2, -1), keepdim=True)
+    return loss, (2 * (h - inner * direction) / (norm[0] + ENERGY_EPS)).flatten()
+
+
+def _region(v: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """Of one region's maps (3, 2, B, h, w): e = |D|^2 of the unit vectors' difference D, and d(c e)/dv of the student."""
+    norms = _norm(v)
+    length = norms.clamp(min=UNIT_EPS)
+    unit = v / length
+    difference = unit[:, 0] - unit[:, 1]
+    e = difference.square().sum((-2, -1), keepdim=True)
+    # <x, D>: e / 2 for unit vectors. Under the clamp (a region of one bright pixel) a vector is shorter than 1, and the
+    # student's norm is a constant
+    of_1 = (norms / length).square()
+    inner = ((e + of_1[:, 0] - of_1[:, 1]) / 2).masked_fill_(norms[:, 0] < UNIT_EPS, 0)
+    return e, difference.sub_(inner * unit[:, 0]).mul_(2 * c / length[:, 0])
 
 
 def backward(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
-    """grad * kappa * A of each layer, in the layer's shape, dtype and memory format; grad is () or (L,)."""
     gradients = []
     sizes = [math.prod((s.shape[0], *s.shape[2:])) for s in student]
-    for s, k, g in zip(student, kappa.split(sizes), grad.expand(len(student)).unbind(0), strict=True):
-        factor = (k * g).view(s.shape[0], 1, *s.shape[2:])
+    for s, k, g in zip(student, kappa.split(sizes), grad, strict=True):
+        factor = k.view(s.shape[0], 1, *s.shape[2:]) * g[:, None, None, None]
         gradients.append(
             torch.mul(s, factor, out=grad_like(s)) if s.dtype == k.dtype else grad_like(s).copy_(s * factor)
         )

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .op import LayerPairs, SPOptions
-
-COSINE_EPS = 1e-8
+from .op import COSINE_EPS, LayerPairs, SPOptions
 
 
 def sp_gram(x: LayerPairs) -> Tensor:

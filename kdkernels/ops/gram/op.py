@@ -20,6 +20,7 @@ from ..checks import compute_dtype, grad_like, need_grad
 from ..library import Differentiable, build, flatten, register, schema
 
 ROW_NORMS = ("l2", "l1")
+COSINE_EPS = 1e-8  # a row that is shorter counts as that long
 
 
 class SPOptions(NamedTuple):

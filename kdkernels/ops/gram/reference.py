@@ -1,18 +1,16 @@
-"""Batch Gram matrices in plain PyTorch: the definition, the fallback and the oracle of the tests.
+"""gram in plain PyTorch, made fast: the fallback. What it computes is in definition.py.
 
 Notation: Q (B, D) features of a batch, K = Q Q^T, G = K with normalised rows, n the rows' norms; s student, t teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from ..checks import compute_dtype, grad_like, is_channels_last
+from .op import COSINE_EPS, LayerPairs, SPOptions
 
-COSINE_EPS = 1e-8
 SLICE = 4096  # columns summed in fp32 alone: what two Grams differ by would drown in the rounding of longer sums
 
 
@@ -37,22 +35,17 @@ def _normalise(k: Tensor, row_norm: str, eps: float) -> tuple[Tensor, Tensor]:
     return k / norm.clamp(min=eps), norm
 
 
-def sp_forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    row_norm: str,
-    scale: float,
-    eps: float,
-    zero_row_grad: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """Sum over layers of scale * ||G_t - G_s||_F^2, and per layer W = H + H^T with dloss/dQ_s = W Q_s."""
-    dtype = compute_dtype(*student, *teacher)
-    grams = ((gram(rows(s).to(dtype)), gram(rows(t).to(dtype))) for s, t in zip(student, teacher, strict=True))
-    return sp_from_grams(grams, row_norm, scale, eps, zero_row_grad, need_grad)
+def sp_forward(x: LayerPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+    matrices = grams([*x.student, *x.teacher])
+    return sp_from_grams(matrices.unflatten(0, (2, len(x.student))), x.options, need_grad)
 
 
-def gram(q: Tensor) -> Tensor:
+def grams(features: list[Tensor]) -> Tensor:
+    dtype = compute_dtype(*features)
+    return torch.stack([_gram(rows(x).to(dtype)) for x in features])
+
+
+def _gram(q: Tensor) -> Tensor:
     """K = Q Q^T: a sum over columns, so that the Gram matrices of column shards add up to it."""
     if q.dtype == torch.float64 or q.shape[1] <= SLICE:
         return q @ q.t()
@@ -60,46 +53,44 @@ def gram(q: Tensor) -> Tensor:
     return torch.stack([part @ part.t() for part in q.split(SLICE, dim=1)]).sum(0, dtype=wide).to(q.dtype)
 
 
-def sp_from_grams(
-    grams: Iterable[tuple[Tensor, Tensor]],
-    row_norm: str,
-    scale: float,
-    eps: float,
-    zero_row_grad: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    """sp_forward from each layer's K_s and K_t."""
-    losses, weights = [], []
-    for k_s, k_t in grams:
-        g_s, n_s = _normalise(k_s, row_norm, eps)
-        g_t, _ = _normalise(k_t, row_norm, eps)
+def sp_from_grams(grams: Tensor, options: SPOptions, need_grad: bool) -> tuple[Tensor, Tensor]:
+    losses, matrices = [], []
+    for k_s, k_t, scale in zip(*grams, options.scales(grams.shape[-1]), strict=True):
+        g_s, n_s = _normalise(k_s, options.row_norm, options.eps)
+        g_t, _ = _normalise(k_t, options.row_norm, options.eps)
         difference = g_s - g_t
         losses.append(scale * difference.square().sum())
         if need_grad:
             r = difference.mul_(2 * scale)
-            inner = (r * g_s).sum(1, keepdim=True).masked_fill_(n_s < eps, 0)  # below eps the norm is a constant
-            h = (r - inner * (g_s if row_norm == "l2" else k_s.sign())) / n_s.clamp(min=eps)
-            if not zero_row_grad:
+            inner = (r * g_s).sum(1, keepdim=True).masked_fill_(n_s < options.eps, 0)  # below eps the norm is constant
+            direction = g_s if options.row_norm == "l2" else k_s.sign()
+            h = (r - inner * direction) / n_s.clamp(min=options.eps)
+            if not options.zero_row_grad:
                 h = h.masked_fill(n_s == 0, 0)  # an all-zero row has no direction to normalise
-            weights.append(h + h.t())
-    loss = torch.stack(losses).sum()
-    return loss, torch.stack(weights) if weights else loss.new_empty(0)
+            matrices.append(h + h.t())
+    loss = torch.stack(losses)
+    loss = loss if options.per_layer else loss.sum()
+    return loss, torch.stack(matrices) if matrices else loss.new_empty(0)
 
 
-def sp_backward(grad: Tensor, student: list[Tensor], weights: Tensor) -> list[Tensor]:
-    """grad * W Q_s of each layer, in the layer's shape, dtype and memory format."""
+def sp_backward(grad: Tensor, student: list[Tensor], gradient_matrix: Tensor) -> list[Tensor]:
     gradients = []
-    for s, w in zip(student, weights.unbind(0), strict=True):
+    for s, w, g in zip(student, gradient_matrix, grad.expand(len(student)), strict=True):
         out = grad_like(s)
         target = out.permute(0, 2, 3, 1) if is_channels_last(out) else out
-        product = (w * grad) @ rows(s).to(w.dtype)
-        target.copy_(product.view(target.shape))
+        # (w g) Q, not w (Q g): a loss scale of 2^16 must not overflow half features
+        target.copy_(((w * g) @ rows(s).to(w.dtype)).view(target.shape))
         gradients.append(out)
     return gradients
 
 
+def products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(a, b)
+    a, b = a.to(dtype), b.to(dtype)
+    return a @ b.t(), a.square().sum(1), b.square().sum(1)
+
+
 def cosine_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S = A B^T over the rows' norms, and the inverse norms (0 for a row whose norm is under the eps)."""
     dtype = compute_dtype(a, b)
     a, b = a.to(dtype), b.to(dtype)
     inverse_a, inverse_b = (_inverse_norm(x) for x in (a, b))

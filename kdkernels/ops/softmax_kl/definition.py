@@ -28,8 +28,8 @@ def softmax_kl(x: Rows) -> Tensor:
     log_m_s, log_m_t = (_masses(log_q, labelled) for log_q in (log_q_s, log_q_t))
     rows = -x.terms.ce * _product(y, s.log_softmax(1)).sum(1)
     rows = rows + x.terms.kl * _kl(log_q_t, log_q_s)
-    rows = rows + x.terms.target * _kl(log_m_t, log_m_s)
-    rows = rows + x.terms.non_target * _kl(_others(log_q_t, labelled), _others(log_q_s, labelled))
+    rows = rows + x.terms.target_kl * _kl(log_m_t, log_m_s)
+    rows = rows + x.terms.non_target_kl * _kl(_others(log_q_t, labelled), _others(log_q_s, labelled))
     rows = rows.masked_fill(~counts, 0)
     if x.reduction == "none":
         return rows

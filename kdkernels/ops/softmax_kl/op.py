@@ -38,12 +38,12 @@ class Terms(NamedTuple):
 
     ce: float = 0.0  # cross entropy with y, at temperature 1
     kl: float = 0.0  # KL(teacher || student) at the temperature
-    target: float = 0.0  # its part over {the labelled classes, all others together}
-    non_target: float = 0.0  # the KL among the classes that are not labelled, renormalised
+    target_kl: float = 0.0  # its part over {the labelled classes, all others together}
+    non_target_kl: float = 0.0  # the KL among the classes that are not labelled, renormalised
 
     @property
     def decoupled(self) -> bool:
-        return self.target != 0 or self.non_target != 0
+        return self.target_kl != 0 or self.non_target_kl != 0
 
     @property
     def soft(self) -> bool:
@@ -136,6 +136,7 @@ _op = Differentiable(
     _fake,
     keep=_keep,
     backward=backward_op,
+    keeps_constants=True,
 )
 
 

@@ -1,4 +1,4 @@
-"""softmax_kl in plain PyTorch: the definition, the fallback and the oracle of the tests.
+"""softmax_kl in plain PyTorch, made fast: the fallback. What it computes is in definition.py.
 
 Notation: z logits, T temperature, p = softmax(z), q = softmax(z / T), s student, t teacher, {a, b} a row's labels.
 Every softmax is kept as (maximum, log of the sum of exponentials above it): adding the two would round away
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
+from .op import Labels, Rows
 
 NEG_INF = -math.inf
 
@@ -22,7 +23,7 @@ def supports(*tensors: Tensor) -> str | None:
     return None
 
 
-class Labels(NamedTuple):
+class RowLabels(NamedTuple):
     """Up to two labels per row, (N, 1) each, with their weights; ``keep`` is False on ignored rows."""
 
     a: Tensor
@@ -33,17 +34,17 @@ class Labels(NamedTuple):
     valid: Tensor
 
 
-def read_labels(
-    target: Tensor, target_mixed: Tensor | None, lam: Tensor | None, ignore_index: int, classes: int, dtype: torch.dtype
-) -> Labels:
-    a = target
-    b = target if target_mixed is None else target_mixed
-    keep = (a != ignore_index) & (b != ignore_index)
+def _read(labels: Labels, classes: int, dtype: torch.dtype) -> RowLabels | None:
+    """None without labels and with dense ones."""
+    if labels.target is None or labels.dense:
+        return None
+    a, b = labels.target, labels.target if labels.mixed is None else labels.mixed
+    keep = (a != labels.ignore_index) & (b != labels.ignore_index)
     valid = (a >= 0) & (a < classes) & (b >= 0) & (b < classes)
-    weight_a = torch.ones((), dtype=dtype, device=a.device) if lam is None else lam.to(dtype)
+    weight_a = torch.ones((), dtype=dtype, device=a.device) if labels.lam is None else labels.lam.to(dtype)
     weight_a = weight_a.expand(a.shape)
     a, b = a.clamp(0, classes - 1), b.clamp(0, classes - 1)
-    return Labels(a[:, None], b[:, None], weight_a[:, None], 1 - weight_a[:, None], keep[:, None], valid[:, None])
+    return RowLabels(a[:, None], b[:, None], weight_a[:, None], 1 - weight_a[:, None], keep[:, None], valid[:, None])
 
 
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def may_hold(condition: Tensor) -> bool:
     return condition.device.type != "cpu" or bool(condition.any())
 
 
-class Rest(NamedTuple):
+class NonTarget(NamedTuple):
     """The softmax over the classes that a row is not labelled with, for one network."""
 
     z: Tensor  # (N, C) z / T - max, labelled classes at -inf
@@ -64,92 +65,85 @@ class Rest(NamedTuple):
     logz: Tensor  # (N, 1), -inf there
 
 
-def _rest(z: Tensor, z_max: Tensor, labels: Labels) -> Rest:
+def _non_target(z: Tensor, z_max: Tensor, labels: RowLabels) -> NonTarget:
     z = z.scatter(1, labels.a, NEG_INF).scatter(1, labels.b, NEG_INF)
     top = z.amax(1, keepdim=True)
     top = torch.where(top == NEG_INF, torch.zeros_like(top), top)  # no other class: its mass is exp(-inf) = 0
     top = top + (z_max - z_max)  # an infinity or NaN among the labelled classes must not hide
-    return Rest(z, top, (z - top).exp().sum(1, keepdim=True).log())
+    return NonTarget(z, top, (z - top).exp().sum(1, keepdim=True).log())
 
 
-def _rest_log_q(z: Tensor, top: Tensor, logz: Tensor) -> Tensor:
+def _non_target_log_q(z: Tensor, top: Tensor, logz: Tensor) -> Tensor:
     return torch.where(logz == NEG_INF, NEG_INF, z - top - logz)
 
 
-def _labelled(values: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+def _labelled(values: Tensor, labels: RowLabels) -> tuple[Tensor, Tensor]:
     """values at a and at b, b's replaced by 0 where it is a."""
     at_b = values.gather(1, labels.b)
     return values.gather(1, labels.a), torch.where(labels.b == labels.a, torch.zeros_like(at_b), at_b)
 
 
-def _log_rest(mass: Tensor, rest: Rest, logz: Tensor) -> Tensor:
+def _log_mass(labelled_mass: Tensor, others: NonTarget, logz: Tensor) -> Tensor:
     """log of the other classes' probability: log1p of the labelled mass where that is small, else their log-sum."""
-    return torch.where(mass < 0.5, torch.log1p(-mass), rest.max + rest.logz - logz)
+    return torch.where(labelled_mass < 0.5, torch.log1p(-labelled_mass), others.max + others.logz - logz)
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    target_mixed: Tensor | None,
-    lam: Tensor | None,
-    temperature: float,
-    weights: list[float],
-    ignore_index: int,
-    reduction: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(student, teacher)
-    n, classes = student.shape
-    w_ce, w_kl, w_target, w_other = weights
-    decoupled = bool(w_target or w_other)
+def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x.student, x.teacher)
+    n, classes = x.student.shape
+    labels = _read(x.labels, classes, dtype)
 
-    s_max = student.amax(1, keepdim=True).to(dtype)
-    s = student - s_max
-    logz_p = logz_s = logz_t = t_max = torch.zeros_like(s_max)
-    rows = torch.zeros(n, 1, dtype=dtype, device=student.device)
-    dense = target is not None and target.is_floating_point()
-    labels = None
-    if target is not None and not dense:
-        labels = read_labels(target, target_mixed, lam, ignore_index, classes, dtype)
-    if w_ce and target is not None:
-        logz_p = _logz(s)
-        if labels is not None:
-            ce = _weighted(labels.weight_a, s.gather(1, labels.a) - logz_p)
-            if target_mixed is not None:
-                ce = ce + _weighted(labels.weight_b, s.gather(1, labels.b) - logz_p)
-        else:
-            ce = _weighted(target.to(dtype), s - logz_p).sum(1, keepdim=True)
-        rows -= w_ce * ce
+    s_max = x.student.amax(1, keepdim=True).to(dtype)
+    s = x.student - s_max
+    stats = [s_max, *[torch.zeros_like(s_max)] * 4]
+    rows = torch.zeros(n, 1, dtype=dtype, device=s.device)
+    if x.terms.ce:
+        stats[2] = _logz(s)
+        rows -= x.terms.ce * _log_likelihood(s, stats[2], x, labels)
+    if x.terms.soft:
+        stats[1] = x.teacher.amax(1, keepdim=True).to(dtype)
+        zs, zt = s.mul_(1 / x.temperature), (x.teacher - stats[1]).mul_(1 / x.temperature)
+        stats[3] = _logz(zs)
+        kl, stats[4] = _kl(zs, stats[3], zt)
+        if x.terms.kl:
+            rows += x.terms.kl * kl
+        if labels is not None and x.terms.decoupled:
+            terms, non_target = _decoupled(zs, zt, stats, x, labels)
+            rows += terms
+            stats += non_target
 
-    rest_stats: list[Tensor] = []
-    if w_kl or decoupled:
-        t_max = teacher.amax(1, keepdim=True).to(dtype)
-        zs, zt = s.mul_(1 / temperature), (teacher - t_max).mul_(1 / temperature)
-        logz_s = _logz(zs)
-        kl, logz_t = _kl(zs, logz_s, zt)
-        if w_kl:
-            rows += w_kl * kl
-        if decoupled:
-            assert labels is not None
-            rest_s, rest_t = _rest(zs, s_max, labels), _rest(zt, t_max, labels)
-            if w_target:
-                rows += w_target * _target_kl(zs - logz_s, zt - logz_t, logz_s, logz_t, rest_s, rest_t, labels)
-            if w_other:
-                rows += w_other * _other_kl(rest_s, rest_t)
-            rest_stats = [rest_s.max, rest_t.max, rest_s.logz, rest_t.logz]
-
-    count = torch.full((), max(n, 1), dtype=dtype, device=student.device)
+    count = torch.full((), max(n, 1), dtype=dtype, device=s.device)
     if labels is not None:
         rows = rows.masked_fill(~labels.valid, math.nan).masked_fill(~labels.keep, 0)
         count = labels.keep.sum().clamp(min=1).to(dtype)
-    scale = 1 / count if reduction == "batchmean" else torch.ones_like(count)
-    loss = rows[:, 0].clone() if reduction == "none" else rows.sum() * scale
-    if not need_grad:
-        return loss, loss.new_empty(0), scale
+    scale = 1 / count if x.reduction == "mean" else torch.ones_like(count)
+    loss = rows[:, 0].clone() if x.reduction == "none" else rows.sum() * scale
+    return loss, torch.cat(stats, 1).t().contiguous() if need_grad else loss.new_empty(0), scale
 
-    stats = [s_max, t_max, logz_p, logz_s, logz_t, *rest_stats]
-    return loss, torch.cat(stats, 1).t().contiguous(), scale
+
+def _log_likelihood(s: Tensor, logz: Tensor, x: Rows, labels: RowLabels | None) -> Tensor:
+    """sum_k y_k log p_k, (N, 1), from s = z - max and log Z."""
+    if labels is None:
+        assert x.labels.target is not None
+        return _weighted(x.labels.target.to(s.dtype), s - logz).sum(1, keepdim=True)
+    result = _weighted(labels.weight_a, s.gather(1, labels.a) - logz)
+    if x.labels.mixed is not None:
+        result = result + _weighted(labels.weight_b, s.gather(1, labels.b) - logz)
+    return result
+
+
+def _decoupled(
+    zs: Tensor, zt: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels
+) -> tuple[Tensor | float, list[Tensor]]:
+    """w_target TCKD + w_non_target NCKD, and the statistics of the classes that are not labelled."""
+    s_max, t_max, _, logz_s, logz_t = stats
+    others_s, others_t = _non_target(zs, s_max, labels), _non_target(zt, t_max, labels)
+    rows: Tensor | float = 0.0
+    if x.terms.target_kl:
+        rows = x.terms.target_kl * _target_kl(zs - logz_s, zt - logz_t, logz_s, logz_t, others_s, others_t, labels)
+    if x.terms.non_target_kl:
+        rows = rows + x.terms.non_target_kl * _non_target_kl(others_s, others_t)
+    return rows, [others_s.max, others_t.max, others_s.logz, others_t.logz]
 
 
 def _logz(z: Tensor) -> Tensor:
@@ -182,73 +176,51 @@ def _bregman(delta: Tensor, qs: Tensor, qt: Tensor) -> Tensor:
     return torch.where(qt == 0, qs, terms).sum(1, keepdim=True)
 
 
-def _other_kl(rest_s: Rest, rest_t: Rest) -> Tensor:
+def _non_target_kl(others_s: NonTarget, others_t: NonTarget) -> Tensor:
     """The KL of the other classes, renormalised; 0 where the teacher has no mass there."""
-    log_s, log_t = _rest_log_q(*rest_s), _rest_log_q(*rest_t)
+    log_s, log_t = _non_target_log_q(*others_s), _non_target_log_q(*others_t)
     kl = _bregman(log_t - log_s, log_s.exp(), log_t.exp())
-    return kl.masked_fill(rest_t.logz == NEG_INF, 0)
+    return kl.masked_fill(others_t.logz == NEG_INF, 0)
 
 
 def _target_kl(
-    log_qs: Tensor, log_qt: Tensor, logz_s: Tensor, logz_t: Tensor, rest_s: Rest, rest_t: Rest, labels: Labels
+    log_qs: Tensor,
+    log_qt: Tensor,
+    logz_s: Tensor,
+    logz_t: Tensor,
+    others_s: NonTarget,
+    others_t: NonTarget,
+    labels: RowLabels,
 ) -> Tensor:
     """sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s) for the mass S of the others."""
     qt = _labelled(log_qt.exp(), labels)
     qs = _labelled(log_qs.exp(), labels)
-    log_ss = _log_rest(qs[0] + qs[1], rest_s, logz_s)
-    log_st = _log_rest(qt[0] + qt[1], rest_t, logz_t)
+    log_ss = _log_mass(qs[0] + qs[1], others_s, logz_s)
+    log_st = _log_mass(qt[0] + qt[1], others_t, logz_t)
     result = _weighted(log_st.exp(), log_st - log_ss)
     for q, index in zip(qt, (labels.a, labels.b), strict=True):
         result = result + _weighted(q, log_qt.gather(1, index) - log_qs.gather(1, index))
     return result
 
 
-def backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    target_mixed: Tensor | None,
-    lam: Tensor | None,
-    stats: Tensor,
-    scale: Tensor,
-    temperature: float,
-    weights: list[float],
-    ignore_index: int,
-) -> Tensor:
-    dtype = compute_dtype(student, teacher)
-    classes = student.shape[1]
-    w_ce, w_kl, w_target, w_other = weights
-    s_max, t_max, _, _, _, *rest_stats = stats[:, :, None].unbind(0)
-    dense = target is not None and target.is_floating_point()
-    labels = None
-    if target is not None and not dense:
-        labels = read_labels(target, target_mixed, lam, ignore_index, classes, dtype)
+def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor) -> Tensor:
+    dtype = compute_dtype(x.student, x.teacher)
+    labels = _read(x.labels, x.student.shape[1], dtype)
+    s_max, t_max, _, _, _, *non_target = stats[:, :, None].unbind(0)
 
-    s = student - s_max
-    result = None
-    if w_ce and target is not None:
-        result = s.softmax(1)  # p
-        if labels is not None:
-            result.scatter_add_(1, labels.a, -labels.weight_a)
-            if target_mixed is not None:
-                result.scatter_add_(1, labels.b, -labels.weight_b)
-        else:
-            y = target.to(dtype)
-            result.mul_(y.sum(1, keepdim=True)).sub_(y)
-        result.mul_(w_ce)
-    if w_kl or w_target or w_other:
-        s.mul_(1 / temperature)
-        t = (teacher - t_max).mul_(1 / temperature)
+    s = x.student - s_max
+    result = _ce_gradient(s, x, labels) if x.terms.ce else None
+    if x.terms.soft:
+        s.mul_(1 / x.temperature)
+        t = (x.teacher - t_max).mul_(1 / x.temperature)
         qs, qt = s.softmax(1), t.softmax(1)
         parts = []
-        if w_target or w_other:
-            assert labels is not None
-            parts.append((_rest_gradient(s, t, qs, qt, rest_stats, labels, w_target, w_other), 1.0))
-        if w_kl:
-            parts.append((qs.sub_(qt), w_kl))
+        if labels is not None and x.terms.decoupled:
+            parts.append((_decoupled_gradient(s, t, qs, qt, non_target, x, labels), 1.0))
+        if x.terms.kl:
+            parts.append((qs.sub_(qt), x.terms.kl))
         for part, weight in parts:
-            alpha = weight / temperature
+            alpha = weight / x.temperature
             result = part.mul_(alpha) if result is None else result.add_(part, alpha=alpha)
     if result is None:
         result = torch.zeros_like(s)
@@ -257,30 +229,38 @@ def backward(
         factor = torch.where(labels.valid, factor, math.nan).masked_fill(~labels.keep, 0)
         if may_hold(~labels.keep):
             result.masked_fill_(~labels.keep, 0)  # an ignored row of NaN has zero gradient too
-    return result.mul_(factor).to(student.dtype).contiguous()
+    return result.mul_(factor).to(x.student.dtype).contiguous()
 
 
-def _rest_gradient(
-    s: Tensor,
-    t: Tensor,
-    qs: Tensor,
-    qt: Tensor,
-    rest_stats: list[Tensor],
-    labels: Labels,
-    w_target: float,
-    w_other: float,
+def _ce_gradient(s: Tensor, x: Rows, labels: RowLabels | None) -> Tensor:
+    """w_ce (p sum(y) - y)"""
+    result = s.softmax(1)
+    if labels is None:
+        assert x.labels.target is not None
+        y = x.labels.target.to(s.dtype)
+        result.mul_(y.sum(1, keepdim=True)).sub_(y)
+    else:
+        result.scatter_add_(1, labels.a, -labels.weight_a)
+        if x.labels.mixed is not None:
+            result.scatter_add_(1, labels.b, -labels.weight_b)
+    return result.mul_(x.terms.ce)
+
+
+def _decoupled_gradient(
+    s: Tensor, t: Tensor, qs: Tensor, qt: Tensor, non_target: list[Tensor], x: Rows, labels: RowLabels
 ) -> Tensor:
-    """T times d(w_target TCKD + w_other NCKD)/dz_s."""
-    max_s, max_t, logz_s, logz_t = rest_stats
-    other_s, other_t = _rest_log_q(s, max_s, logz_s).exp(), _rest_log_q(t, max_t, logz_t).exp()
+    """T times d(w_target TCKD + w_non_target NCKD)/dz_s."""
+    max_s, max_t, logz_s, logz_t = non_target
+    others_s, others_t = _non_target_log_q(s, max_s, logz_s).exp(), _non_target_log_q(t, max_t, logz_t).exp()
     (qs_a, qs_b), (qt_a, qt_b) = _labelled(qs, labels), _labelled(qt, labels)
     mass_s, mass_t = qs_a + qs_b, qt_a + qt_b
     # S_s - S_t from whichever side has the smaller numbers
-    rest_mass_s, rest_mass_t = (
+    others_mass_s, others_mass_t = (
         q.scatter(1, labels.a, 0).scatter(1, labels.b, 0).sum(1, keepdim=True) for q in (qs, qt)
     )
-    difference = torch.where(mass_s < 0.5, mass_t - mass_s, rest_mass_s - rest_mass_t)
-    gradient = other_s * (w_target * difference + w_other) - w_other * other_t
+    difference = torch.where(mass_s < 0.5, mass_t - mass_s, others_mass_s - others_mass_t)
+    w_target, w_non_target = x.terms.target_kl, x.terms.non_target_kl
+    gradient = others_s * (w_target * difference + w_non_target) - w_non_target * others_t
     for index in (labels.a, labels.b):
         gradient.scatter_(1, index, w_target * (qs.gather(1, index) - qt.gather(1, index)))
     return gradient
