@@ -129,7 +129,7 @@ void energy(const Activation& a, int64_t sample, int64_t pixels, T* r, T* buffer
     return;
   }
   for (int64_t begin = 0; begin < pixels; begin += kPixels) {
-    const int64_t n = least(kPixels, pixels - begin);
+    const int64_t n = min(kPixels, pixels - begin);
     T* out = r + begin;
     for (int64_t k = 0; k < n; ++k) out[k] = 0;
     int64_t c = 0;
@@ -153,7 +153,7 @@ double sum_of_products(const T* a, const T* b, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     T part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < least(n, begin + kChunk); ++k) part += a[k] * b[k];
+    for (int64_t k = begin; k < min(n, begin + kChunk); ++k) part += a[k] * b[k];
     sum += part;
   }
   return sum;
@@ -168,7 +168,7 @@ T energy_norm(const T* r, int64_t n) {
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     T part = 0;
 #pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < least(n, begin + kChunk); ++k) part += (r[k] / top) * (r[k] / top);
+    for (int64_t k = begin; k < min(n, begin + kChunk); ++k) part += (r[k] / top) * (r[k] / top);
     sum += part;
   }
   return static_cast<T>(std::sqrt(sum) * top);
@@ -216,14 +216,14 @@ double branch(const T* vs, const T* vt, const T* slope, const Region& a, int64_t
 }
 
 template <typename T>
-double sample_forward(const AngularMargin& x, const AngularLayer& layer, int64_t sample, const Margin<T>& margin,
+double sample_forward(const AngularMarginForward& x, const AngularLayer& layer, int64_t sample, const Margin<T>& margin,
                       T* scratch) {
   const int64_t n = layer.height * layer.width;
   T* part[14];
   for (int i = 0; i < 14; ++i) part[i] = scratch + i * n;
   T *r = part[0], *q = part[1], *maps[2][3] = {{part[2], part[3], part[4]}, {part[5], part[6], part[7]}};
   T *slope[3] = {part[8], part[9], part[10]}, *h = part[11], *buffer = scratch + 14 * n;
-  const T s = static_cast<T>(x.scale);
+  const T s = static_cast<T>(x.sharpness);
   T norm_student = 0;
   for (int network = 1; network >= 0; --network) {  // the student last: its r and q stay for the gradient
     energy(network ? layer.teacher : layer.student, sample, n, r, buffer);
@@ -259,7 +259,7 @@ double sample_forward(const AngularMargin& x, const AngularLayer& layer, int64_t
   double loss = 0;
   for (int i = 0; i < (x.local_weight != 0 ? 5 : 1); ++i) {
     const Region& a = regions[i];
-    const double c = layer.weight * a.weight / (3.0 * double(layer.batch) * double(a.height * a.width));
+    const double c = layer.factor * a.weight / (3.0 * double(a.height * a.width));
     double e = 0;
     for (int v = 0; v < 3; ++v)
       e += branch(maps[0][v], maps[1][v], slope[v], a, layer.width, c, part[12], part[13], x.kappa ? h : nullptr);
@@ -277,13 +277,13 @@ double sample_forward(const AngularMargin& x, const AngularLayer& layer, int64_t
   return loss;
 }
 
-inline int64_t tasks(const AngularMargin& x) { return x.count ? x.count * x.layers[0].batch : 0; }
+inline int64_t tasks(const AngularMargin& x) { return x.count * x.batch; }
 
 inline int64_t scratch_size(const AngularMargin& x) {
   int64_t size = 0;
   for (int64_t i = 0; i < x.count; ++i) {
     const AngularLayer& l = x.layers[i];
-    size = most(size, 14 * l.height * l.width + most<int64_t>(2 * kPixels, most(l.student.channels, l.teacher.channels)));
+    size = max(size, 14 * l.height * l.width + max<int64_t>(2 * kPixels, max(l.student.channels, l.teacher.channels)));
   }
   return size;
 }
@@ -298,8 +298,21 @@ void each_task(const AngularMargin& x, int64_t begin, int64_t end, const F& f) {
   }
 }
 
+// The samples' losses [count, batch] summed over layers, over samples, over both or over neither
 template <typename T>
-void forward(const AngularMargin& x, const Pool& pool) {
+void reduce(const AngularMarginForward& x, const double* losses) {
+  const int64_t layers = x.per_layer ? x.count : 1, samples = x.per_sample ? x.batch : 1;
+  Buffer<double> sums(layers * samples);
+  double* sum = sums;
+  for (int64_t i = 0; i < layers * samples; ++i) sum[i] = 0;
+  for (int64_t i = 0; i < x.count; ++i)
+    for (int64_t k = 0; k < x.batch; ++k)
+      sum[(x.per_layer ? i : 0) * samples + (x.per_sample ? k : 0)] += losses[i * x.batch + k];
+  for (int64_t i = 0; i < layers * samples; ++i) static_cast<T*>(x.loss)[i] = static_cast<T>(sum[i]);
+}
+
+template <typename T>
+void forward(const AngularMarginForward& x, const Pool& pool) {
   const int64_t count = tasks(x);
   Buffer<double> losses(count);
   double* loss = losses;
@@ -311,22 +324,13 @@ void forward(const AngularMargin& x, const Pool& pool) {
       loss[index * layer.batch + sample] = sample_forward<T>(x, layer, sample, margin, scratch);
     });
   });
-  T* out = static_cast<T*>(x.loss);
-  double total = 0;
-  for (int64_t i = 0; i < x.count; ++i) {
-    const int64_t batch = x.layers[i].batch;
-    double sum = 0;
-    for (int64_t k = i * batch; k < (i + 1) * batch; ++k) sum += loss[k];
-    if (!x.reduce) out[i] = static_cast<T>(sum);
-    total += sum;
-  }
-  if (x.reduce) *out = static_cast<T>(total);
+  reduce<T>(x, loss);
 }
 
 template <typename T>
-void sample_backward(const AngularMargin& x, const AngularLayer& layer, int64_t index, int64_t sample, T* scratch) {
+void sample_backward(const AngularMarginBackward& x, const AngularLayer& layer, int64_t index, int64_t sample, T* scratch) {
   const int64_t n = layer.height * layer.width, channels = layer.student.channels;
-  const T grad = static_cast<const T*>(x.grad)[index * x.grad_stride];
+  const T grad = static_cast<const T*>(x.grad)[index * x.layer_stride + sample * x.sample_stride];
   const T* kappa = static_cast<const T*>(x.kappa) + layer.kappa_offset + sample * n;
   T* factor = scratch;
   for (int64_t k = 0; k < n; ++k) factor[k] = kappa[k] * grad;
@@ -349,11 +353,11 @@ void sample_backward(const AngularMargin& x, const AngularLayer& layer, int64_t 
 }
 
 template <typename T>
-void backward(const AngularMargin& x, const Pool& pool) {
+void backward(const AngularMarginBackward& x, const Pool& pool) {
   int64_t size = 0;
   for (int64_t i = 0; i < x.count; ++i) {
     const int64_t n = x.layers[i].height * x.layers[i].width;
-    size = most(size, n + 2 * most(n, x.layers[i].student.channels));
+    size = max(size, n + 2 * max(n, x.layers[i].student.channels));
   }
   parallel(pool, tasks(x), 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(size);
@@ -365,13 +369,16 @@ void backward(const AngularMargin& x, const Pool& pool) {
 
 }  // namespace
 
-void angular_margin_forward(const AngularMargin& x, bool fp64, const Pool& pool) {
-  fp64 ? forward<double>(x, pool) : forward<float>(x, pool);
-}
-
-void angular_margin_backward(const AngularMargin& x, bool fp64, const Pool& pool) {
-  fp64 ? backward<double>(x, pool) : backward<float>(x, pool);
-}
-
 }  // namespace KD_ISA
+
+template <>
+void compute<Isa::KD_ISA>(const AngularMarginForward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::forward<double>(x, pool) : KD_ISA::forward<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const AngularMarginBackward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::backward<double>(x, pool) : KD_ISA::backward<float>(x, pool);
+}
+
 }  // namespace kd

@@ -1,7 +1,7 @@
 // angular_margin on CUDA: all layers in one launch per step.
 //   energy   one read of each activation: r [pixels] of student and teacher
 //   sample   a block per sample: everything that happens on the small maps
-//   sum      one block: the samples' losses, in a fixed order
+//   sum      the samples' losses, in a fixed order
 //   backward one read and one write of each student activation
 #include "cuda.h"
 #include "device.cuh"
@@ -99,7 +99,7 @@ __device__ inline T sigmoid(T x) {
 }
 
 struct Constants {
-  double margin, scale, local_weight;
+  double margin, sharpness, local_weight;
 };
 
 // Region 0 is the whole map; 1 to 4 are its quadrants.
@@ -121,7 +121,7 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
     if (threadIdx.x == 0) scratch.losses<T>()[(table.index + i) * layer.batch + sample] = 0;
     return;
   }
-  const T s = static_cast<T>(constants.scale), m = static_cast<T>(constants.margin);
+  const T s = static_cast<T>(constants.sharpness), m = static_cast<T>(constants.margin);
   T* h = scratch.map<T>(kMaps - 1) + offset;
   // every pixel belongs to one thread throughout, so that nothing but the sums needs a barrier
   double norm_student = 0;
@@ -153,7 +153,7 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
     const int64_t rows = region == 0 ? layer.height : region < 3 ? half_h : layer.height - half_h;
     const int64_t columns = region == 0 ? layer.width : region % 2 ? half_w : layer.width - half_w;
     const double weight = region == 0 ? 1 - constants.local_weight : constants.local_weight / 4;
-    const double c = layer.weight * weight / (3.0 * double(layer.batch) * double(rows * columns));
+    const double c = layer.factor * weight / (3.0 * double(rows * columns));
     for (int branch = 0; branch < 3; ++branch) {
       const T *vs = scratch.map<T>(2 + branch) + offset, *vt = scratch.map<T>(5 + branch) + offset;
       double sum_s = 0, sum_t = 0, e = 0;
@@ -203,33 +203,39 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
     kappa_out[offset + n] = static_cast<T>(2 * (h[n] - along * (r[n] / by)) / length);
 }
 
+// A block per number of the loss: the sum of its samples' losses, out of [layers, batch].
 template <typename T>
-__global__ void sum_kernel(const double* losses, int64_t layers, int64_t batch, bool reduce, T* out) {
+__global__ void sum_kernel(const double* losses, int64_t layers, int64_t batch, bool per_layer, bool per_sample, T* out) {
   __shared__ double shared[32];
+  const int64_t samples = per_sample ? batch : 1, layer = blockIdx.x / samples, sample = blockIdx.x % samples;
+  const int64_t first = per_layer ? layer : 0, end = per_layer ? layer + 1 : layers;
   double total = 0;
-  for (int64_t i = 0; i < layers; ++i) {
+  for (int64_t i = first; i < end; ++i) {
     double sum = 0;
-    for (int64_t k = threadIdx.x; k < batch; k += blockDim.x) sum += losses[i * batch + k];
-    sum = reduce_block(sum, shared, 0.0, Add());
-    total += sum;
-    if (!reduce && threadIdx.x == 0) out[i] = static_cast<T>(sum);
+    if (per_sample) sum = losses[i * batch + sample];
+    else
+      for (int64_t k = threadIdx.x; k < batch; k += blockDim.x) sum += losses[i * batch + k];
+    total += per_sample ? sum : reduce_block(sum, shared, 0.0, Add());
   }
-  if (reduce && threadIdx.x == 0) *out = static_cast<T>(total);
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<T>(total);
 }
 
 template <typename T>
-__global__ void backward_kernel(const __grid_constant__ Table table, const T* kappa, const T* grad, int64_t grad_stride) {
+__global__ void backward_kernel(const __grid_constant__ Table table, const T* kappa, const T* grad, int64_t layer_stride,
+                                int64_t sample_stride) {
   const int i = layer_of(table, blockIdx.x);
   const AngularLayer& layer = table.layers[i];
   const Activation& a = layer.student;
   const int64_t pixels = layer.height * layer.width, size = layer.batch * a.channels * pixels;
-  const T g = grad[(table.index + i) * grad_stride];
+  const T* g = grad + (table.index + i) * layer_stride;
   const int64_t first = (blockIdx.x - table.first_block[i]) * (kThreads * kPerThread) + threadIdx.x;
   for (int k = 0; k < kPerThread; ++k) {
     const int64_t at = first + k * kThreads;
     if (at >= size) return;
-    const int64_t pixel = a.channels_last ? at / a.channels : at / (a.channels * pixels) * pixels + at % pixels;
-    store<T>(a.type, layer.out, at, g * kappa[layer.kappa_offset + pixel] * load<T>(a.type, a.data, at));
+    const int64_t sample = at / (a.channels * pixels);
+    const int64_t pixel = a.channels_last ? at / a.channels : sample * pixels + at % pixels;
+    const T factor = g[sample * sample_stride] * kappa[layer.kappa_offset + pixel];
+    store<T>(a.type, layer.out, at, factor * load<T>(a.type, a.data, at));
   }
 }
 
@@ -239,7 +245,7 @@ void each_table(const AngularMargin& x, const Blocks& blocks, const Start& launc
   for (int64_t begin = 0; begin < x.count; begin += kLayers) {
     Table table{};
     table.index = begin;
-    table.count = static_cast<int>(smaller(kLayers, x.count - begin));
+    table.count = static_cast<int>(min(kLayers, x.count - begin));
     for (int i = 0; i < table.count; ++i) {
       table.layers[i] = x.layers[begin + i];
       table.first_block[i + 1] = table.first_block[i] + blocks(x.layers[begin + i]);
@@ -255,9 +261,9 @@ inline int64_t pixels_of(const AngularMargin& x) {
 }
 
 template <typename T>
-void forward(const AngularMargin& x, cudaStream_t stream) {
+void forward(const AngularMarginForward& x, cudaStream_t stream) {
   const Scratch scratch{static_cast<char*>(x.workspace), pixels_of(x)};
-  const Constants constants{x.margin, x.scale, x.local_weight};
+  const Constants constants{x.margin, x.sharpness, x.local_weight};
   each_table(
       x, [](const AngularLayer& l) { return 2 * l.batch * ceil_div(l.height * l.width, kTile); },
       [&](const Table& table, int64_t blocks) {
@@ -270,13 +276,15 @@ void forward(const AngularMargin& x, cudaStream_t stream) {
         sample_kernel<T><<<blocks, kThreads, 0, stream>>>(table, scratch, constants, static_cast<T*>(x.kappa));
         check_launch("angular_margin sample");
       });
-  sum_kernel<T><<<1, kThreads, 0, stream>>>(scratch.losses<T>(), x.count, x.layers[0].batch, x.reduce,
-                                            static_cast<T*>(x.loss));
+  const int64_t sums = (x.per_layer ? x.count : 1) * (x.per_sample ? x.batch : 1);
+  if (sums == 0) return;
+  sum_kernel<T><<<sums, kThreads, 0, stream>>>(scratch.losses<T>(), x.count, x.batch, x.per_layer, x.per_sample,
+                                               static_cast<T*>(x.loss));
   check_launch("angular_margin sum");
 }
 
 template <typename T>
-void backward(const AngularMargin& x, cudaStream_t stream) {
+void backward(const AngularMarginBackward& x, cudaStream_t stream) {
   each_table(
       x,
       [](const AngularLayer& l) {
@@ -284,23 +292,24 @@ void backward(const AngularMargin& x, cudaStream_t stream) {
       },
       [&](const Table& table, int64_t blocks) {
         backward_kernel<T><<<blocks, kThreads, 0, stream>>>(table, static_cast<const T*>(x.kappa),
-                                                            static_cast<const T*>(x.grad), x.grad_stride);
+                                                            static_cast<const T*>(x.grad), x.layer_stride,
+                                                            x.sample_stride);
         check_launch("angular_margin backward");
       });
 }
 
 }  // namespace
 
-int64_t angular_margin_workspace(const AngularMargin& x, bool fp64) {
-  return kMaps * pixels_of(x) * (fp64 ? 8 : 4) + 8 + 8 * x.count * x.layers[0].batch;
+int64_t workspace(const AngularMarginForward& x) {
+  return kMaps * pixels_of(x) * (x.fp64 ? 8 : 4) + 8 + 8 * x.count * x.batch;
 }
 
-void angular_margin_forward(const AngularMargin& x, bool fp64, const Launch& launch) {
-  fp64 ? forward<double>(x, launch.stream()) : forward<float>(x, launch.stream());
+void compute(const AngularMarginForward& x, const Launch& launch) {
+  x.fp64 ? forward<double>(x, launch.stream()) : forward<float>(x, launch.stream());
 }
 
-void angular_margin_backward(const AngularMargin& x, bool fp64, const Launch& launch) {
-  fp64 ? backward<double>(x, launch.stream()) : backward<float>(x, launch.stream());
+void compute(const AngularMarginBackward& x, const Launch& launch) {
+  x.fp64 ? backward<double>(x, launch.stream()) : backward<float>(x, launch.stream());
 }
 
 }  // namespace cuda

@@ -16,21 +16,27 @@ struct Activation {
 struct AngularLayer {
   Activation student, teacher;
   int64_t batch, height, width;
-  double weight;
+  double factor;
   int64_t kappa_offset;  // of the layer's [B, H, W] in kappa
   void* out;             // backward: dense gradient in the student's layout and dtype
 };
 
-struct AngularMargin {
+struct AngularMargin : Call {
   const AngularLayer* layers;
-  int64_t count;
-  double margin, scale, local_weight;
-  bool reduce;
-  void* loss;   // T [] or [count]
+  int64_t count, batch;
+};
+
+struct AngularMarginForward : AngularMargin {
+  double margin, sharpness, local_weight;
+  bool per_layer, per_sample;
+  void* loss;   // T [], [count], [batch] or [count, batch]
   void* kappa;  // T, or null if no gradient is wanted
-  const void* grad;  // backward: T, element layer * grad_stride
-  int64_t grad_stride;
-  void* workspace;  // CUDA only
+};
+
+struct AngularMarginBackward : AngularMargin {
+  const void* kappa;
+  const void* grad;  // T, element layer * layer_stride + sample * sample_stride
+  int64_t layer_stride, sample_stride;
 };
 
 constexpr double kUnitEps = 1e-12;
@@ -43,7 +49,9 @@ KD_BOTH inline double along_unit(double e, double norm_s, double norm_t) {
   return (e + 1 - of_1 * of_1) / 2;
 }
 
-KD_FOR_EACH_ISA(void angular_margin_forward(const AngularMargin&, bool fp64, const Pool&);
-                void angular_margin_backward(const AngularMargin&, bool fp64, const Pool&);)
+template <Isa>
+void compute(const AngularMarginForward&, const Pool&);
+template <Isa>
+void compute(const AngularMarginBackward&, const Pool&);
 
 }  // namespace kd

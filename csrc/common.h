@@ -22,47 +22,14 @@ struct Pool {
   int threads;
 };
 
-// Each CPU kernel file is compiled once per instruction set, into a namespace of that name; KD_ONLY names the only one of a
-// build for one machine.
-#if !defined(KD_ONLY) && !defined(__x86_64__)
-#define KD_ONLY base
-#endif
-
-#ifdef KD_ONLY
-#define KD_FOR_EACH_ISA(DECLARATION) \
-  namespace KD_ONLY {                \
-  DECLARATION                        \
-  }
-#define KD_DISPATCH(call) return kd::KD_ONLY::call;
-#else
-#define KD_FOR_EACH_ISA(DECLARATION) \
-  namespace base {                   \
-  DECLARATION                        \
-  }                                  \
-  namespace avx2 {                   \
-  DECLARATION                        \
-  }                                  \
-  namespace avx512 {                 \
-  DECLARATION                        \
-  }
-
+// Each CPU kernel file is compiled once per instruction set, with KD_ISA its name, and specialises compute<> for it.
 enum class Isa : int { base, avx2, avx512 };
 
-inline Isa best_isa() {
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
-    return Isa::avx512;
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::base;
-}
-
-#define KD_DISPATCH(call)                         \
-  static const kd::Isa isa = kd::best_isa();      \
-  switch (isa) {                                  \
-    case kd::Isa::avx512: return kd::avx512::call; \
-    case kd::Isa::avx2: return kd::avx2::call;     \
-    default: return kd::base::call;               \
-  }
-#endif
+// The record of one kernel call: all arguments that the bindings hand over. In such a record T is float, or double
+// with fp64.
+struct Call {
+  bool fp64 = false;
+  void* workspace = nullptr;  // CUDA: as many bytes as cuda::workspace() says; unused on the CPU
+};
 
 }  // namespace kd

@@ -28,11 +28,11 @@ namespace {
 constexpr int64_t kChunk = 512;  // numbers that are summed in their own precision before the sum goes on in double
 
 template <typename T>
-inline T least(T a, T b) {
+inline T min(T a, T b) {
   return b < a ? b : a;
 }
 template <typename T>
-inline T most(T a, T b) {
+inline T max(T a, T b) {
   return a < b ? b : a;
 }
 
@@ -65,7 +65,7 @@ class Buffer {
 template <typename F>
 inline void parallel(const Pool& pool, int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
-  pool.run(count, most<int64_t>(grain, 1),
+  pool.run(count, max<int64_t>(grain, 1),
            [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
            const_cast<void*>(static_cast<const void*>(&f)));
 }

@@ -1,5 +1,5 @@
-// The CUDA kernels' entry points, on raw pointers and a stream. They never allocate or synchronise: scratch memory comes from
-// the caller, so that a CUDA graph can capture every call.
+// The CUDA kernels' entry points, on raw pointers and a stream. They never allocate or synchronise: scratch memory comes
+// from the caller, so that a CUDA graph can capture every call.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,20 +25,28 @@ class Launch {
   cudaStream_t stream_ = nullptr;
 };
 
-int64_t softmax_kl_workspace(const SoftmaxKlForward&);
-void softmax_kl_forward(const SoftmaxKlForward&, bool fp64, const Launch&);
-void softmax_kl_backward(const SoftmaxKlBackward&, bool fp64, const Launch&);
+// Bytes of scratch memory that a call needs.
+inline int64_t workspace(const Call&) { return 0; }
+int64_t workspace(const SoftmaxKlForward&);
+int64_t workspace(const Grams&);
+int64_t workspace(const SpForward&);
+int64_t workspace(const SpFromGrams&);
+int64_t workspace(const Products&);
+int64_t workspace(const CosineForward&);
+int64_t workspace(const CosineBackward&);
+int64_t workspace(const AngularMarginForward&);
 
-int64_t angular_margin_workspace(const AngularMargin&, bool fp64);
-void angular_margin_forward(const AngularMargin&, bool fp64, const Launch&);
-void angular_margin_backward(const AngularMargin&, bool fp64, const Launch&);
-
-int64_t sp_workspace(const SpGram&, bool fp64);
-void sp_forward(const SpGram&, bool fp64, const Launch&);
-void sp_backward(const SpGram&, bool fp64, const Launch&);
-int64_t cosine_workspace(const Cosine&);
-void cosine_forward(const Cosine&, bool fp64, const Launch&);
-void cosine_backward(const Cosine&, bool fp64, const Launch&);
+void compute(const SoftmaxKlForward&, const Launch&);
+void compute(const SoftmaxKlBackward&, const Launch&);
+void compute(const Grams&, const Launch&);
+void compute(const SpForward&, const Launch&);
+void compute(const SpFromGrams&, const Launch&);
+void compute(const SpBackward&, const Launch&);
+void compute(const Products&, const Launch&);
+void compute(const CosineForward&, const Launch&);
+void compute(const CosineBackward&, const Launch&);
+void compute(const AngularMarginForward&, const Launch&);
+void compute(const AngularMarginBackward&, const Launch&);
 
 }  // namespace cuda
 }  // namespace kd

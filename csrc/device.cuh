@@ -21,8 +21,8 @@ inline void check(cudaError_t status, const char* what) {
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-__host__ __device__ inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+__host__ __device__ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+__host__ __device__ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // One element as T. The type is the same for a whole launch, so the branch never diverges.
 template <typename T>

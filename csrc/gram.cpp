@@ -13,101 +13,144 @@ constexpr int64_t kSmall = 1 << 17;  // simple operations that are not worth a s
 constexpr int64_t kProducts = 1 << 22;  // the same for multiply-adds of a matrix product
 constexpr int64_t kPartMemory = int64_t(1) << 26;  // bytes of partial Gram matrices at most
 
+// ---- Gram matrices ----
+
+// The number of parts that the columns are cut into: a function of the shapes and the thread count alone
+inline int64_t column_parts(const Rows* features, int64_t count, int64_t stride, const Pool& pool) {
+  int64_t width = 1;
+  for (int64_t i = 0; i < count; ++i) width = max(width, features[i].width);
+  const int64_t wanted = (4 * pool.threads + count - 1) / count;
+  const int64_t room = kPartMemory / (count * stride * stride * 8 + 1);
+  return max<int64_t>(1, min(min(wanted, room), (width + 255) / 256));
+}
+
+// K = Q Q^T of every matrix: [count, batch, batch]
+template <typename T, typename Out>
+void raw_grams(const Rows* features, int64_t count, int64_t batch, const Pool& pool, Out* grams) {
+  if (batch == 0) return;
+  const int64_t stride = round_up(batch, kTile), size = stride * stride;
+  const int64_t parts = column_parts(features, count, stride, pool);
+  Buffer<double> partial(count * parts * size);
+  double* k = partial;
+  parallel(pool, count * parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t matrix = task % count, part = task / count;  // every thread gets some of every matrix
+      const Rows& q = features[matrix];
+      const int64_t step = round_up((q.width + parts - 1) / parts, 64);
+      inner_products<T>(q, 0, batch, q, true, min(q.width, part * step), min(q.width, (part + 1) * step),
+                        k + (matrix * parts + part) * size, stride);
+    }
+  });
+  parallel(pool, count * batch, kSmall / (batch * parts), [&](int64_t begin, int64_t end) {  // sum the parts and mirror
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t matrix = task / batch, i = task % batch;
+      const double* from = k + matrix * parts * size + i * stride;
+      Out* to = grams + matrix * batch * batch;
+      for (int64_t j = 0; j <= i; ++j) {
+        double sum = 0;
+        for (int64_t part = 0; part < parts; ++part) sum += from[part * size + j];
+        to[i * batch + j] = to[j * batch + i] = static_cast<Out>(sum);
+      }
+    }
+  });
+}
+
+template <typename T>
+void grams(const Grams& x, const Pool& pool) {
+  raw_grams<T>(x.features, x.count, x.batch, pool, static_cast<T*>(x.grams));
+}
+
+// ---- similarity-preserving loss ----
+
 struct Normalised {
   double norm, divisor;
 };
 
 // ||K_i||, by way of K / max |K|: squares of large features overflow
-inline Normalised row_norm(const double* k, int64_t n, bool l1, double eps) {
+template <typename K>
+inline Normalised row_norm(const K* k, int64_t n, const SpOptions& options) {
+  const bool l1 = options.l1;
   double top = 0, sum = 0;
 #pragma omp simd reduction(max : top)
-  for (int64_t j = 0; j < n; ++j) top = std::fabs(k[j]) > top ? std::fabs(k[j]) : top;
+  for (int64_t j = 0; j < n; ++j) top = std::fabs(double(k[j])) > top ? std::fabs(double(k[j])) : top;
   const double by = l1 || top == 0 ? 1 : 1 / top;  // NaN does not count in the maximum; it shows in the sum
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += l1 ? std::fabs(k[j]) : (k[j] * by) * (k[j] * by);
+  for (int64_t j = 0; j < n; ++j) sum += l1 ? std::fabs(double(k[j])) : (k[j] * by) * (k[j] * by);
   const double norm = l1 ? sum : std::sqrt(sum) / by;
-  return {norm, norm < eps ? eps : norm};
+  return {norm, norm < options.eps ? options.eps : norm};
 }
 
-// H_i of the specification: the row of the student's Gram matrix through its normalisation. Returns ||G_t - G_s||^2.
-double sp_row(const SpGram& x, int64_t i, const double* k_s, const double* k_t, double* h) {
-  const int64_t n = x.batch;
-  const Normalised s = row_norm(k_s, n, x.l1, x.eps), t = row_norm(k_t, n, x.l1, x.eps);
+// A row of a layer's Gram matrices: returns ||G_t - G_s||^2 of it, and makes the specification's H_i unless h is null.
+template <typename K>
+double sp_row(const SpOptions& options, double scale, const K* k_s, const K* k_t, int64_t n, double* h) {
+  const Normalised s = row_norm(k_s, n, options), t = row_norm(k_t, n, options);
   double loss = 0, inner = 0;
 #pragma omp simd reduction(+ : loss, inner)
   for (int64_t j = 0; j < n; ++j) {
     const double g = k_s[j] / s.divisor, difference = g - k_t[j] / t.divisor;
     loss += difference * difference;
-    inner += 2 * x.scale * difference * g;
-    if (h) h[i * n + j] = 2 * x.scale * difference;
+    inner += 2 * scale * difference * g;
+    if (h) h[j] = 2 * scale * difference;
   }
   if (!h) return loss;
-  if (s.norm < x.eps) inner = 0;  // below eps the norm is a constant
-  const bool dead = s.norm == 0 && !x.zero_row_grad;  // an all-zero row has no direction to normalise
+  if (s.norm < options.eps) inner = 0;  // below eps the norm is a constant
+  const bool dead = s.norm == 0 && !options.zero_row_grad;  // an all-zero row has no direction to normalise
   for (int64_t j = 0; j < n; ++j) {
-    const double direction = x.l1 ? (k_s[j] > 0) - (k_s[j] < 0) : k_s[j] / s.divisor;
-    h[i * n + j] = dead ? 0 : (h[i * n + j] - inner * direction) / s.divisor;
+    const double direction = options.l1 ? (k_s[j] > 0) - (k_s[j] < 0) : k_s[j] / s.divisor;
+    h[j] = dead ? 0 : (h[j] - inner * direction) / s.divisor;
   }
   return loss;
 }
 
-// The number of parts that the columns are cut into: a function of the shapes and the thread count alone
-inline int64_t column_parts(const SpGram& x, const Pool& pool, int64_t stride) {
-  int64_t width = 1;
-  for (int64_t i = 0; i < x.count; ++i) width = most(width, most(x.layers[i].student.width, x.layers[i].teacher.width));
-  const int64_t wanted = (2 * pool.threads + x.count - 1) / x.count;
-  const int64_t room = kPartMemory / (2 * x.count * stride * stride * 8 + 1);
-  return most<int64_t>(1, least(least(wanted, room), (width + 255) / 256));
+// H + H^T of every layer
+template <typename T>
+void symmetrise(const double* h, int64_t layers, int64_t n, const Pool& pool, T* out) {
+  parallel(pool, layers * n, kSmall / (2 * n), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const double* from = h + task / n * n * n;
+      for (int64_t i = task % n, j = 0; j < n; ++j)
+        out[task * n + j] = static_cast<T>(from[i * n + j] + from[j * n + i]);
+    }
+  });
+}
+
+// The loss and the gradient matrix from the raw K, [2, layers, batch, batch]
+template <typename T, typename K>
+void sp_loss(const SpLoss& x, const K* grams, const Pool& pool) {
+  const int64_t n = x.batch, rows = x.layers * n;
+  Buffer<double> row_losses(rows), gradients(x.gradient_matrix ? rows * n : 0);
+  double *losses = row_losses, *h = gradients;
+  if (n > 0) {
+    parallel(pool, rows, kSmall / (8 * n), [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        losses[row] = sp_row(x, x.scales[row / n], grams + row * n, grams + (rows + row) * n, n,
+                             x.gradient_matrix ? h + row * n : nullptr);
+    });
+    if (x.gradient_matrix) symmetrise(h, x.layers, n, pool, static_cast<T*>(x.gradient_matrix));
+  }
+  T* loss = static_cast<T*>(x.loss);
+  double total = 0;
+  for (int64_t layer = 0; layer < x.layers; ++layer) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; ++i) sum += losses[layer * n + i];
+    total += x.scales[layer] * sum;
+    if (x.per_layer) loss[layer] = static_cast<T>(x.scales[layer] * sum);
+  }
+  if (!x.per_layer) *loss = static_cast<T>(total);
+}
+
+// In double throughout, since that costs next to nothing: a B x B matrix is small beside the features.
+template <typename T>
+void sp_forward(const SpForward& x, const Pool& pool) {
+  Buffer<double> k(2 * x.layers * x.batch * x.batch);
+  double* grams = k;
+  raw_grams<T>(x.features, 2 * x.layers, x.batch, pool, grams);
+  sp_loss<T>(x, grams, pool);
 }
 
 template <typename T>
-void sp_forward_as(const SpGram& x, const Pool& pool) {
-  const int64_t n = x.batch, stride = round_up(n, kTile), size = stride * stride, matrices = 2 * x.count;
-  double total = 0;
-  if (n > 0) {
-    const int64_t parts = column_parts(x, pool, stride);
-    Buffer<double> partial(matrices * parts * size), h(x.weights ? x.count * n * n : 0), losses(x.count * n);
-    double *k = partial, *h_data = h, *loss = losses;
-    parallel(pool, matrices * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t matrix = task % matrices, part = task / matrices;  // every thread gets some of every matrix
-        const SpLayer& layer = x.layers[matrix / 2];
-        const Rows& q = matrix % 2 ? layer.teacher : layer.student;
-        const int64_t step = round_up((q.width + parts - 1) / parts, 64);
-        inner_products<T>(q, 0, n, q, true, least(q.width, part * step), least(q.width, (part + 1) * step),
-                          k + (matrix * parts + part) * size, stride);
-      }
-    });
-    parallel(pool, matrices * n, kSmall / (n * parts), [&](int64_t begin, int64_t end) {  // sum the parts and mirror
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t i = task % n;
-        double* to = k + task / n * parts * size;
-        for (int64_t j = 0; j <= i; ++j) {
-          double sum = 0;
-          for (int64_t part = 0; part < parts; ++part) sum += to[part * size + i * stride + j];
-          to[i * stride + j] = to[j * stride + i] = sum;
-        }
-      }
-    });
-    parallel(pool, x.count * n, kSmall / (8 * n), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t layer = task / n, i = task % n;
-        const double *k_s = k + 2 * layer * parts * size + i * stride, *k_t = k_s + parts * size;
-        loss[task] = sp_row(x, i, k_s, k_t, x.weights ? h_data + layer * n * n : nullptr);
-      }
-    });
-    for (int64_t i = 0; i < x.count * n; ++i) total += loss[i];
-    if (x.weights) {
-      T* w = static_cast<T*>(x.weights);
-      parallel(pool, x.count * n, kSmall / (2 * n), [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const double* from = h_data + task / n * n * n;
-          for (int64_t i = task % n, j = 0; j < n; ++j) w[task * n + j] = static_cast<T>(from[i * n + j] + from[j * n + i]);
-        }
-      });
-    }
-  }
-  *static_cast<T*>(x.loss) = static_cast<T>(x.scale * total);
+void sp_from_grams(const SpFromGrams& x, const Pool& pool) {
+  sp_loss<T>(x, static_cast<const T*>(x.grams), pool);
 }
 
 // out = finish(W Q) for all columns, in parallel
@@ -117,27 +160,30 @@ void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Row
   parallel(pool, tasks, kProducts / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
     for (int64_t task = begin; task < end; ++task)
-      weighted_sum<T>(packed_w, count, q, task * slice, least(slice, q.width - task * slice), scratch, finish);
+      weighted_sum<T>(packed_w, count, q, task * slice, min(slice, q.width - task * slice), scratch, finish);
   });
 }
 
 template <typename T>
-void sp_backward_as(const SpGram& x, const Pool& pool) {
+void sp_backward(const SpBackward& x, const Pool& pool) {
   const int64_t n = x.batch;
   Buffer<T> packed(round_up(n, kTall) * n);
-  const T grad = *static_cast<const T*>(x.grad);
-  for (int64_t i = 0; i < x.count; ++i) {
-    const SpLayer& layer = x.layers[i];
-    const T* w = static_cast<const T*>(x.weights) + i * n * n;
+  for (int64_t i = 0; i < x.layers; ++i) {
+    const T grad = static_cast<const T*>(x.grad)[i * x.grad_stride];
+    const T* w = static_cast<const T*>(x.gradient_matrix) + i * n * n;
+    const Rows& q = x.student[i];
     pack_weights<T>(n, n, [&](int64_t r, int64_t k) { return w[r * n + k] * grad; }, packed);
-    weighted_rows<T>(pool, packed, n, layer.student, [&](int64_t row, int64_t column, int64_t width, const T* values) {
-      store<T>(layer.student.type, layer.out, row * layer.student.width + column, width, values);
+    weighted_rows<T>(pool, packed, n, q, [&](int64_t row, int64_t column, int64_t width, const T* values) {
+      store<T>(q.type, x.out[i], row * q.width + column, width, values);
     });
   }
 }
 
-template <typename T>
-void inverse_norms(const Rows& q, const Pool& pool, T* out) {
+// ---- products and cosines of rows ----
+
+// out_i = finish(||q_i||^2)
+template <typename T, typename F>
+void row_squares(const Rows& q, const Pool& pool, const F& finish, T* out) {
   parallel(pool, q.count, kSmall / (q.width + 1), [&](int64_t begin, int64_t end) {
     Buffer<T> buffer(q.width);
     for (int64_t i = begin; i < end; ++i) {
@@ -145,33 +191,49 @@ void inverse_norms(const Rows& q, const Pool& pool, T* out) {
       double sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t k = 0; k < q.width; ++k) sum += double(x[k]) * double(x[k]);
-      const double norm = std::sqrt(sum);
-      out[i] = static_cast<T>(1 / (norm < kCosineEps ? kCosineEps : norm));
+      out[i] = static_cast<T>(finish(sum));
+    }
+  });
+}
+
+// out_ij = finish(i, j, <a_i, b_j>)
+template <typename T, typename F>
+void row_products(const Rows& a, const Rows& b, const Pool& pool, const F& finish, T* out) {
+  const int64_t n = a.count, m = b.count, stride = round_up(m, kTile);
+  if (n == 0 || m == 0) return;
+  const int64_t threads = n * m * a.width < 2 * kProducts ? 1 : pool.threads;
+  const int64_t step = round_up((n + threads - 1) / threads, kTile);
+  parallel(pool, (n + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
+    Buffer<double> products(step * stride);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * step, count = min(step, n - first);
+      inner_products<T>(a, first, count, b, false, 0, a.width, products, stride);
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < m; ++j)
+          out[(first + i) * m + j] = static_cast<T>(finish(first + i, j, products[i * stride + j]));
     }
   });
 }
 
 template <typename T>
-void cosine_forward_as(const Cosine& x, const Pool& pool) {
-  const int64_t n = x.a.count, m = x.b.count, stride = round_up(m, kTile);
+void products(const Products& x, const Pool& pool) {
+  const auto same = [](double square) { return square; };
+  row_squares(x.a, pool, same, static_cast<T*>(x.squares_a));
+  row_squares(x.b, pool, same, static_cast<T*>(x.squares_b));
+  row_products(
+      x.a, x.b, pool, [](int64_t, int64_t, double product) { return product; }, static_cast<T*>(x.products));
+}
+
+template <typename T>
+void cosine_forward(const CosineForward& x, const Pool& pool) {
+  const auto inverse = [](double square) { return 1 / max(std::sqrt(square), kCosineEps); };
   T *inverse_a = static_cast<T*>(x.inverse_a), *inverse_b = static_cast<T*>(x.inverse_b);
-  T* similarity = static_cast<T*>(x.similarity);
-  inverse_norms(x.a, pool, inverse_a);
-  inverse_norms(x.b, pool, inverse_b);
-  if (m == 0) return;
-  const int64_t threads = n * m * x.a.width < 2 * kProducts ? 1 : pool.threads;
-  const int64_t step = round_up((n + threads - 1) / threads, kTile);
-  parallel(pool, step ? (n + step - 1) / step : 0, 1, [&](int64_t begin, int64_t end) {
-    Buffer<double> products(step * stride);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * step, count = least(step, n - first);
-      inner_products<T>(x.a, first, count, x.b, false, 0, x.a.width, products, stride);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < m; ++j)
-          similarity[(first + i) * m + j] =
-              static_cast<T>(products[i * stride + j] * double(inverse_a[first + i]) * double(inverse_b[j]));
-    }
-  });
+  row_squares(x.a, pool, inverse, inverse_a);
+  row_squares(x.b, pool, inverse, inverse_b);
+  row_products(
+      x.a, x.b, pool,
+      [&](int64_t i, int64_t j, double product) { return product * double(inverse_a[i]) * double(inverse_b[j]); },
+      static_cast<T*>(x.similarity));
 }
 
 // One side of the backward pass: out_i = inverse_i (sum_k W_ik q_k - inner_i inverse_i x_i)
@@ -193,7 +255,7 @@ void cosine_side(const Pool& pool, const F& weight, const Rows& q, const Rows& x
 }
 
 template <typename T>
-void cosine_backward_as(const Cosine& x, const Pool& pool) {
+void cosine_backward(const CosineBackward& x, const Pool& pool) {
   const int64_t n = x.a.count, m = x.b.count;
   const T *grad = static_cast<const T*>(x.grad), *similarity = static_cast<const T*>(x.similarity);
   const T *inverse_a = static_cast<const T*>(x.inverse_a), *inverse_b = static_cast<const T*>(x.inverse_b);
@@ -213,22 +275,41 @@ void cosine_backward_as(const Cosine& x, const Pool& pool) {
 }
 
 }  // namespace
-
-void sp_forward(const SpGram& x, bool fp64, const Pool& pool) {
-  fp64 ? sp_forward_as<double>(x, pool) : sp_forward_as<float>(x, pool);
-}
-
-void sp_backward(const SpGram& x, bool fp64, const Pool& pool) {
-  fp64 ? sp_backward_as<double>(x, pool) : sp_backward_as<float>(x, pool);
-}
-
-void cosine_forward(const Cosine& x, bool fp64, const Pool& pool) {
-  fp64 ? cosine_forward_as<double>(x, pool) : cosine_forward_as<float>(x, pool);
-}
-
-void cosine_backward(const Cosine& x, bool fp64, const Pool& pool) {
-  fp64 ? cosine_backward_as<double>(x, pool) : cosine_backward_as<float>(x, pool);
-}
-
 }  // namespace KD_ISA
+
+template <>
+void compute<Isa::KD_ISA>(const Grams& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::grams<double>(x, pool) : KD_ISA::grams<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const SpForward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::sp_forward<double>(x, pool) : KD_ISA::sp_forward<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const SpFromGrams& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::sp_from_grams<double>(x, pool) : KD_ISA::sp_from_grams<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const SpBackward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::sp_backward<double>(x, pool) : KD_ISA::sp_backward<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const Products& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::products<double>(x, pool) : KD_ISA::products<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const CosineForward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::cosine_forward<double>(x, pool) : KD_ISA::cosine_forward<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const CosineBackward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::cosine_backward<double>(x, pool) : KD_ISA::cosine_backward<float>(x, pool);
+}
+
 }  // namespace kd

@@ -1,7 +1,7 @@
 // gram on CUDA. The Gram matrices of a training batch are few output tiles from many columns, so the columns are split:
 //   product   a block per (matrix, 64 x 64 tile, split): partial inner products; only the lower half of a symmetric matrix
-//   row       a block per row: sums the splits, normalises, forms the loss and H (or scales the cosines)
-//   weights   W = H + H^T;  sum: the rows' losses in a fixed order
+//   row       a block per row: sums the splits, normalises, forms the loss and H
+//   symmetrise  H + H^T;  sum: the rows' losses in a fixed order
 //   weighted  backward: W Q in 64 x 64 tiles, for all layers in one launch
 #include "cuda.h"
 #include "device.cuh"
@@ -17,14 +17,14 @@ constexpr int kWantedBlocks = 1056;  // eight per multiprocessor of an H100: a c
 
 // ---- inner products of rows ----
 
-struct Product {
+struct Factors {
   Rows a, b;
   bool symmetric;
   int64_t partial;  // where the [splits, a.count, b.count] partial products start
 };
 
-struct Products {
-  Product items[kTables];
+struct ProductTable {
+  Factors items[kTables];
   int64_t first_block[kTables + 1];
   int count, splits;
 };
@@ -36,7 +36,7 @@ __device__ inline int item_of(const Table& table, int64_t block) {
   return i;
 }
 
-__host__ __device__ inline int64_t tiles_of(const Product& p) {
+__host__ __device__ inline int64_t tiles_of(const Factors& p) {
   const int64_t rows = ceil_div(p.a.count, kTile), columns = ceil_div(p.b.count, kTile);
   return p.symmetric ? rows * (rows + 1) / 2 : rows * columns;
 }
@@ -47,10 +47,10 @@ __device__ inline T element(const Rows& q, int64_t row, int64_t column, int64_t 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ Products table, T* partial) {
+__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductTable table, T* partial) {
   __shared__ T tile_a[kDepth][kTile + 1], tile_b[kDepth][kTile + 1];
   const int i = item_of(table, blockIdx.x);
-  const Product& p = table.items[i];
+  const Factors& p = table.items[i];
   const int64_t block = blockIdx.x - table.first_block[i], split = block % table.splits;
   int64_t tile = block / table.splits, row = 0, column = 0;
   if (p.symmetric) {
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
   row *= kTile;
   column *= kTile;
   const int64_t step = ceil_div(ceil_div(p.a.width, table.splits), kDepth) * kDepth;
-  const int64_t begin = split * step, end = smaller(p.a.width, begin + step);
+  const int64_t begin = split * step, end = min(p.a.width, begin + step);
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;  // also the column and the row of what a thread reads
   T sum[4][4] = {};
   for (int64_t k = begin; k < end; k += kDepth) {
@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
 // How many parts the columns are cut into: enough blocks for a large GPU, of 128 columns at least, and of 4096 at most, as
 // what two Grams differ by would drown in the rounding of longer fp32 sums.
 inline int splits_for(int64_t tiles, int64_t width) {
-  const int64_t wanted = ceil_div(kWantedBlocks, larger(tiles, 1)), room = ceil_div(width, 128);
-  return static_cast<int>(larger(ceil_div(width, 4096), larger(1, smaller(smaller(wanted, room), 64))));
+  const int64_t wanted = ceil_div(kWantedBlocks, max(tiles, 1)), room = ceil_div(width, 128);
+  return static_cast<int>(max(ceil_div(width, 4096), max(1, min(min(wanted, room), 64))));
 }
 
 template <typename T>
-void start_products(Products& table, T* partial, cudaStream_t stream) {
+void start_products(ProductTable& table, T* partial, cudaStream_t stream) {
   for (int i = 0; i < table.count; ++i)
     table.first_block[i + 1] = table.first_block[i] + tiles_of(table.items[i]) * table.splits;
   if (table.first_block[table.count] == 0) return;
@@ -213,28 +213,67 @@ void start_weighted(WeightedTable<T>& table, cudaStream_t stream) {
   check_launch("gram weighted sum");
 }
 
-// ---- similarity-preserving loss ----
+// ---- Gram matrices ----
 
-struct SpScratch {  // T partial [2 layers, splits, B, B], K [2 layers, B, B], H [layers, B, B]; double losses [layers, B]
-  int64_t size, matrices;
+// What the products of the Gram matrices leave: T [matrices, splits, batch, batch], the lower half of each.
+struct Partial {
+  int64_t matrices, size;
   int splits;
-  explicit SpScratch(const SpGram& x) : size(x.batch * x.batch), matrices(2 * x.count) {
+  Partial(const Rows* features, int64_t count, int64_t batch) : matrices(count), size(batch * batch) {
     int64_t tiles = 0, width = 1;
-    for (int64_t i = 0; i < x.count; ++i) {
-      tiles += 2 * tiles_of({x.layers[i].student, x.layers[i].student, true, 0});
-      width = larger(width, larger(x.layers[i].student.width, x.layers[i].teacher.width));
+    for (int64_t i = 0; i < count; ++i) {
+      tiles += tiles_of({features[i], features[i], true, 0});
+      width = max(width, features[i].width);
     }
     splits = splits_for(tiles, width);
   }
-  int64_t gram() const { return matrices * splits * size; }
-  int64_t h() const { return gram() + matrices * size; }
-  int64_t end() const { return h() + matrices / 2 * size; }
-  int64_t bytes(int64_t item) const { return ceil_div(end() * item, 8) * 8; }
+  int64_t numbers() const { return matrices * splits * size; }
 };
 
+template <typename T>
+void start_grams(const Rows* features, const Partial& layout, T* partial, cudaStream_t stream) {
+  for (int64_t begin = 0; begin < layout.matrices; begin += kTables) {
+    ProductTable table{};
+    table.splits = layout.splits;
+    table.count = static_cast<int>(min(kTables, layout.matrices - begin));
+    for (int i = 0; i < table.count; ++i) {
+      const Rows& q = features[begin + i];
+      table.items[i] = {q, q, true, (begin + i) * layout.splits * layout.size};
+    }
+    start_products(table, partial, stream);
+  }
+}
+
+// Row i of one matrix, by a block: the splits summed. The lower half is all there is.
+template <typename T>
+__device__ void gram_row(const T* partial, int64_t n, int splits, int64_t i, T* k) {
+  for (int64_t j = threadIdx.x; j < n; j += blockDim.x)
+    k[j] = static_cast<T>(product_at(partial, n * n, splits, j <= i ? i * n + j : j * n + i));
+}
+
+// A block per (matrix, row).
+template <typename T>
+__global__ void gram_kernel(const T* partial, int64_t n, int splits, T* grams) {
+  const int64_t matrix = blockIdx.x / n, i = blockIdx.x % n;
+  gram_row(partial + matrix * splits * n * n, n, splits, i, grams + (matrix * n + i) * n);
+}
+
+template <typename T>
+void grams(const Grams& x, cudaStream_t stream) {
+  const Partial layout(x.features, x.count, x.batch);
+  if (x.count * x.batch == 0) return;
+  T* partial = static_cast<T*>(x.workspace);
+  start_grams(x.features, layout, partial, stream);
+  gram_kernel<T><<<x.count * x.batch, kRowThreads, 0, stream>>>(partial, x.batch, layout.splits, static_cast<T*>(x.grams));
+  check_launch("gram");
+}
+
+// ---- similarity-preserving loss ----
+
 struct SpConstants {
-  int64_t batch;
-  double scale, eps;
+  double scales[kTables];  // of this launch's layers
+  int64_t first_layer, layers, batch;
+  double eps;
   bool l1, zero_row_grad;
   int splits;
 };
@@ -254,108 +293,128 @@ __device__ double row_norm(const T* k, int64_t n, bool l1, double* shared) {
   return l1 ? sum : sqrt(sum) * top;
 }
 
-// A block per (layer, row). Every column belongs to one thread throughout.
+// A block per (layer, row). Every column belongs to one thread throughout. `partial` is null where K is there already.
 template <typename T>
-__global__ void sp_row_kernel(const SpConstants c, const T* partial, T* gram, T* h, double* losses) {
+__global__ void sp_row_kernel(const __grid_constant__ SpConstants c, const T* partial, T* grams, T* h, double* losses) {
   __shared__ double shared[32];
-  const int64_t n = c.batch, size = n * n, layer = blockIdx.x / n, i = blockIdx.x % n;
-  T *k_s = gram + 2 * layer * size + i * n, *k_t = k_s + size;
-  for (int network = 0; network < 2; ++network)
-    for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-      const int64_t at = j <= i ? i * n + j : j * n + i;  // the lower half is all there is
-      (network ? k_t : k_s)[j] =
-          static_cast<T>(product_at(partial + (2 * layer + network) * c.splits * size, size, c.splits, at));
-    }
+  const int64_t n = c.batch, size = n * n, i = blockIdx.x % n;
+  const int64_t layer = c.first_layer + blockIdx.x / n, teacher = c.layers + layer;
+  const double scale = c.scales[blockIdx.x / n];
+  T *k_s = grams + layer * size + i * n, *k_t = grams + teacher * size + i * n;
+  if (partial) {
+    gram_row(partial + layer * c.splits * size, n, c.splits, i, k_s);
+    gram_row(partial + teacher * c.splits * size, n, c.splits, i, k_t);
+  }
   const double norm_s = row_norm(k_s, n, c.l1, shared), norm_t = row_norm(k_t, n, c.l1, shared);
   const double by_s = norm_s < c.eps ? c.eps : norm_s, by_t = norm_t < c.eps ? c.eps : norm_t;
   double loss = 0, inner = 0;
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
     const double g = k_s[j] / by_s, difference = g - k_t[j] / by_t;
     loss += difference * difference;
-    inner += 2 * c.scale * difference * g;
+    inner += 2 * scale * difference * g;
   }
   loss = reduce_block(loss, shared, 0.0, Add());
   inner = reduce_block(inner, shared, 0.0, Add());
-  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+  if (threadIdx.x == 0) losses[layer * n + i] = scale * loss;
   if (!h) return;
-  if (norm_s < c.eps) inner = 0;                          // below eps the norm is a constant
+  if (norm_s < c.eps) inner = 0;                      // below eps the norm is a constant
   const bool dead = norm_s == 0 && !c.zero_row_grad;  // an all-zero row has no direction to normalise
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const double g = k_s[j] / by_s, r = 2 * c.scale * (g - k_t[j] / by_t);
+    const double g = k_s[j] / by_s, r = 2 * scale * (g - k_t[j] / by_t);
     const double direction = c.l1 ? (k_s[j] > T(0)) - (k_s[j] < T(0)) : g;
     h[layer * size + i * n + j] = dead ? T(0) : static_cast<T>((r - inner * direction) / by_s);
   }
 }
 
 template <typename T>
-__global__ void sp_weights_kernel(const T* h, int64_t n, int64_t total, T* weights) {
+__global__ void sp_symmetrise_kernel(const T* h, int64_t n, int64_t total, T* gradient_matrix) {
   const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (at >= total) return;
   const int64_t layer = at / (n * n), i = at / n % n, j = at % n;
-  weights[at] = h[at] + h[layer * n * n + j * n + i];
+  gradient_matrix[at] = h[at] + h[layer * n * n + j * n + i];
 }
 
+// A block per number of the loss: the sum of `count` rows' losses.
 template <typename T>
-__global__ void sp_sum_kernel(const double* losses, int64_t count, double scale, T* out) {
+__global__ void sp_sum_kernel(const double* losses, int64_t count, T* out) {
   __shared__ double shared[32];
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += losses[i];
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += losses[blockIdx.x * count + i];
   sum = reduce_block(sum, shared, 0.0, Add());
-  if (threadIdx.x == 0) *out = static_cast<T>(scale * sum);
+  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<T>(sum);
 }
 
+// The second half's scratch: double losses [layers, batch], T H [layers, batch, batch].
+inline int64_t loss_bytes(const SpLoss& x) {
+  return 8 * x.layers * x.batch + x.layers * x.batch * x.batch * (x.fp64 ? 8 : 4);
+}
+
+// From the raw K, or from the partial products of it: then K is written to `grams`.
 template <typename T>
-void sp_forward_as(const SpGram& x, cudaStream_t stream) {
-  const SpScratch scratch(x);
-  T* data = static_cast<T*>(x.workspace);
-  double* losses = reinterpret_cast<double*>(static_cast<char*>(x.workspace) + scratch.bytes(sizeof(T)));
-  for (int64_t begin = 0; begin < scratch.matrices; begin += kTables) {
-    Products table{};
-    table.splits = scratch.splits;
-    table.count = static_cast<int>(smaller(kTables, scratch.matrices - begin));
-    for (int i = 0; i < table.count; ++i) {
-      const SpLayer& layer = x.layers[(begin + i) / 2];
-      const Rows& q = (begin + i) % 2 ? layer.teacher : layer.student;
-      table.items[i] = {q, q, true, (begin + i) * scratch.splits * scratch.size};
+void start_loss(const SpLoss& x, const T* partial, int splits, T* grams, void* scratch, cudaStream_t stream) {
+  double* losses = static_cast<double*>(scratch);
+  const int64_t rows = x.layers * x.batch;
+  T* h = x.gradient_matrix ? reinterpret_cast<T*>(losses + rows) : nullptr;
+  if (x.batch > 0)
+    for (int64_t begin = 0; begin < x.layers; begin += kTables) {
+      SpConstants c{{}, begin, x.layers, x.batch, x.eps, x.l1, x.zero_row_grad, splits};
+      const int64_t count = min(kTables, x.layers - begin);
+      for (int64_t i = 0; i < count; ++i) c.scales[i] = x.scales[begin + i];
+      sp_row_kernel<T><<<count * x.batch, kRowThreads, 0, stream>>>(c, partial, grams, h, losses);
+      check_launch("gram row");
     }
-    start_products(table, data, stream);
+  if (h && rows > 0) {
+    const int64_t total = rows * x.batch;
+    sp_symmetrise_kernel<T>
+        <<<ceil_div(total, kThreads), kThreads, 0, stream>>>(h, x.batch, total, static_cast<T*>(x.gradient_matrix));
+    check_launch("gram gradient matrix");
   }
-  const int64_t rows = x.count * x.batch;
-  if (rows > 0) {
-    const SpConstants c{x.batch, x.scale, x.eps, x.l1, x.zero_row_grad, scratch.splits};
-    T* h = x.weights ? data + scratch.h() : nullptr;
-    sp_row_kernel<T><<<rows, kRowThreads, 0, stream>>>(c, data, data + scratch.gram(), h, losses);
-    check_launch("gram row");
-    if (x.weights) {
-      const int64_t total = rows * x.batch;
-      sp_weights_kernel<T><<<ceil_div(total, kThreads), kThreads, 0, stream>>>(h, x.batch, total, static_cast<T*>(x.weights));
-      check_launch("gram weights");
-    }
-  }
-  sp_sum_kernel<T><<<1, kThreads, 0, stream>>>(losses, rows, x.scale, static_cast<T*>(x.loss));
+  if (x.per_layer && x.layers == 0) return;
+  sp_sum_kernel<T><<<x.per_layer ? x.layers : 1, kThreads, 0, stream>>>(losses, x.per_layer ? x.batch : rows,
+                                                                        static_cast<T*>(x.loss));
   check_launch("gram sum");
 }
 
+// The workspace: what start_loss needs, K [2 layers, batch, batch], the partial products.
 template <typename T>
-void sp_backward_as(const SpGram& x, cudaStream_t stream) {
-  for (int64_t begin = 0; begin < x.count; begin += kTables) {
+void sp_forward(const SpForward& x, cudaStream_t stream) {
+  const Partial layout(x.features, 2 * x.layers, x.batch);
+  T* grams = reinterpret_cast<T*>(static_cast<char*>(x.workspace) + loss_bytes(x));
+  T* partial = grams + 2 * x.layers * x.batch * x.batch;
+  start_grams(x.features, layout, partial, stream);
+  start_loss<T>(x, partial, layout.splits, grams, x.workspace, stream);
+}
+
+template <typename T>
+void sp_from_grams(const SpFromGrams& x, cudaStream_t stream) {
+  T* grams = static_cast<T*>(const_cast<void*>(x.grams));  // not written to, as nothing partial is given
+  start_loss<T>(x, nullptr, 0, grams, x.workspace, stream);
+}
+
+template <typename T>
+void sp_backward(const SpBackward& x, cudaStream_t stream) {
+  for (int64_t begin = 0; begin < x.layers; begin += kTables) {
     WeightedTable<T> table{};
-    table.count = static_cast<int>(smaller(kTables, x.count - begin));
+    table.count = static_cast<int>(min(kTables, x.layers - begin));
     for (int i = 0; i < table.count; ++i) {
-      const SpLayer& layer = x.layers[begin + i];
-      const T* w = static_cast<const T*>(x.weights) + (begin + i) * x.batch * x.batch;
-      table.items[i] = {w,       x.batch, 1,       nullptr, static_cast<const T*>(x.grad), layer.student, layer.student,
-                        nullptr, nullptr, layer.out};
+      const int64_t layer = begin + i;
+      Weighted<T>& item = table.items[i];
+      item.w = static_cast<const T*>(x.gradient_matrix) + layer * x.batch * x.batch;
+      item.row_stride = x.batch;
+      item.column_stride = 1;
+      item.factor = static_cast<const T*>(x.grad) + layer * x.grad_stride;
+      item.q = item.own = x.student[layer];
+      item.out = x.out[layer];
     }
     start_weighted(table, stream);
   }
 }
 
-// ---- cosine similarities ----
+// ---- products and cosines of rows ----
 
-// A block per row of a, then of b: 1 / max(|row|, 1e-8)
+// A block per row of a, then of b: its squared norm, or 1 / max(|row|, 1e-8)
 template <typename T>
-__global__ void inverse_norm_kernel(const Rows a, const Rows b, T* inverse_a, T* inverse_b) {
+__global__ void square_kernel(const Rows a, const Rows b, bool inverse, T* out_a, T* out_b) {
   __shared__ double shared[32];
   const bool second = blockIdx.x >= a.count;
   const Rows& q = second ? b : a;
@@ -365,17 +424,52 @@ __global__ void inverse_norm_kernel(const Rows a, const Rows b, T* inverse_a, T*
     const double v = static_cast<double>(load<T>(q.type, q.data, i * q.stride + k));
     sum += v * v;
   }
-  const double norm = sqrt(reduce_block(sum, shared, 0.0, Add()));
-  if (threadIdx.x == 0) (second ? inverse_b : inverse_a)[i] = static_cast<T>(1 / (norm < 1e-8 ? 1e-8 : norm));
+  sum = reduce_block(sum, shared, 0.0, Add());
+  if (threadIdx.x) return;
+  const double norm = sqrt(sum);
+  (second ? out_b : out_a)[i] = static_cast<T>(inverse ? 1 / (norm < 1e-8 ? 1e-8 : norm) : sum);
+}
+
+// The splits summed, and times the inverse norms unless these are null
+template <typename T>
+__global__ void product_sum_kernel(const T* partial, int splits, int64_t n, int64_t m, const T* inverse_a,
+                                   const T* inverse_b, T* out) {
+  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= n * m) return;
+  double value = product_at(partial, n * m, splits, at);
+  if (inverse_a) value *= double(inverse_a[at / m]) * double(inverse_b[at % m]);
+  out[at] = static_cast<T>(value);
+}
+
+inline int product_splits(const Rows& a, const Rows& b) { return splits_for(tiles_of({a, b, false, 0}), a.width); }
+
+template <typename T>
+void start_row_products(const Rows& a, const Rows& b, bool cosines, void* workspace, void* of_a, void* of_b, void* out,
+                        cudaStream_t stream) {
+  const int64_t n = a.count, m = b.count;
+  if (n + m == 0) return;
+  T *row_a = static_cast<T*>(of_a), *row_b = static_cast<T*>(of_b), *partial = static_cast<T*>(workspace);
+  square_kernel<T><<<n + m, kRowThreads, 0, stream>>>(a, b, cosines, row_a, row_b);
+  check_launch("gram squares");
+  if (n * m == 0) return;
+  ProductTable table{};
+  table.count = 1;
+  table.splits = product_splits(a, b);
+  table.items[0] = {a, b, false, 0};
+  start_products(table, partial, stream);
+  product_sum_kernel<T><<<ceil_div(n * m, kThreads), kThreads, 0, stream>>>(
+      partial, table.splits, n, m, cosines ? row_a : nullptr, cosines ? row_b : nullptr, static_cast<T*>(out));
+  check_launch("gram product sum");
 }
 
 template <typename T>
-__global__ void similarity_kernel(const T* partial, int splits, int64_t n, int64_t m, const T* inverse_a,
-                                  const T* inverse_b, T* similarity) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= n * m) return;
-  similarity[at] = static_cast<T>(product_at(partial, n * m, splits, at) * double(inverse_a[at / m]) *
-                                  double(inverse_b[at % m]));
+void products(const Products& x, cudaStream_t stream) {
+  start_row_products<T>(x.a, x.b, false, x.workspace, x.squares_a, x.squares_b, x.products, stream);
+}
+
+template <typename T>
+void cosine_forward(const CosineForward& x, cudaStream_t stream) {
+  start_row_products<T>(x.a, x.b, true, x.workspace, x.inverse_a, x.inverse_b, x.similarity, stream);
 }
 
 // A block per row, then per column, of dS * S: its sum
@@ -396,30 +490,8 @@ const T* numbers(const void* data) {
   return static_cast<const T*>(data);
 }
 
-inline int cosine_splits(const Cosine& x) { return splits_for(tiles_of({x.a, x.b, false, 0}), x.a.width); }
-
 template <typename T>
-void cosine_forward_as(const Cosine& x, cudaStream_t stream) {
-  const int64_t n = x.a.count, m = x.b.count;
-  if (n + m == 0) return;
-  T* inverse_a = static_cast<T*>(x.inverse_a);
-  T* inverse_b = static_cast<T*>(x.inverse_b);
-  inverse_norm_kernel<T><<<n + m, kRowThreads, 0, stream>>>(x.a, x.b, inverse_a, inverse_b);
-  check_launch("cosine norms");
-  if (n * m == 0) return;
-  Products table{};
-  table.count = 1;
-  table.splits = cosine_splits(x);
-  table.items[0] = {x.a, x.b, false, 0};
-  T* partial = static_cast<T*>(x.workspace);
-  start_products(table, partial, stream);
-  similarity_kernel<T><<<ceil_div(n * m, kThreads), kThreads, 0, stream>>>(partial, table.splits, n, m, inverse_a,
-                                                                        inverse_b, static_cast<T*>(x.similarity));
-  check_launch("cosine similarities");
-}
-
-template <typename T>
-void cosine_backward_as(const Cosine& x, cudaStream_t stream) {
+void cosine_backward(const CosineBackward& x, cudaStream_t stream) {
   const int64_t n = x.a.count, m = x.b.count;
   if (n + m == 0) return;
   double* inner = static_cast<double*>(x.workspace);
@@ -436,28 +508,53 @@ void cosine_backward_as(const Cosine& x, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t sp_workspace(const SpGram& x, bool fp64) {
-  return SpScratch(x).bytes(fp64 ? 8 : 4) + 8 * x.count * x.batch;
+int64_t workspace(const Grams& x) {
+  return Partial(x.features, x.count, x.batch).numbers() * (x.fp64 ? 8 : 4);
 }
 
-int64_t cosine_workspace(const Cosine& x) {  // forward: partial products; backward: n + m inner products
-  return larger(8 * int64_t(cosine_splits(x)) * x.a.count * x.b.count, 8 * (x.a.count + x.b.count));
+int64_t workspace(const SpForward& x) {
+  const Partial layout(x.features, 2 * x.layers, x.batch);
+  return loss_bytes(x) + (layout.matrices * layout.size + layout.numbers()) * (x.fp64 ? 8 : 4);
 }
 
-void sp_forward(const SpGram& x, bool fp64, const Launch& launch) {
-  fp64 ? sp_forward_as<double>(x, launch.stream()) : sp_forward_as<float>(x, launch.stream());
+int64_t workspace(const SpFromGrams& x) { return loss_bytes(x); }
+
+int64_t workspace(const Products& x) {
+  return int64_t(product_splits(x.a, x.b)) * x.a.count * x.b.count * (x.fp64 ? 8 : 4);
 }
 
-void sp_backward(const SpGram& x, bool fp64, const Launch& launch) {
-  fp64 ? sp_backward_as<double>(x, launch.stream()) : sp_backward_as<float>(x, launch.stream());
+int64_t workspace(const CosineForward& x) {
+  return int64_t(product_splits(x.a, x.b)) * x.a.count * x.b.count * (x.fp64 ? 8 : 4);
 }
 
-void cosine_forward(const Cosine& x, bool fp64, const Launch& launch) {
-  fp64 ? cosine_forward_as<double>(x, launch.stream()) : cosine_forward_as<float>(x, launch.stream());
+int64_t workspace(const CosineBackward& x) { return 8 * (x.a.count + x.b.count); }
+
+void compute(const Grams& x, const Launch& launch) {
+  x.fp64 ? grams<double>(x, launch.stream()) : grams<float>(x, launch.stream());
 }
 
-void cosine_backward(const Cosine& x, bool fp64, const Launch& launch) {
-  fp64 ? cosine_backward_as<double>(x, launch.stream()) : cosine_backward_as<float>(x, launch.stream());
+void compute(const SpForward& x, const Launch& launch) {
+  x.fp64 ? sp_forward<double>(x, launch.stream()) : sp_forward<float>(x, launch.stream());
+}
+
+void compute(const SpFromGrams& x, const Launch& launch) {
+  x.fp64 ? sp_from_grams<double>(x, launch.stream()) : sp_from_grams<float>(x, launch.stream());
+}
+
+void compute(const SpBackward& x, const Launch& launch) {
+  x.fp64 ? sp_backward<double>(x, launch.stream()) : sp_backward<float>(x, launch.stream());
+}
+
+void compute(const Products& x, const Launch& launch) {
+  x.fp64 ? products<double>(x, launch.stream()) : products<float>(x, launch.stream());
+}
+
+void compute(const CosineForward& x, const Launch& launch) {
+  x.fp64 ? cosine_forward<double>(x, launch.stream()) : cosine_forward<float>(x, launch.stream());
+}
+
+void compute(const CosineBackward& x, const Launch& launch) {
+  x.fp64 ? cosine_backward<double>(x, launch.stream()) : cosine_backward<float>(x, launch.stream());
 }
 
 }  // namespace cuda

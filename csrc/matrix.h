@@ -137,12 +137,12 @@ void inner_products_as(const Rows& a, int64_t first, int64_t count, const Rows& 
   const int64_t rows_a = round_up(count, kTile), rows_b = round_up(b.count, kTile);
   std::memset(out, 0, static_cast<size_t>(rows_a * out_stride) * sizeof(double));
   const int64_t packed = rows_b + (symmetric ? 0 : rows_a);
-  const int64_t slice = least<int64_t>(1024, most<int64_t>(64, (1 << 17) / (packed + 1) / 64 * 64));
+  const int64_t slice = min<int64_t>(1024, max<int64_t>(64, (1 << 17) / (packed + 1) / 64 * 64));
   const int64_t stride = slice + 64 / static_cast<int64_t>(sizeof(P));
   Buffer<P> buffer(packed * stride);
   P *pack_b = buffer, *pack_a = symmetric ? pack_b : pack_b + rows_b * stride;
   for (int64_t k = begin; k < end; k += slice) {
-    const int64_t n = least(slice, end - k), width = round_up(n, kVectorBytes / static_cast<int>(sizeof(P)));
+    const int64_t n = min(slice, end - k), width = round_up(n, kVectorBytes / static_cast<int>(sizeof(P)));
     pack_rows(b, 0, b.count, k, n, stride, pack_b);
     if (!symmetric) pack_rows(a, first, count, k, n, stride, pack_a);
     for (int64_t i = 0; i < rows_a; i += kTile)
@@ -193,7 +193,7 @@ inline void weighted_tile(const T* w, const T* q, int64_t m, T* out, int64_t out
 }
 
 inline int64_t weighted_slice(int64_t rows) {  // columns per task
-  return least<int64_t>(512, most<int64_t>(64, (1 << 16) / (rows + 1) / 64 * 64));
+  return min<int64_t>(512, max<int64_t>(64, (1 << 16) / (rows + 1) / 64 * 64));
 }
 
 // Columns [begin, begin + n) of W Q, n <= weighted_slice(q.count + count); finish(row, column, n, values) takes each row.

@@ -20,8 +20,8 @@ template <typename T>
 Labels read_labels(const SoftmaxKl& x, int64_t row) {
   Labels l;
   l.a = x.target[row];
-  l.mixed = x.target_mixed != nullptr;
-  l.b = l.mixed ? x.target_mixed[row] : l.a;
+  l.mixed = x.mixed != nullptr;
+  l.b = l.mixed ? x.mixed[row] : l.a;
   l.keep = l.a != x.ignore_index && l.b != x.ignore_index;
   l.valid = l.a >= 0 && l.a < x.classes && l.b >= 0 && l.b < x.classes;
   if (x.lam) {
@@ -53,7 +53,7 @@ template <typename T, int N, bool CE, bool KL>
 Sums sums(const T* s, const T* t, int64_t n, T s_max, T t_max, T inverse_t) {
   Sums total;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
-    const int64_t end = least(n, begin + kChunk);
+    const int64_t end = min(n, begin + kChunk);
     T p = 0, zs = 0, zt = 0, cross = 0, gap = 0;
 #pragma omp simd reduction(+ : p, zs, zt, cross, gap)
     for (int64_t k = begin; k < end; ++k) {
@@ -118,7 +118,7 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
   const T* s = load<T>(x.student_type, x.student, row * x.student_stride, n, buffer);
   const T* t = load<T>(x.teacher_type, x.teacher, row * x.teacher_stride, n, buffer + n);
   const T inverse_t = static_cast<T>(1 / x.temperature);
-  const bool ce = x.w_ce != 0, soft = x.soft();
+  const bool ce = x.ce != 0, soft = x.soft();
   T s_max = largest(s, n), t_max = soft ? largest(t, n) : T(0);
   const int power = integer_temperature(x.temperature);
   const Sums z = ce && soft ? sums_at<T, true, true>(power, s, t, n, s_max, t_max, inverse_t)
@@ -130,7 +130,7 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
     l = read_labels<T>(x, row);
     if (!l.keep || !l.valid) {  // nothing may be read at such a label
       if (x.stats)
-        for (int64_t i = 0; i < (x.decoupled() ? 9 : 5); ++i) static_cast<T*>(x.stats)[i * x.rows + row] = 0;
+        for (int64_t i = 0; i < x.stats_count(); ++i) static_cast<T*>(x.stats)[i * x.rows + row] = 0;
       return l.keep ? std::nan("") : 0;
     }
   }
@@ -141,17 +141,17 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
     for (int64_t begin = 0; begin < n; begin += kChunk) {
       T part = 0;
 #pragma omp simd reduction(+ : part)
-      for (int64_t k = begin; k < least(n, begin + kChunk); ++k)
+      for (int64_t k = begin; k < min(n, begin + kChunk); ++k)
         part += y[k] == 0 ? T(0) : y[k] * (s[k] - s_max - static_cast<T>(log_p));
       sum += part;
     }
-    result -= x.w_ce * sum;
+    result -= x.ce * sum;
   } else if (ce && x.target) {
     double sum = weighted(l.weight_a, double(s[l.a] - s_max) - log_p);
     if (l.mixed) sum += weighted(l.weight_b, double(s[l.b] - s_max) - log_p);
-    result -= x.w_ce * sum;
+    result -= x.ce * sum;
   }
-  if (x.w_kl != 0) result += x.w_kl * divergence(z);
+  if (x.kl != 0) result += x.kl * divergence(z);
 
   T rest_s_max = 0, rest_t_max = 0;
   Sums rest;
@@ -162,8 +162,8 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
     rest_t_max = rest_of(t, n, t_max, inverse_t, l, rt) + static_cast<T>(log_t * 0);
     result += (log_s + log_t) * 0;
     rest = sums<T, 0, false, true>(rs, rt, n, rest_s_max, rest_t_max, T(1));
-    if (x.w_other != 0 && rest.t != 0) result += x.w_other * (rest.s == 0 ? rest.cross : divergence(rest));
-    if (x.w_target != 0) {
+    if (x.non_target_kl != 0 && rest.t != 0) result += x.non_target_kl * (rest.s == 0 ? rest.cross : divergence(rest));
+    if (x.target_kl != 0) {
       double mass_s = 0, mass_t = 0, target_kl = 0;
       for (int i = 0; i < (l.a == l.b ? 1 : 2); ++i) {
         const int64_t k = i ? l.b : l.a;
@@ -175,14 +175,14 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
       }
       const double log_ss = log_rest(mass_s, rest_s_max, rest.s, log_s);
       const double log_st = log_rest(mass_t, rest_t_max, rest.t, log_t);
-      result += x.w_target * (target_kl + weighted(std::exp(log_st), log_st - log_ss));
+      result += x.target_kl * (target_kl + weighted(std::exp(log_st), log_st - log_ss));
     }
   }
   if (x.stats) {
     T* stats = static_cast<T*>(x.stats) + row;
     const double values[9] = {double(s_max),      double(t_max),      log_p,           log_s,           log_t,
                               double(rest_s_max), double(rest_t_max), std::log(rest.s), std::log(rest.t)};
-    for (int64_t i = 0; i < (x.decoupled() ? 9 : 5); ++i) stats[i * x.rows] = static_cast<T>(values[i]);
+    for (int64_t i = 0; i < x.stats_count(); ++i) stats[i * x.rows] = static_cast<T>(values[i]);
   }
   return result;
 }
@@ -200,9 +200,9 @@ void forward(const SoftmaxKlForward& x, const Pool& pool) {
   for (int64_t row = 0; row < x.rows; ++row) {
     sum += row_loss[row];
     count += !x.target || (x.target[row] != x.ignore_index &&
-                           (!x.target_mixed || x.target_mixed[row] != x.ignore_index));
+                           (!x.mixed || x.mixed[row] != x.ignore_index));
   }
-  const double scale = x.reduction == Reduction::mean ? 1.0 / double(most<int64_t>(count, 1)) : 1;
+  const double scale = x.reduction == Reduction::mean ? 1.0 / double(max<int64_t>(count, 1)) : 1;
   *static_cast<T*>(x.scale) = static_cast<T>(scale);
   T* loss = static_cast<T*>(x.loss);
   if (x.reduction != Reduction::none) *loss = static_cast<T>(sum * scale);
@@ -269,14 +269,14 @@ void rest_gradient(const SoftmaxKlBackward& x, int64_t row, const T* s, const T*
                                 : std::exp(double(max_s) + z_s - log_s) - std::exp(double(max_t) + z_t - log_t);
   const double scale = factor / x.temperature;
   const bool none_s = z_s == -HUGE_VAL, none_t = z_t == -HUGE_VAL;
-  const T c_s = none_s ? T(0) : T(scale * (x.w_target * difference + x.w_other) * std::exp(-z_s));
-  const T c_t = none_t ? T(0) : T(scale * x.w_other * std::exp(-z_t));
+  const T c_s = none_s ? T(0) : T(scale * (x.target_kl * difference + x.non_target_kl) * std::exp(-z_s));
+  const T c_t = none_t ? T(0) : T(scale * x.non_target_kl * std::exp(-z_t));
   const T inverse_t = f.inverse_t, s_top = f.s_max, t_top = f.t_max;
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k)
     out[k] += c_s * fast_exp((s[k] - s_top) * inverse_t - max_s) - c_t * fast_exp((t[k] - t_top) * inverse_t - max_t);
   for (int i = 0; i < 2; ++i)
-    out[index[i]] = static_cast<T>(before[i] + scale * x.w_target * (qs[i] - qt[i]));
+    out[index[i]] = static_cast<T>(before[i] + scale * x.target_kl * (qs[i] - qt[i]));
 }
 
 template <typename T>
@@ -294,13 +294,13 @@ void row_backward(const SoftmaxKlBackward& x, int64_t row, T* buffer) {
   const T* t = load<T>(x.teacher_type, x.teacher, row * x.teacher_stride, n, buffer + n);
   const T* stats = static_cast<const T*>(x.stats) + row;
   const double factor = double(static_cast<const T*>(x.grad)[row * x.grad_stride]) * *static_cast<const T*>(x.scale);
-  const bool ce = x.w_ce != 0 && (x.target || x.dense), soft = x.w_kl != 0;
+  const bool ce = x.ce != 0 && (x.target || x.dense), soft = x.kl != 0;
   const double log_p = stats[2 * x.rows], log_s = stats[3 * x.rows], log_t = stats[4 * x.rows];
   Factors<T> f;
   f.s_max = stats[0];
   f.t_max = stats[x.rows];
   f.inverse_t = static_cast<T>(1 / x.temperature);
-  f.soft = static_cast<T>(x.w_kl / x.temperature * factor * std::exp(-log_s));
+  f.soft = static_cast<T>(x.kl / x.temperature * factor * std::exp(-log_s));
   f.ratio = static_cast<T>(std::exp(log_s - log_t));
   const T* y = nullptr;
   double y_sum = 1;
@@ -309,14 +309,14 @@ void row_backward(const SoftmaxKlBackward& x, int64_t row, T* buffer) {
     y_sum = 0;
     for (int64_t k = 0; k < n; ++k) y_sum += y[k];
   }
-  f.hard = static_cast<T>(x.w_ce * factor * y_sum * std::exp(-log_p));
+  f.hard = static_cast<T>(x.ce * factor * y_sum * std::exp(-log_p));
   const int power = integer_temperature(x.temperature);
   if (ce && soft) gradient_at<T, true, true>(power, s, t, n, f, out);
   else if (soft) gradient_at<T, false, true>(0, s, t, n, f, out);
   else if (ce) gradient_at<T, true, false>(0, s, t, n, f, out);
   else
     for (int64_t k = 0; k < n; ++k) out[k] = 0;
-  const double hard = x.w_ce * factor;
+  const double hard = x.ce * factor;
   if (y) {
 #pragma omp simd
     for (int64_t k = 0; k < n; ++k) out[k] -= static_cast<T>(hard) * y[k];
@@ -338,13 +338,16 @@ void backward(const SoftmaxKlBackward& x, const Pool& pool) {
 
 }  // namespace
 
-void softmax_kl_forward(const SoftmaxKlForward& x, bool fp64, const Pool& pool) {
-  fp64 ? forward<double>(x, pool) : forward<float>(x, pool);
-}
-
-void softmax_kl_backward(const SoftmaxKlBackward& x, bool fp64, const Pool& pool) {
-  fp64 ? backward<double>(x, pool) : backward<float>(x, pool);
-}
-
 }  // namespace KD_ISA
+
+template <>
+void compute<Isa::KD_ISA>(const SoftmaxKlForward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::forward<double>(x, pool) : KD_ISA::forward<float>(x, pool);
+}
+
+template <>
+void compute<Isa::KD_ISA>(const SoftmaxKlBackward& x, const Pool& pool) {
+  x.fp64 ? KD_ISA::backward<double>(x, pool) : KD_ISA::backward<float>(x, pool);
+}
+
 }  // namespace kd

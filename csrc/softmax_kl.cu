@@ -40,8 +40,8 @@ __device__ Labels read_labels(const SoftmaxKl& x, int64_t row) {
   Labels l{-1, -1, 1, 0, true, true, false};
   if (!x.target) return l;
   l.a = x.target[row];
-  l.mixed = x.target_mixed != nullptr;
-  l.b = l.mixed ? x.target_mixed[row] : l.a;
+  l.mixed = x.mixed != nullptr;
+  l.b = l.mixed ? x.mixed[row] : l.a;
   l.keep = l.a != x.ignore_index && l.b != x.ignore_index;
   l.valid = l.a >= 0 && l.a < x.classes && l.b >= 0 && l.b < x.classes;
   if (x.lam) {
@@ -94,13 +94,13 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
   const int64_t n = x.classes, row = team.row;
   const Labels l = read_labels<T>(x, row);
   T* stats = x.stats ? static_cast<T*>(x.stats) + row : nullptr;
-  const int count = x.decoupled() ? 9 : 5;
+  const int count = x.stats_count();
   if (!l.keep || !l.valid) {
     if (stats && team.rank < count) stats[team.rank * x.rows] = 0;
     return l.keep ? not_a_number<double>() : 0;
   }
   const Logits<T> s = student_of<T>(x, row), t = teacher_of<T>(x, row);
-  const bool ce = x.w_ce != 0, soft = x.soft();
+  const bool ce = x.ce != 0, soft = x.soft();
   T s_max = -infinity<T>(), t_max = -infinity<T>();
   for (int64_t k = team.rank; k < n; k += team.size) {
     s_max = Max()(s_max, s[k]);
@@ -144,13 +144,13 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     double sum = 0;
     for (int64_t k = team.rank; k < n; k += team.size)
       sum += weighted(load<T>(x.dense_type, x.dense, row * x.dense_stride + k), double(s[k] - s_max) - log_p);
-    result -= x.w_ce * team.sum(sum);
+    result -= x.ce * team.sum(sum);
   } else if (ce && x.target) {
     double sum = weighted(l.weight_a, double(s[l.a] - s_max) - log_p);
     if (l.mixed) sum += weighted(l.weight_b, double(s[l.b] - s_max) - log_p);
-    result -= x.w_ce * sum;
+    result -= x.ce * sum;
   }
-  if (x.w_kl != 0) result += x.w_kl * divergence(z);
+  if (x.kl != 0) result += x.kl * divergence(z);
 
   Sums rest{0, 0, 0, 0, 0};
   if (x.decoupled()) {
@@ -175,8 +175,8 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     rest.t = team.sum(rest.t);
     rest.cross = team.sum(rest.cross);
     rest.gap = team.sum(rest.gap);
-    if (x.w_other != 0 && rest.t != 0) result += x.w_other * (rest.s == 0 ? rest.cross : divergence(rest));
-    if (x.w_target != 0) {
+    if (x.non_target_kl != 0 && rest.t != 0) result += x.non_target_kl * (rest.s == 0 ? rest.cross : divergence(rest));
+    if (x.target_kl != 0) {
       double mass_s = 0, mass_t = 0, target_kl = 0;
       for (int i = 0; i < (l.a == l.b ? 1 : 2); ++i) {
         const int64_t k = i ? l.b : l.a;
@@ -189,7 +189,7 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
       // log of the other classes' probability: log1p of the labelled mass where that is small, else their log-sum
       const double log_ss = mass_s < 0.5 ? log1p(-mass_s) : double(rest_s_max) + log(rest.s) - log_s;
       const double log_st = mass_t < 0.5 ? log1p(-mass_t) : double(rest_t_max) + log(rest.t) - log_t;
-      result += x.w_target * (target_kl + weighted(exp(log_st), log_st - log_ss));
+      result += x.target_kl * (target_kl + weighted(exp(log_st), log_st - log_ss));
     }
   }
   if (stats && team.rank == 0) {
@@ -227,7 +227,7 @@ __global__ void finish_kernel(const __grid_constant__ SoftmaxKlForward x) {
   for (int64_t row = threadIdx.x; row < x.rows; row += blockDim.x) {
     if (x.reduction != Reduction::none) sum += static_cast<const double*>(x.workspace)[row];
     count += !x.target || (x.target[row] != x.ignore_index &&
-                           (!x.target_mixed || x.target_mixed[row] != x.ignore_index));
+                           (!x.mixed || x.mixed[row] != x.ignore_index));
   }
   sum = reduce_block(sum, shared, 0.0, Add());
   count = reduce_block(count, shared, 0.0, Add());
@@ -254,7 +254,7 @@ __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
   const T s_max = stats[0], t_max = stats[x.rows];
   const double log_p = stats[2 * x.rows], log_s = stats[3 * x.rows], log_t = stats[4 * x.rows];
   const double factor = double(static_cast<const T*>(x.grad)[row * x.grad_stride]) * *static_cast<const T*>(x.scale);
-  const bool ce = x.w_ce != 0 && (x.target || x.dense), soft = x.w_kl != 0, decoupled = x.decoupled();
+  const bool ce = x.ce != 0 && (x.target || x.dense), soft = x.kl != 0, decoupled = x.decoupled();
   const double scale = factor / x.temperature;
   double y_sum = 1;
   if (ce && x.dense) {
@@ -263,8 +263,8 @@ __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
       y_sum += load<T>(x.dense_type, x.dense, row * x.dense_stride + k);
     y_sum = team.sum(y_sum);
   }
-  const T c_hard = static_cast<T>(x.w_ce * factor * y_sum * exp(-log_p)), c_label = static_cast<T>(x.w_ce * factor);
-  const T c_soft = static_cast<T>(x.w_kl * scale * exp(-log_s)), ratio = static_cast<T>(exp(log_s - log_t));
+  const T c_hard = static_cast<T>(x.ce * factor * y_sum * exp(-log_p)), c_label = static_cast<T>(x.ce * factor);
+  const T c_soft = static_cast<T>(x.kl * scale * exp(-log_s)), ratio = static_cast<T>(exp(log_s - log_t));
   const T inverse_t = static_cast<T>(1 / x.temperature);
   const int power = integer_temperature(x.temperature);
 
@@ -284,8 +284,8 @@ __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
                                   ? mass_t - mass_s
                                   : exp(double(rest_s_max) + z_s - log_s) - exp(double(rest_t_max) + z_t - log_t);
     if (z_s != -infinity<double>())
-      c_rest_s = static_cast<T>(scale * (x.w_target * difference + x.w_other) * exp(-z_s));
-    if (z_t != -infinity<double>()) c_rest_t = static_cast<T>(scale * x.w_other * exp(-z_t));
+      c_rest_s = static_cast<T>(scale * (x.target_kl * difference + x.non_target_kl) * exp(-z_s));
+    if (z_t != -infinity<double>()) c_rest_t = static_cast<T>(scale * x.non_target_kl * exp(-z_t));
   }
   for (int64_t k = team.rank; k < n; k += team.size) {
     const T d = s[k] - s_max, a = d * inverse_t, b = soft || decoupled ? (t[k] - t_max) * inverse_t : T(0);
@@ -303,7 +303,7 @@ __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
     if (decoupled) {
       if (l.has(k)) {
         const double qs = exp(double(d) / x.temperature - log_s), qt = exp(double(t[k] - t_max) / x.temperature - log_t);
-        g += static_cast<T>(scale * x.w_target * (qs - qt));
+        g += static_cast<T>(scale * x.target_kl * (qs - qt));
       } else {
         g += c_rest_s * exp(a - rest_s_max) - c_rest_t * exp(b - rest_t_max);
       }
@@ -337,14 +337,14 @@ void backward(const SoftmaxKlBackward& x, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t softmax_kl_workspace(const SoftmaxKlForward& x) { return 8 * (x.rows + 1); }
+int64_t workspace(const SoftmaxKlForward& x) { return 8 * x.rows; }
 
-void softmax_kl_forward(const SoftmaxKlForward& x, bool fp64, const Launch& launch) {
-  fp64 ? forward<double>(x, launch.stream()) : forward<float>(x, launch.stream());
+void compute(const SoftmaxKlForward& x, const Launch& launch) {
+  x.fp64 ? forward<double>(x, launch.stream()) : forward<float>(x, launch.stream());
 }
 
-void softmax_kl_backward(const SoftmaxKlBackward& x, bool fp64, const Launch& launch) {
-  fp64 ? backward<double>(x, launch.stream()) : backward<float>(x, launch.stream());
+void compute(const SoftmaxKlBackward& x, const Launch& launch) {
+  x.fp64 ? backward<double>(x, launch.stream()) : backward<float>(x, launch.stream());
 }
 
 }  // namespace cuda

@@ -17,36 +17,39 @@ KD_BOTH inline T divergence_term(T d, T es, T et) {
 
 enum class Reduction : int { mean, sum, none };
 
-// Rows have unit column stride. T below is float, or double where an input is.
-struct SoftmaxKl {
+struct SoftmaxKlOptions {  // in the order of the op's arguments
+  int64_t ignore_index;
+  double ce, kl, target_kl, non_target_kl;  // the terms' weights
+  double temperature;
+  Reduction reduction;
+
+  KD_BOTH bool decoupled() const { return target_kl != 0 || non_target_kl != 0; }
+  KD_BOTH bool soft() const { return kl != 0 || decoupled(); }
+  KD_BOTH int64_t stats_count() const { return decoupled() ? 9 : 5; }  // saved numbers per row
+};
+
+// Rows have unit column stride.
+struct SoftmaxKl : Call, SoftmaxKlOptions {
   int64_t rows, classes;
   DType student_type, teacher_type;
   const void* student;  // [rows, classes], stride student_stride
   const void* teacher;
   int64_t student_stride, teacher_stride;
 
-  const int64_t* target;        // [rows] or null
-  const int64_t* target_mixed;  // [rows] or null
-  const void* lam;              // [] (stride 0) or [rows] (stride 1), or null
+  const int64_t* target;  // [rows] or null
+  const int64_t* mixed;   // [rows] or null
+  const void* lam;        // [] (stride 0) or [rows] (stride 1), or null
   DType lam_type;
   int64_t lam_stride;
   const void* dense;  // [rows, classes] or null
   DType dense_type;
   int64_t dense_stride;
-  int64_t ignore_index;
-
-  double temperature, w_ce, w_kl, w_target, w_other;
-
-  KD_BOTH bool decoupled() const { return w_target != 0 || w_other != 0; }
-  KD_BOTH bool soft() const { return w_kl != 0 || decoupled(); }
 };
 
 struct SoftmaxKlForward : SoftmaxKl {
-  Reduction reduction;
   void* loss;   // T [] or [rows]
-  void* stats;  // T [5 or 9, rows] or null: max s, max t, log Z of p, q_s, q_t; rest: max s, max t, log Z s, log Z t
+  void* stats;  // T [stats_count(), rows] or null: max s, max t, log Z of p, q_s, q_t; non-target: max s, max t, log Z s, log Z t
   void* scale;  // T []
-  void* workspace;  // CUDA: T [rows] and int64 [rows / 32 + 1]; unused on the CPU
 };
 
 struct SoftmaxKlBackward : SoftmaxKl {
@@ -57,7 +60,9 @@ struct SoftmaxKlBackward : SoftmaxKl {
   void* out;  // the student's dtype, [rows, classes] contiguous
 };
 
-KD_FOR_EACH_ISA(void softmax_kl_forward(const SoftmaxKlForward&, bool fp64, const Pool&);
-                void softmax_kl_backward(const SoftmaxKlBackward&, bool fp64, const Pool&);)
+template <Isa>
+void compute(const SoftmaxKlForward&, const Pool&);
+template <Isa>
+void compute(const SoftmaxKlBackward&, const Pool&);
 
 }  // namespace kd

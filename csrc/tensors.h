@@ -1,4 +1,4 @@
-// What bindings.cpp knows of tensors: reading, checking and making them by the LibTorch stable ABI alone, so that one
+// What the bindings know of tensors: reading, checking and making them by the LibTorch stable ABI alone, so that one
 // binary serves every torch from 2.11 on.
 #pragma once
 
@@ -15,9 +15,6 @@
 #include <vector>
 
 #include "common.h"
-#ifdef KD_CUDA
-#include "cuda.h"
-#endif
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
@@ -27,12 +24,6 @@ namespace kd {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-inline void run_parallel(int64_t count, int64_t grain, kd::Body body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
-}
-
-inline kd::Pool pool() { return {run_parallel, static_cast<int>(torch::stable::get_num_threads())}; }
 
 // ---- reading tensors ----
 
@@ -47,6 +38,12 @@ inline kd::DType dtype_of(const Tensor& x) {
 }
 
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+inline bool any_double(const std::vector<Tensor>& tensors) {
+  for (const Tensor& x : tensors)
+    if (is_double(x)) return true;
+  return false;
+}
 
 inline ScalarType compute_type(bool fp64) { return fp64 ? ScalarType::Double : ScalarType::Float; }
 
@@ -121,32 +118,5 @@ inline Tensor grad_like(const Tensor& x) {
   if (x.is_cpu()) ask_for_huge_pages(out);
   return out;
 }
-
-// The CPU's kernels of this machine's instruction set, or the GPU's on the current stream.
-#ifdef KD_CUDA
-#define KD_RUN(like, function, arguments, fp64)                                          \
-  do {                                                                                   \
-    if ((like).is_cuda()) {                                                              \
-      const kd::cuda::Launch launch((like).get_device_index());                          \
-      kd::cuda::function(arguments, fp64, launch);                                       \
-    } else {                                                                             \
-      [&] { KD_DISPATCH(function(arguments, fp64, pool())) }();                    \
-    }                                                                                    \
-  } while (false)
-#else
-#define KD_RUN(like, function, arguments, fp64) \
-  [&] { KD_DISPATCH(function(arguments, fp64, pool())) }()
-#endif
-
-// Scratch memory of a CUDA kernel, owned by `keep`; none on the CPU.
-#ifdef KD_CUDA
-inline void* workspace(const Tensor& like, int64_t bytes, std::vector<Tensor>& keep) {
-  keep.push_back(empty({bytes}, ScalarType::Byte, like));
-  return keep.back().mutable_data_ptr();
-}
-#define KD_WORKSPACE(like, bytes, keep) ((like).is_cuda() ? workspace(like, bytes, keep) : nullptr)
-#else
-#define KD_WORKSPACE(like, bytes, keep) nullptr
-#endif
 
 }  // namespace kd
