@@ -3,7 +3,6 @@ correlation."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -35,13 +34,12 @@ def correlation_case(images: int, width: int, views: int = 4) -> Case:
     )
 
 
-AMD = partial(kdkernels.amd_loss, reduction="sum")
 WRN = [(64, 32, 32, 32), (64, 64, 16, 16), (64, 128, 8, 8)]
 CASES = [
     feature_case("losses", "sp resnet8x4, 3 stages", kdkernels.sp_loss, published.sp, RESNET8X4, products=1),
     feature_case("losses", "sp wrn16-2, 3 stages", kdkernels.sp_loss, published.sp, WRN, products=1),
-    feature_case("losses", "amd resnet8x4, 3 stages", AMD, published.amd, RESNET8X4),
-    feature_case("losses", "amd wrn16-2, 3 stages", AMD, published.amd, WRN),
+    feature_case("losses", "amd resnet8x4, 3 stages", kdkernels.amd_loss, published.amd, RESNET8X4),
+    feature_case("losses", "amd wrn16-2, 3 stages", kdkernels.amd_loss, published.amd, WRN),
     correlation_case(16, 128),
     correlation_case(64, 512),
 ]

@@ -1,6 +1,6 @@
 """Knowledge alignment of MLKD (Ding et al., arXiv 2012.00573): the cosine between projected features, row by row.
 
-    L = 2 - 2 mean over rows of cos(student, teacher)
+L = 2 - 2 mean over rows of cos(student, teacher)
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def corsd_loss(
         relations_pos, relations_neg: (L, B) relation scores, deepest stage last. float16, bfloat16, float32 or float64.
         logits_pos, logits_neg: (L, B, K) class logits of the relation networks.
         target, target_neg: (B,) int64 labels of the anchors (and positives) and of the negatives.
-        triplet_weight, ..., kl_neg_weight: of the six terms, the same for every stage; positives are pairs of one class,
-            negatives of two.
+        triplet_weight, ..., kl_neg_weight: of the six terms, the same for every stage; positives are pairs of one
+            class, negatives of two.
         temperature: T > 0 of the KL terms.
         margin: of the triplet term. At 1 the hinge never clips, as scores lie in (0, 1): its gradient is constant.
         detach_deepest: the deepest stage is a constant in the relation and KL terms, so that knowledge flows from deep
@@ -285,7 +285,11 @@ class CORSDLoss(nn.Module):
         }
         _check_options(temperature, margin, **weights)
         reduction = check_reduction(reduction, "CORSDLoss", per_sample=not logit_relation_weight, batchmean=True)
-        self.channels, self.num_classes, self.logit_relation_weight = tuple(channels), num_classes, logit_relation_weight
+        self.channels, self.num_classes, self.logit_relation_weight = (
+            tuple(channels),
+            num_classes,
+            logit_relation_weight,
+        )
         self.options: dict[str, Any] = {
             **weights,
             "temperature": temperature,

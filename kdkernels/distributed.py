@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops import correlation
 from .ops.backend import choose
 from .ops.checks import compute_dtype
-from .ops.correlation import CorrelationOptions
+from .ops.correlation import op as correlation
+from .ops.correlation.op import CorrelationOptions
 from .ops.gram.op import (
     COSINE_EPS,
     SPOptions,
@@ -210,9 +210,9 @@ def sp_over_ranks(
 
 
 def _cosines(a: Tensor, b: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Gram.cosine_forward from column shards of a and b, alike on every rank: products and squares are sums over columns.
+    """Gram.cosine_forward from column shards of a and b, alike on every rank.
 
-    What is left to do on (N, M) numbers is elementwise, and PyTorch's.
+    Products and squares are sums over columns; what is left to do on (N, M) numbers is elementwise, and PyTorch's.
     """
     (n, _), m = a.shape, b.shape[0]
     parts = products_op(a, b)
@@ -261,7 +261,7 @@ class _CorrelationShards(torch.autograd.Function):
         student, *saved = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             gram, kl = choose("gram", student), choose("softmax_kl", saved[0], saved[3])
-            return correlation.backward(gram, kl, grad, student, *saved, ctx.options), None, None, None
+            return correlation.backward(gram, kl, grad, student, saved, ctx.options), None, None, None
 
 
 def correlation_over_ranks(

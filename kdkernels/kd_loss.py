@@ -21,7 +21,9 @@ def flatten_positions(student: Tensor, teacher: Tensor, class_dim: int, caller: 
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if not -student.dim() <= class_dim < student.dim() or class_dim % student.dim() == 0:
-        raise ValueError(f"{caller}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}")
+        raise ValueError(
+            f"{caller}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}"
+        )
     classes = student.shape[class_dim]
     if classes == 0:
         raise ValueError(f"{caller}: there are no classes in logits of shape {tuple(student.shape)}")

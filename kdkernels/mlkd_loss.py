@@ -49,8 +49,8 @@ def mlkd_loss(
         target: int64 labels, (B,) one per image or (V B,) one per row. None: label-free, beta counts as 0 (our reading
             of a self-supervised teacher; leave out the task's cross entropy as well).
         views: V, see ``correlation_loss``.
-        correlation_weight, supervised_weight, alignment_weight: alpha, beta, delta: 50, 1, 20 for CIFAR-100, 20, 0.5, 10
-            for ImageNet. A term of weight 0 is not computed. The task's cross entropy on the base rows is the
+        correlation_weight, supervised_weight, alignment_weight: alpha, beta, delta: 50, 1, 20 for CIFAR-100; 20, 0.5,
+            10 for ImageNet. A term of weight 0 is not computed. The task's cross entropy on the base rows is the
             trainer's, with weight 1.
         temperature, supervised_temperature: of the correlation and of the supervised term.
         reduction: "mean": each term's mean over its own rows; "sum": each term's sum. The terms have different rows, so

@@ -8,7 +8,7 @@ Only the paper's abstract is certain; these equations are the reading that satis
 
 and with ``decouple=(w_target, w_non_target)`` the KL is split into the labelled classes and the rest, whose mass is S:
 
-    KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_non_target NCKD        (DKD, arXiv 2203.08679, for one or two labels)
+    KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_non_target NCKD     (DKD, arXiv 2203.08679, of one or two labels)
 """
 
 from __future__ import annotations
@@ -124,10 +124,13 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor, class_dim: int, d
         raise ValueError(f"stkd_loss: {name} is on {target.device} and the logits on {logits.device}; move one of them")
     if target.is_floating_point():
         if not dense_allowed:
-            raise ValueError("stkd_loss: a dense target comes without target_mixed and lam, which are of integer labels")
+            raise ValueError(
+                "stkd_loss: a dense target comes without target_mixed and lam, which are of integer labels"
+            )
         if target.shape != logits.shape:
             raise ValueError(
-                f"stkd_loss: a dense target must have the logits' shape {tuple(logits.shape)}, got {tuple(target.shape)}"
+                f"stkd_loss: a dense target must have the logits' shape {tuple(logits.shape)}, "
+                f"got {tuple(target.shape)}"
             )
         return target if target.dim() == 2 else target.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
     if target.dtype != torch.int64:

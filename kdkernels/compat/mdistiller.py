@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kd_loss import kd_loss as kdkernels_kd_loss
 from ..ops.checks import check_pair, check_tensor, compute_dtype
-from ..ops.softmax_kl import softmax_kl
+from ..stkd_loss import stkd_loss
 from .scales import published_sp, warn_of_trained_teacher
 
 
@@ -67,15 +67,16 @@ def dkd_loss(
     if target.is_floating_point():
         target, target_mixed = _labelled(target, logits_student)
         lam = torch.full((), 0.5, device=target.device)  # the terms depend on which classes are labelled, not on it
-    return softmax_kl(
+    return stkd_loss(
         logits_student,
         logits_teacher,
         target.reshape(-1),
         target_mixed,
         lam,
         temperature=temperature,
-        target_weight=alpha * temperature**2,
-        other_weight=beta * temperature**2,
+        ce_weight=0.0,
+        kd_weight=1.0,
+        decouple=(alpha, beta),
     )
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..kd_loss import kd_loss
-from ..ops.checks import check_tensor
-from ..ops.gram import sp_gram
+from ..ops.checks import check_tensor, layer_pairs
+from ..ops.gram import LayerPairs, SPOptions, sp_gram
 
 
 def kl_per_sample(student: Tensor, teacher: Tensor, temperature: float, *, scale_by_t2: bool = True) -> Tensor:
@@ -28,8 +28,10 @@ def published_sp(
     """SP summed over the layer pairs, 0-d; an all-zero student row gets the published gradient, scaled by 1 / eps."""
     for t in teacher:
         warn_of_trained_teacher(t)
-    scale = 1 / max(len(student[0]), 1) ** 2 if reduction == "batchmean" else 1.0
-    return sp_gram(list(student), list(teacher), row_norm=row_norm, scale=scale, zero_row_grad=True)
+    students, teachers = layer_pairs(student, teacher, "sp_loss")
+    reduction = "mean" if reduction == "batchmean" else "sum"
+    options = SPOptions([1.0] * len(students), reduction, row_norm=row_norm, zero_row_grad=True)
+    return sp_gram(LayerPairs(students, teachers, options))
 
 
 def warn_of_trained_teacher(teacher: Tensor) -> None:

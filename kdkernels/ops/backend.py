@@ -1,8 +1,8 @@
 """Which implementation of an op runs, and why.
 
-Every op's folder has up to three modules with the same functions, those of the Protocol in its op.py: ``supports(*tensors)``,
-which returns None or the reason why not, and the op's forward and backward passes. They save the same things, so a
-forward pass of one may be followed by the backward pass of another.
+Every op's folder has up to three modules with the same functions, those of the Protocol in its op.py:
+``supports(*tensors)``, which returns None or the reason why not, and the op's forward and backward passes. They save
+the same things, so a forward pass of one may be followed by the backward pass of another.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def check_weight(name: str, value: float) -> None:
 
 
 def check_reduction(reduction: object, caller: str, *, per_sample: bool = True, batchmean: bool = False) -> str:
-    """"mean", "sum" or, where there is a value of each sample, "none". "batchmean" is "mean" where it means the same."""
+    """The reduction: "mean", "sum", or "none" if a sample has a value; "batchmean" is "mean" where that is the same."""
     if reduction == "mean" or reduction == "sum" or (per_sample and reduction == "none"):
         return str(reduction)
     if reduction == "batchmean" and batchmean:

@@ -1,7 +1,7 @@
 """The torch.library namespace "kdkernels": how an op enters it and gets its gradient, by public PyTorch alone.
 
-An op's arguments are a record, a NamedTuple of tensors, numbers and smaller records: ``schema`` writes it as torch.library
-wants it, ``flatten`` and ``build`` take it there and back.
+An op's arguments are a record, a NamedTuple of tensors, numbers and smaller records: ``schema`` writes it as
+torch.library wants it, ``flatten`` and ``build`` take it there and back.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Differentiable:
     """The op ``kdkernels::name``, called for its first output, which has gradients for the op's first argument(s).
 
     In eager mode a torch.autograd.Function calls the op, forward and backward, so that modes, profilers and tracers see
-    it. Where torch.compile traces, a second op with the same body has its gradient by register_autograd, which AOTAutograd
-    wants and whose bookkeeping would cost a small loss more than its kernels.
+    it. Where torch.compile traces, a second op with the same body has its gradient by register_autograd, which
+    AOTAutograd wants and whose bookkeeping would cost a small loss more than its kernels.
 
         keep(args, outputs)          what ``backward`` takes behind the upstream gradient
         backward(grad, *kept)        an op; the gradients of the first ``inputs`` arguments, tensors or lists of them
@@ -138,8 +138,8 @@ class Differentiable:
 def _with_copies(body: Callable[..., Any]) -> Callable[..., Any]:
     """The body with copies of the constant tensors as one more output.
 
-    A compiled graph saves its inputs as they are, which autograd refuses for tensors from torch.inference_mode(), and while
-    it is traced nobody can see that a teacher's logits are such.
+    A compiled graph saves its inputs as they are, which autograd refuses for tensors from torch.inference_mode(), and
+    while it is traced nobody can see that a teacher's logits are such.
     """
 
     def with_copies(*args: Any) -> tuple[Any, ...]:
@@ -171,9 +171,8 @@ def _node(
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(f"{name} has no forward-mode derivative (jvp, jacfwd)")
 
-    methods = {"forward": forward, "backward": gradients, "jvp": jvp}
-    # its name is what a loss's grad_fn is called
-    return type(f"kdkernels_{name}", (torch.autograd.Function,), {n: staticmethod(m) for n, m in methods.items()})
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients), "jvp": staticmethod(jvp)}
+    return type(f"kdkernels_{name}", (torch.autograd.Function,), methods)  # a loss's grad_fn is called so
 
 
 def _traced_backward(name: str, backward: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
@@ -203,7 +202,7 @@ _TENSOR = object()  # stands for a saved tensor
 
 
 def _save(ctx: Any, kept: Sequence[Any]) -> None:
-    """Tensors by autograd, which watches that nobody changes them; everything else, and their places, in ``ctx.plan``."""
+    """Tensors by autograd, which watches that nobody changes them; all else, and their places, in ``ctx.plan``."""
     tensors: list[Tensor] = []
     plan: list[Any] = []
     for value in kept:

@@ -36,8 +36,8 @@ DEMO_METHODS: dict[str, tuple[str, Callable[[], Method]]] = {
     "kd": ("0.1 CE + 0.9 KD", KD),
     "sp": ("CE + 300 SP", partial(SP, weight=300)),
     "stkd": ("0.1 CE + 0.9 KD, mixup", STKD),
-    "amd": ("0.1 CE + 0.9 KD + 0.2 AMD", partial(AMD, weight=0.2, layer_weights="area", reduction="sum")),
-    "mlkd": ("CE + 0.1 MLKD", partial(MLKD, weights=(5.0, 0.1, 2.0))),
+    "amd": ("0.1 CE + 0.9 KD + 0.2 AMD", AMD),
+    "mlkd": ("CE + 0.1 MLKD", partial(MLKD, correlation_weight=5.0, supervised_weight=0.1, alignment_weight=2.0)),
     "corsd": ("CE + CORSD, no teacher", CORSD),
 }
 

@@ -1,4 +1,4 @@
-"""angular_margin on every backend: numbers against the fp64 reference, the contract, the edges."""
+"""angular_margin on every backend: numbers against the definition in fp64, the contract, the edges."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import math
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients
+from checking import DEVICE, DTYPES, by_definition, check_compiled, check_contract, check_op, gradients
 from torch import Tensor
 
-import kdkernels
-from kdkernels.ops.angular_margin import angular_margin
+from kdkernels.ops.angular_margin import ActivationPairs
+from kdkernels.ops.angular_margin import angular_margin as op
 
 SHAPES = [
-    ((1, 2, 2, 2), 3),
+    ((1, 2, 4, 2), 3),  # a quadrant of one pixel is 1 or -1, whose gradient is the rounding of nothing
     ((2, 3, 4, 4), 5),
     ((3, 7, 7, 7), 2),
     ((2, 5, 8, 6), 9),
     ((2, 16, 13, 17), 33),
     ((1, 3, 32, 32), 4),
 ]
-ONE_LAYER = {"margin": 1.35, "scale": 64.0, "layer_weights": [1.0]}
+ONE_LAYER = {"margin": 1.35, "sharpness": 64.0, "layer_weights": [1.0]}
 pytestmark = pytest.mark.usefixtures("backend")
+
+
+def angular_margin(student: Tensor | list[Tensor], teacher: Tensor | list[Tensor], **options: object) -> Tensor:
+    students, teachers = ([x] if isinstance(x, Tensor) else x for x in (student, teacher))
+    return op(ActivationPairs(students, teachers, **options))
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,7 +41,7 @@ def pair(shape: tuple[int, ...], channels: int, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("local_weight", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "channels"), SHAPES, ids=str)
-def test_meets_the_reference(shape: tuple[int, ...], channels: int, dtype: torch.dtype, local_weight: float) -> None:
+def test_meets_the_definition(shape: tuple[int, ...], channels: int, dtype: torch.dtype, local_weight: float) -> None:
     student, teacher = pair(shape, channels, dtype)
     check_op(
         lambda s, t: angular_margin(s, t, local_weight=local_weight, **ONE_LAYER),
@@ -56,7 +61,7 @@ def test_quadrants_of_one_bright_pixel(size: tuple[int, int]) -> None:
     _, (gradient,) = check_op(
         lambda s, t: angular_margin(s, t, **options), [student], constants=[teacher], upstream=1.0
     )
-    with kdkernels.use_backend("reference"):
+    with by_definition():
         exact = student.double()
         direction = torch.randn_like(exact)
         moved = [angular_margin(exact + d * direction, teacher.double(), **options) for d in (1e-6, -1e-6)]
@@ -64,9 +69,10 @@ def test_quadrants_of_one_bright_pixel(size: tuple[int, int]) -> None:
     assert (gradient.double() * direction).sum().item() == pytest.approx(slope, rel=1e-3)
 
 
-@pytest.mark.parametrize("reduce", [True, False])
+@pytest.mark.parametrize("layer_reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_layers(dtype: torch.dtype, reduce: bool) -> None:
+def test_several_layers(dtype: torch.dtype, reduction: str, layer_reduction: str) -> None:
     pairs = [pair(shape, 4, dtype) for shape in [(3, 4, 16, 16), (3, 8, 8, 8), (3, 5, 5, 4)]]
     students, teachers = zip(*pairs, strict=True)
     check_op(
@@ -74,10 +80,12 @@ def test_several_layers(dtype: torch.dtype, reduce: bool) -> None:
             list(x[:3]),
             list(x[3:]),
             margin=1.2,
-            scale=32.0,
+            sharpness=32.0,
             local_weight=0.3,
             layer_weights=[3.0, 0.0, 0.5],
-            reduce=reduce,
+            area_weights=reduction == "sum",
+            reduction=reduction,
+            layer_reduction=layer_reduction,
         ),
         students,
         constants=teachers,
@@ -118,21 +126,23 @@ def test_mixed_dtypes_of_student_and_teacher() -> None:
 
 def test_contract() -> None:
     student, teacher = pair((3, 4, 5, 5), 6)
-    weights = {"layer_weights": [1.0, 2.0], "local_weight": 0.2, "margin": 1.35, "scale": 64.0}
+    weights = {"layer_weights": [1.0, 2.0], "local_weight": 0.2, "margin": 1.35, "sharpness": 64.0}
     check_contract(lambda s: angular_margin([s, s * s], [teacher, teacher], **weights), student)
 
 
 def test_compiled() -> None:
     student, teacher = pair((3, 4, 5, 5), 6)
-    weights = {"layer_weights": [1.0, 2.0], "local_weight": 0.2, "margin": 1.35, "scale": 64.0}
+    weights = {"layer_weights": [1.0, 2.0], "local_weight": 0.2, "margin": 1.35, "sharpness": 64.0}
     check_compiled(lambda s: angular_margin([s, s * s], [teacher, teacher], **weights), student)
 
 
 def test_opcheck() -> None:
     student, teacher = pair((2, 3, 4, 4), 5)
-    for reduce in (True, False):
-        args = ([student.requires_grad_()], [teacher], [1.0], 1.35, 64.0, 0.2, reduce, True)
-        torch.library.opcheck(torch.ops.kdkernels.angular_margin.default, args)
+    for reduction, layer_reduction in (("mean", "sum"), ("none", "mean"), ("sum", "none"), ("none", "none")):
+        options = ([teacher, teacher], [1.0, 2.0], True, reduction, layer_reduction, 1.35, 64.0, 0.2)
+        torch.library.opcheck(torch.ops.kdkernels.angular_margin.default, ([student, teacher], *options, True))
+        leaf = student.clone().requires_grad_()
+        torch.library.opcheck(torch.ops.kdkernels.angular_margin_traced.default, ([leaf, student], *options, True))
 
 
 def test_empty_batch_is_zero() -> None:
@@ -198,7 +208,12 @@ def test_one_pixel_with_all_the_energy_moves_nothing(shape: tuple[int, ...]) -> 
             x[:, :, 0, 0] = 0.1 + 5 * torch.rand(shape[:2], generator=generator)
         student = student.to(DEVICE).requires_grad_()
         loss = angular_margin(
-            student, teacher.to(DEVICE), margin=1.35, scale=64.0, layer_weights=[1.0], local_weight=0.2 * (shape[2] > 1)
+            student,
+            teacher.to(DEVICE),
+            margin=1.35,
+            sharpness=64.0,
+            layer_weights=[1.0],
+            local_weight=0.2 * (shape[2] > 1),
         )
         assert abs(loss.item()) < 1e-9
         assert gradients(loss, [student])[0].abs().max() < 1e-8

@@ -7,9 +7,14 @@ import torch
 from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op
 from torch import Tensor
 
-from kdkernels.ops.correlation import correlation
+from kdkernels.ops.correlation import CorrelationOptions, ViewRows
+from kdkernels.ops.correlation import correlation as op
 from kdkernels.ops.gram import cosine_similarity
-from kdkernels.ops.softmax_kl import softmax_kl
+from kdkernels.ops.softmax_kl import Rows, softmax_kl
+
+
+def correlation(student: Tensor, teacher: Tensor, *, views: int, temperature: float, reduction: str = "mean") -> Tensor:
+    return op(ViewRows(student, teacher, CorrelationOptions(views, temperature, reduction)))
 
 
 def rows(*shape: int) -> Tensor:
@@ -17,8 +22,10 @@ def rows(*shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("images", "views", "widths"), [(1, 2, (3, 3)), (5, 3, (7, 4)), (8, 4, (33, 64))])
-def test_meets_the_reference(images: int, views: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("images", "views", "widths"), [(1, 2, (3, 3)), (5, 3, (7, 4)), (8, 4, (33, 64)), (9, 1, (5, 8))]
+)
+def test_meets_the_definition(images: int, views: int, widths: tuple[int, int], dtype: torch.dtype) -> None:
     student, teacher = (rows(views * images, width).to(dtype) for width in widths)
     if images == 1:  # one base row: the softmax over it is 1, and the loss 0
         assert correlation(student, teacher, views=views, temperature=0.5).item() == 0
@@ -38,7 +45,7 @@ def test_equals_its_parts() -> None:
     results = []
     for loss in (
         lambda s: correlation(s, teacher, views=3, temperature=0.3),
-        lambda s: softmax_kl(cosines(s), cosines(teacher), temperature=0.3, kl_weight=1.0),
+        lambda s: softmax_kl(Rows(cosines(s), cosines(teacher), temperature=0.3)),
     ):
         leaf = student.clone().requires_grad_()
         value = loss(leaf)
@@ -84,6 +91,9 @@ def test_compiled() -> None:
 
 
 def test_opcheck() -> None:
-    for need_grad in (True, False):
-        student = rows(6, 4).requires_grad_(need_grad)
-        torch.library.opcheck(torch.ops.kdkernels.correlation.default, (student, rows(6, 5), 3, 0.5, need_grad))
+    for views, reduction in ((3, "mean"), (2, "none"), (1, "sum")):
+        options = (rows(6, 5), views, 0.5, reduction)
+        torch.library.opcheck(
+            torch.ops.kdkernels.correlation_traced.default, (rows(6, 4).requires_grad_(), *options, True)
+        )
+        torch.library.opcheck(torch.ops.kdkernels.correlation.default, (rows(6, 4), *options, False))

@@ -1,4 +1,4 @@
-"""sp_gram and cosine_similarity on every backend: numbers against the fp64 reference, the contract, the edges."""
+"""sp_gram and cosine_similarity on every backend: numbers against the definition in fp64, the contract, the edges."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ import math
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients
+from checking import (
+    DEVICE,
+    DTYPES,
+    TOLERANCES,
+    check_close,
+    check_compiled,
+    check_contract,
+    check_op,
+    gradients,
+    refused,
+)
 from torch import Tensor
 
-from kdkernels.ops.gram import cosine_similarity, sp_gram
+from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity
+from kdkernels.ops.gram import sp_gram as op
+from kdkernels.ops.library import flatten
 
 # B = 1 is apart: its Gram matrix is one number, which normalised is 1
 SHAPES = [
@@ -23,6 +35,14 @@ SHAPES = [
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+def sp_gram(
+    student: Tensor | list[Tensor], teacher: Tensor | list[Tensor], *, scale: float, **options: object
+) -> Tensor:
+    students, teachers = ([x] if isinstance(x, Tensor) else x for x in (student, teacher))
+    weights = [scale * (i + 1) for i in range(len(students))]
+    return op(LayerPairs(students, teachers, SPOptions(weights, **{"reduction": "sum", **options})))
+
+
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).relu().add(0.01).to(DEVICE, dtype)
 
@@ -30,17 +50,23 @@ def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("row_norm", ["l2", "l1"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-def test_sp_meets_the_reference(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, row_norm: str) -> None:
+def test_sp_meets_the_definition(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, row_norm: str) -> None:
     student, teacher = (features(*shape, dtype=dtype) for shape in shapes)
     check_op(lambda s, t: sp_gram(s, t, scale=1.0, row_norm=row_norm), [student], constants=[teacher], upstream=1e3)
 
 
+@pytest.mark.parametrize("layer_reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_layers_of_different_widths(dtype: torch.dtype) -> None:
+def test_several_layers_of_different_widths(dtype: torch.dtype, layer_reduction: str) -> None:
     shapes = [(9, 4, 8, 8), (9, 7, 5, 3), (9, 31)]
     students = [features(*shape, dtype=dtype) for shape in shapes]
     teachers = [features(*shape, dtype=dtype) for shape in reversed(shapes)]
-    check_op(lambda *x: sp_gram(list(x[:3]), list(x[3:]), scale=0.5), students, constants=teachers, upstream=1e3)
+    check_op(
+        lambda *x: sp_gram(list(x[:3]), list(x[3:]), scale=0.5, layer_reduction=layer_reduction),
+        students,
+        constants=teachers,
+        upstream=1e3,
+    )
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded", "batch_last"])
@@ -84,8 +110,34 @@ def test_compiled() -> None:
 def test_opcheck() -> None:
     student, teacher = features(4, 6).requires_grad_(), features(4, 5)
     ops = torch.ops.kdkernels
-    torch.library.opcheck(ops.sp_gram.default, ([student], [teacher], "l2", 1.0, 1e-12, False, True))
-    torch.library.opcheck(ops.cosine_similarity.default, (student, features(3, 6).requires_grad_()))
+    options = ([teacher, teacher], [1.0, 2.0], "mean", "none", "l2", 1e-12, False)
+    torch.library.opcheck(ops.sp_gram_traced.default, ([student, student], *options, True))
+    torch.library.opcheck(ops.sp_gram.default, ([student.detach(), teacher], *options, False))
+    torch.library.opcheck(ops.cosine_similarity_traced.default, (student, features(3, 6).requires_grad_()))
+    grams = torch.stack([features(2, 4, 4), features(2, 4, 4)])
+    torch.library.opcheck(ops.sp_from_grams.default, (grams, *options[1:], True))
+    torch.library.opcheck(ops.grams.default, ([student.detach(), teacher],))
+    torch.library.opcheck(ops.products.default, (student.detach(), features(3, 6)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_parts_make_the_whole(dtype: torch.dtype) -> None:
+    """Gram matrices of column shards add up, and their loss is that of the whole; so do products and squared norms."""
+    ops = torch.ops.kdkernels
+    student, teacher = features(7, 30, dtype=dtype), features(7, 44, dtype=dtype)
+    if refused(lambda s, t: sp_gram(s, t, scale=1.0), student, teacher):
+        return
+    x = LayerPairs([student], [teacher], SPOptions([3.0]))
+    whole = ops.sp_gram(*flatten(x), True)
+    shards = [ops.grams([student[:, part], teacher[:, part]]) for part in (slice(0, 11), slice(11, None))]
+    parts = ops.sp_from_grams((shards[0] + shards[1]).unflatten(0, (2, 1)), *x.options, True)
+    for name, a, b in zip(("loss", "gradient matrix"), parts, whole, strict=True):
+        check_close(name, a, b, 1e-6)
+    a, b = student, features(5, 30, dtype=dtype)
+    exact_a, exact_b = a.double(), b.double()
+    expected = exact_a @ exact_b.t(), exact_a.square().sum(1), exact_b.square().sum(1)
+    for name, actual, exact in zip(("products", "squares", "squares"), ops.products(a, b), expected, strict=True):
+        check_close(name, actual, exact, TOLERANCES[dtype].loss)
 
 
 @pytest.mark.parametrize("batch", [0, 1])
@@ -137,7 +189,7 @@ def test_nan_and_inf_come_out(which: int, bad: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (5, 3, 2), (48, 16, 100), (31, 65, 129)], ids=str)
-def test_cosines_meet_the_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_cosines_meet_the_definition(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     n, m, d = shape
     check_op(cosine_similarity, [torch.randn(n, d).to(DEVICE, dtype), torch.randn(m, d).to(DEVICE, dtype)])
 

@@ -1,4 +1,4 @@
-"""angular_margin as on a board: differentiable PyTorch, the oracle of the tests. Equations: AMD (arXiv 2302.14130), eq. 7-12.
+"""angular_margin as on a board: differentiable PyTorch, the oracle of the tests. Equations: arXiv 2302.14130, eq. 7-12.
 
 Per sample, over the pixels, for student and teacher:
 

@@ -1,8 +1,8 @@
 """angular_margin: per layer, the distance between the angular maps of student and teacher, and its gradient.
 
-The formula is in definition.py. One read of each activation gives its channel-energy map (B, H, W); everything after that
-is work on the small maps. What is saved is one number per pixel, kappa, with dloss/dA[c, n] = kappa[n] A[c, n]. All layers
-of a call are one op, so that a backend can run them in one launch.
+The formula is in definition.py. One read of each activation gives its channel-energy map (B, H, W); everything after
+that is work on the small maps. What is saved is one number per pixel, kappa, with dloss/dA[c, n] = kappa[n] A[c, n].
+All layers of a call are one op, so that a backend can run them in one launch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AngularMargin(Protocol):
         """The loss, (), (L,), (B,) or (L, B), and kappa of every layer's pixels, flat (empty without need_grad)."""
 
     def backward(self, grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
-        """grad_lb * kappa * A of each layer, in the layer's shape, dtype and memory format; grad is (L, B), any strides."""
+        """grad_lb * kappa * A, in the layer's shape, dtype and memory format; grad is a strided (L, B)."""
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ def _layer(
 
 
 def _region(v: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """Of one region's maps (3, 2, B, h, w): e = |D|^2 of the unit vectors' difference D, and d(c e)/dv of the student."""
+    """Of one region's maps (3, 2, B, h, w): e = |D|^2 of the unit vectors' difference D, and d(c e)/dv_s."""
     norms = _norm(v)
     length = norms.clamp(min=UNIT_EPS)
     unit = v / length

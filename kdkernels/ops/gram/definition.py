@@ -1,8 +1,8 @@
 """gram as on a board: differentiable PyTorch, the oracle of the tests. Equations: SP (arXiv 1907.09682), eq. 1-4.
 
-    Q = reshape(A) in R^{B x D};   K = Q Q^T                                    eq. 1, 2
-    G[i] = K[i] / max(||K[i]||, eps)                                            eq. 3
-    L = sum over layer pairs of scale * ||G_t - G_s||_F^2,  scale = 1 / B^2     eq. 4
+Q = reshape(A) in R^{B x D};   K = Q Q^T                                    eq. 1, 2
+G[i] = K[i] / max(||K[i]||, eps)                                            eq. 3
+L = sum over layer pairs of scale * ||G_t - G_s||_F^2,  scale = 1 / B^2     eq. 4
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     cosine_similarity   S[i, j] = <a_i, b_j> / (|a_i| |b_j|)
     grams, products, sp_from_grams     their parts, for batches whose columns lie on several ranks
 
-The formulas are in definition.py. Products are accumulated in fp32 (fp64 for fp64). All layers of an sp_gram call are one
-op, so that a backend can run them in one launch. Only B x B matrices are saved.
+The formulas are in definition.py. Products are accumulated in fp32 (fp64 for fp64). All layers of an sp_gram call are
+one op, so that a backend can run them in one launch. Only B x B matrices are saved.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Gram(Protocol):
         """sp_forward from (2, L, B, B): the students' K, then the teachers'."""
 
     def sp_backward(self, grad: Tensor, student: list[Tensor], gradient_matrix: Tensor) -> list[Tensor]:
-        """grad_l * gradient_matrix_l Q_s of each layer, in the layer's shape, dtype and memory format; grad is () or (L,)."""
+        """grad_l * gradient_matrix_l Q_s, in the layer's shape, dtype and memory format; grad is () or (L,)."""
 
     def grams(self, features: list[Tensor]) -> Tensor:
         """(M, B, B): K of each of M (B, ...) tensors."""
@@ -131,7 +131,7 @@ _sp_op = Differentiable(
 
 
 def sp_gram(x: LayerPairs) -> Tensor:
-    """The layers' ||G_t - G_s||_F^2 times their scales: float32 (float64 if an input is). Gradients flow to the student.
+    """The layers' ||G_t - G_s||_F^2 times their scales: float32 (float64 if an input is); gradients to the student.
 
     Arguments are the caller's to check: sp_loss.py does.
     """

@@ -1,10 +1,10 @@
-"""softmax_kl as on a board: differentiable PyTorch, the oracle of the tests. Equations: DKD (arXiv 2203.08679), eq. 1-7.
+"""softmax_kl as on a board: differentiable PyTorch, the oracle of the tests. Equations: arXiv 2203.08679, eq. 1-7.
 
-    row  = w_ce CE + w_kl KL + w_target TCKD + w_non NCKD           z logits, s student, t teacher, T temperature
-    CE   = -sum_k y_k log p_s,k                                     p = softmax(z)
-    KL   = sum_k q_t,k log(q_t,k / q_s,k)                           q = softmax(z / T)
-    TCKD = sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s),  S = the mass of all others
-    NCKD = the KL of the others, renormalised;   KL = TCKD + S_t NCKD
+row  = w_ce CE + w_kl KL + w_target TCKD + w_non NCKD           z logits, s student, t teacher, T temperature
+CE   = -sum_k y_k log p_s,k                                     p = softmax(z)
+KL   = sum_k q_t,k log(q_t,k / q_s,k)                           q = softmax(z / T)
+TCKD = sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s),  S = the mass of all others
+NCKD = the KL of the others, renormalised;   KL = TCKD + S_t NCKD
 """
 
 from __future__ import annotations

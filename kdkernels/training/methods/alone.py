@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...stkd_loss import mixup
+from ...mixing import mixup
 from .base import Batch, Method, Outputs
 
 

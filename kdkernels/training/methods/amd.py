@@ -18,19 +18,19 @@ class AMD(Method):
 
     def __init__(
         self,
-        weight: float = 3000.0,
+        weight: float = 0.2,
         kd_weight: float = 0.9,
         temperature: float = 4.0,
         local_weight: float = 0.0,
-        layer_weights: list[float] | str | None = None,
-        reduction: str = "mean",
+        layer_weights: list[float] | str | None = "area",
+        layer_reduction: str = "sum",
     ) -> None:
         super().__init__()
         check_weight("AMD: weight", weight)
         check_share("AMD: kd_weight", kd_weight)
         check_weight("AMD: local_weight", local_weight)
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
-        self.local_weight, self.layer_weights, self.reduction = local_weight, layer_weights, reduction
+        self.local_weight, self.layer_weights, self.layer_reduction = local_weight, layer_weights, layer_reduction
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
@@ -39,7 +39,7 @@ class AMD(Method):
             teacher.features,
             local_weight=self.local_weight,
             layer_weights=self.layer_weights,
-            reduction=self.reduction,
+            layer_reduction=self.layer_reduction,
         )
         terms = {"ce": (1 - self.kd_weight) * F.cross_entropy(student.logits, batch.target), "amd": self.weight * amd}
         if self.kd_weight:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...mlkd_loss import WEIGHTS, MLKDLoss
+from ...mlkd_loss import MLKDLoss
 from ...ops.checks import check_weight
 from ..views import rotate_views
 from .base import Batch, Method, Outputs
@@ -19,17 +21,28 @@ class MLKD(Method):
     needs_classes = False
     relational = True
 
-    def __init__(self, weights: tuple[float, float, float] = WEIGHTS, views: int = 4) -> None:
+    def __init__(
+        self,
+        correlation_weight: float = 50.0,
+        supervised_weight: float = 1.0,
+        alignment_weight: float = 20.0,
+        views: int = 4,
+    ) -> None:
         super().__init__()
-        for weight in weights:
-            check_weight("MLKD: weights", weight)
-        self.weights, self.views = weights, views
+        self.weights: dict[str, Any] = {
+            "correlation_weight": correlation_weight,
+            "supervised_weight": supervised_weight,
+            "alignment_weight": alignment_weight,
+        }
+        for name, weight in self.weights.items():
+            check_weight(f"MLKD: {name}", weight)
+        self.views = views
         self.loss: MLKDLoss | None = None
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         assert teacher is not None
         widths = (_pooled(x).shape[1] for x in (student.features[0], teacher.features[0]))
-        self.loss = MLKDLoss(*widths, views=self.views, weights=self.weights).to(student.logits.device)
+        self.loss = MLKDLoss(*widths, views=self.views, **self.weights).to(student.logits.device)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(rotate_views(images, self.views), target)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...mixing import mixup
 from ...ops.checks import check_weight
-from ...stkd_loss import mixup, stkd_loss
+from ...stkd_loss import stkd_loss
 from .base import Batch, Method, Outputs
 
 

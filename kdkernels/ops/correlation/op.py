@@ -4,8 +4,8 @@
     row a   = KL(softmax(T / tau) || softmax(S / tau))
 
 It has no kernels of its own: it runs those of gram and softmax_kl one after the other, without autograd between them,
-whose bookkeeping would take longer than they do on batches of ordinary size. ``forward`` and ``backward`` are the one way
-to compute it: where the batch is spread over ranks, distributed.py calls them with its own cosines.
+whose bookkeeping would take longer than they do on batches of ordinary size. ``forward`` and ``backward`` are the one
+way to compute it: where the batch is spread over ranks, distributed.py calls them with its own cosines.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backend import choose
-from .checks import compute_dtype, need_grad
-from .gram.op import Gram
-from .library import Differentiable, build, flatten, register, schema
-from .softmax_kl.op import STATS, Rows, SoftmaxKL
+from ..backend import choose
+from ..checks import compute_dtype, need_grad
+from ..gram.op import Gram
+from ..library import Differentiable, build, flatten, register, schema
+from ..softmax_kl.op import STATS, Rows, SoftmaxKL
 
-Cosine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]  # Gram.cosine_forward, of one process or of all ranks
+Cosine = Callable[
+    [Tensor, Tensor], tuple[Tensor, Tensor, Tensor]
+]  # Gram.cosine_forward, of one process or of all ranks
 
 
 class CorrelationOptions(NamedTuple):
@@ -62,7 +64,7 @@ def nothing(student: Tensor, teacher: Tensor, rows: int, options: CorrelationOpt
 
 
 def _off_diagonal(square: Tensor) -> Tensor:
-    """(B, B - 1): read from its second element on in rows of B + 1, a B x B matrix has its diagonal in the last column."""
+    """(B, B - 1). Read from its second element on in rows of B + 1, the matrix has its diagonal in the last column."""
     b = square.shape[0]
     return square.reshape(-1)[1:].view(b - 1, b + 1)[:, :-1].reshape(b, b - 1) if b > 1 else square.new_empty(b, 0)
 
@@ -96,15 +98,11 @@ def backward(
     kl: SoftmaxKL,
     grad: Tensor,
     student: Tensor,
-    s: Tensor,
-    inverse_a: Tensor,
-    inverse_b: Tensor,
-    t: Tensor,
-    stats: Tensor,
-    scale: Tensor,
+    saved: Sequence[Tensor],
     options: CorrelationOptions,
 ) -> Tensor:
-    """dloss/dstudent, of all columns or of any part of them."""
+    """dloss/dstudent, of all columns or of any part of them, from what ``forward`` gave behind the loss."""
+    s, inverse_a, inverse_b, t, stats, scale = saved
     d_s = kl.backward(grad, _rows(s, t, options), stats, scale)
     others, base = view_rows(student, options.views)
     own = inverse_a.dtype
@@ -143,8 +141,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(grad: Tensor, student: Tensor, *args: Any) -> Tensor:
-    gram, kl = _implementations(student, args[0])
-    return backward(gram, kl, grad, student, *args[:6], CorrelationOptions(*args[6:]))
+    return backward(*_implementations(student, args[0]), grad, student, args[:6], CorrelationOptions(*args[6:]))
 
 
 _SAVED = "Tensor s, Tensor inverse_a, Tensor inverse_b, Tensor t, Tensor stats, Tensor scale"
