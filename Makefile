@@ -20,9 +20,8 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# the variable silences a notice about MkDocs' future, which is no warning about these pages
 docs: .venv/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/zensical build --strict --clean
 
 # every case into benchmarks/results/; with pytest-benchmark instead: pytest benchmarks -k "kd and 256"
 bench: .venv/installed
@@ -38,4 +37,4 @@ wheel: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist runs site *.egg-info
+	rm -rf .venv .cache build dist runs site *.egg-info

@@ -11,7 +11,7 @@ import torch
 import kdkernels
 
 from . import published
-from .cases import Case, layer_pair
+from .cases import Case, layer_pair, slow_on_cpu
 from .under_pytest import PROVIDERS, run_case
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -23,7 +23,7 @@ RESNET8X4 = [(64, 64, 32, 32), (64, 128, 16, 16), (64, 256, 8, 8)]  # resnet32x4
 CASES = [
     *(case("resnet8x4", shape) for shape in RESNET8X4),
     case("resnet8x4", RESNET8X4[2], dtype=BF16),
-    case("resnet8x4", RESNET8X4[2], dtype=FP16),
+    case("resnet8x4", RESNET8X4[2], dtype=FP16, gain=slow_on_cpu("algebra")),
     case("wrn16-2", (64, 128, 8, 8)),  # wrn40-2 likewise
     case("resnet18 of resnet50", (256, 512, 7, 7), (256, 2048, 7, 7)),
     case("resnet50", (256, 2048, 7, 7)),

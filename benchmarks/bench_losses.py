@@ -29,6 +29,7 @@ def correlation_case(images: int, width: int, views: int = 4) -> Case:
         ours=kdkernels.correlation_loss,
         published=published.correlation,
         inputs=inputs,
+        gain="algebra",  # a product, not d broadcast copies of (V - 1) B x B
         bytes=4 * size * 4,  # read both; read the student's, write its gradient
         flops=4 * 2 * (views - 1) * images**2 * width,  # two products forward, two backward
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,14 @@ TOLERANCE = 1e-5  # of our losses and gradients' norms against fp64, beside one 
 Loss = Callable[..., Tensor]
 Inputs = tuple[list[Tensor], list[Tensor]]  # the student's tensors, which get gradients, and the constants
 
+# Where a row's gain over the published formula comes from; the reports explain the words (benchmarks/render.py).
+Gain = Literal["kernel", "algebra", "baseline"]
+
+
+def slow_on_cpu(otherwise: Gain) -> Gain:
+    """For a row on which CPUs take the published formula at least twice as long per element as on its neighbours."""
+    return "baseline" if DEVICE == "cpu" else otherwise
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,6 +39,7 @@ class Case:
     published: Loss
     inputs: Callable[[], Inputs]
     bytes: int
+    gain: Gain
     flops: int = 0
     dtype: torch.dtype = torch.float32
     rows_are_independent: bool = False
@@ -206,6 +215,7 @@ def feature_case(
     teachers: Sequence[Sequence[int]] | None = None,
     dtype: torch.dtype = torch.float32,
     products: int = 0,
+    gain: Gain = "algebra",
 ) -> Case:
     """SP or AMD over layer pairs. Floor: read both, then read the student and write its gradient. ``products``: Gram
     products of the student's size per step, and one half as many of the teacher's."""
@@ -219,6 +229,7 @@ def feature_case(
         published=over_layers(published_loss, len(students)),
         inputs=maps(students, teachers, dtype),
         bytes=(3 * n_s + n_t) * dtype.itemsize,
+        gain=gain,
         flops=products * batch * (3 * n_s + n_t),  # symmetric products: B^2 D each; dQ = W Q: 2 B^2 D
         dtype=dtype,
     )
@@ -234,8 +245,9 @@ def layer_pair(
     teacher: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     products: int = 0,
+    gain: Gain = "algebra",
 ) -> Case:
     """``feature_case`` of one layer pair, named after the loss, the network and the student's shape."""
     name = f"{loss} {what} {'x'.join(map(str, student))}"
     teachers = None if teacher is None else [teacher]
-    return feature_case(group, name, ours, published_loss, [student], teachers, dtype, products)
+    return feature_case(group, name, ours, published_loss, [student], teachers, dtype, products, gain)

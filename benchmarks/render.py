@@ -6,7 +6,8 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ under torch.compile (the better of default and max-autotune), **reference** is o
 are their time over ours: above 1, ours is faster. **share** is of the copy bandwidth measured here, or of the matmul
 rate where that allows less, for the bytes and operations that the loss needs at least. **peak MB** is what a step
 allocates through PyTorch, ours / eager; **error** the gradient's against fp64, ours / eager."""
+GAIN = """\
+**gain** is where a row's ratio comes from. **kernel**: the same algebra in fewer passes over memory. **algebra**: fewer
+operations or less memory than the formula as published; what plain PyTorch would have of that, the column reference
+shows. SP computes half of each symmetric product, AMD stores no squared features, MLKD's correlation is a matrix
+product and not d broadcast copies of a (V - 1) B x B matrix. **baseline**: this machine takes the published formula at
+least twice as long per element as on the rows beside it (half precision, large temporaries); expect less elsewhere."""
+EXTREMES = 3  # rows whose ratios are large for reasons of their own
 SUMMARY = (
     "kd 64x100",
     "stkd 256x1000",
@@ -60,6 +68,31 @@ def ratio(row: Row, name: str | None) -> float | None:
 def geomean(values: Iterable[float | None]) -> float:
     logs = [math.log(x) for x in values if x is not None]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+
+@cache
+def _gains() -> dict[str, str]:
+    from .report import CASES
+
+    return {case.label: case.gain for case in CASES}
+
+
+def gain(row: Row) -> str:
+    """Where the ratio comes from: as measured, or by the case's name in a report that is older than the column."""
+    return str(row["gain"]) if "gain" in row else _gains().get(row["case"], "")
+
+
+def trimmed(values: Iterable[float | None]) -> float:
+    """The geometric mean without the largest few."""
+    return geomean(sorted(x for x in values if x is not None)[:-EXTREMES])
+
+
+def means(rows: list[Row]) -> str:
+    eager, compiled = [ratio(row, "eager") for row in rows], [ratio(row, best_compile(row)) for row in rows]
+    return (
+        f"Geometric means over {len(rows)} rows: {geomean(eager):.2f} against eager, {geomean(compiled):.2f} against "
+        f"the better compile; without the {EXTREMES} largest of each: {trimmed(eager):.2f} and {trimmed(compiled):.2f}."
+    )
 
 
 def lost(rows: list[Row]) -> list[str]:
@@ -118,6 +151,7 @@ def _row(row: Row, machine: dict[str, Any]) -> list[str]:
         _times(ratio(row, "eager")),
         "" if compiled is None else f"{_times(ratio(row, compiled))}{' (max)' if compiled != 'compile' else ''}",
         _times(ratio(row, "reference")) if mine != "reference" else "",
+        gain(row),
         f"{speed}, {part:.0%}",
         f"{_bytes(found[mine]['peak_bytes'])} / {_bytes(eager['peak_bytes']) if eager else '-'}",
         f"{_error(found[mine]['gradient_error'])} / {_error(eager['gradient_error']) if eager else '-'}",
@@ -133,7 +167,18 @@ def _row(row: Row, machine: dict[str, Any]) -> list[str]:
     return cells
 
 
-HEADINGS = ["case", "ms (20 to 80 %)", "forward", "eager", "compile", "reference", "rate, share", "peak MB", "error"]
+HEADINGS = [
+    "case",
+    "ms (20 to 80 %)",
+    "forward",
+    "eager",
+    "compile",
+    "reference",
+    "gain",
+    "rate, share",
+    "peak MB",
+    "error",
+]
 GPU_HEADINGS = ["device us", "graph us", "host us", "launches"]
 
 
@@ -154,11 +199,10 @@ def markdown(result: dict[str, Any], pictures: list[str]) -> str:
         f"# Speed on {machine['device']}",
         f"{'; '.join(facts)}; commit {machine['commit']}; {result['seconds'] / 60:.0f} minutes.",
         METHOD.format(cold=cold),
-        f"Geometric means: {geomean(ratio(r, 'eager') for r in rows):.2f} against eager, "
-        f"{geomean(ratio(r, best_compile(r)) for r in rows):.2f} against the better compile.",
     ]
     parts += [f"![{'Ratios' if 'ratios' in p else 'Roofline'}]({p})" for p in pictures]
     parts += ["<!-- --8<-- [start:tables] -->"]  # what the documentation shows
+    parts += [means(rows), GAIN]
     for group in dict.fromkeys(row["group"] for row in rows):
         parts.append(f"## {TITLES[group]}")
         chosen = [_row(row, machine) for row in rows if row["group"] == group]
@@ -182,8 +226,15 @@ def summary(result: dict[str, Any]) -> str:
     for name in SUMMARY:
         row = chosen[name]
         time = milliseconds(row["providers"][ours(row)]["step"]).split(" ")[0]
-        lines.append([name, time, _times(ratio(row, "eager")), _times(ratio(row, best_compile(row)))])
-    return table(["forward + backward, fp32", "ms", "eager", "torch.compile"], lines)
+        lines.append([name, time, _times(ratio(row, "eager")), _times(ratio(row, best_compile(row))), gain(row)])
+    return table(["forward + backward, fp32", "ms", "eager", "torch.compile", "gain"], lines)
+
+
+def step_summary(result: dict[str, Any]) -> str:
+    """The README's other table: what a loss adds to a training step."""
+    found = result["training_step"]
+    rows = [[loss, f"{added['kdkernels']:+.1%}", f"{added['eager']:+.1%}"] for loss, added in found["added"].items()]
+    return table([f"a training step of {found['median'] * 1e3:.0f} ms", "ours adds", "eager adds"], rows)
 
 
 def training_table(found: dict[str, Any]) -> str:
@@ -206,73 +257,10 @@ def write(result: dict[str, Any], base: Path) -> list[Path]:
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures without matplotlib: run benchmarks.render where there is one")
         return [data, text]
-    for kind, draw in (("ratios", draw_ratios), ("roofline", draw_roofline)):
-        _draw(draw, result, files[kind])
+    from .pictures import draw
+
+    draw(result, files)
     return [data, text, *files.values()]
-
-
-def _draw(draw: Callable[[Any, dict[str, Any]], None], result: dict[str, Any], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    rows = len(result["cases"])
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.24 * rows) if draw is draw_ratios else (8, 5))
-    draw(axes, result)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_ratios(axes: Any, result: dict[str, Any]) -> None:
-    """Bars: how many times our time the published formula takes."""
-    rows = result["cases"]
-    for offset, color, label, pick in (
-        (-0.2, "#9aa5b1", "eager", lambda r: "eager"),
-        (0.2, "#2f6f9f", "torch.compile, the better mode", best_compile),
-    ):
-        values = [ratio(row, pick(row)) or math.nan for row in rows]
-        axes.barh([i + offset for i in range(len(rows))], values, 0.38, color=color, label=label)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    ticks = [0.5, 1, 2, 3, 5, 10, 20, 50]
-    axes.set_xticks(ticks, [str(t) for t in ticks])
-    axes.minorticks_off()
-    axes.set_yticks(range(len(rows)), [row["case"].removesuffix(" float32") for row in rows], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel(
-        "time of the published formula / time of kdkernels, forward + backward (right of 1: kdkernels is faster)"
-    )
-    axes.set_title(result["machine"]["device"])
-    axes.legend(loc="lower right", fontsize=8)
-
-
-def draw_roofline(axes: Any, result: dict[str, Any]) -> None:
-    """How near each step comes to the roof, which is 1."""
-    machine = result["machine"]
-    for group, marker in zip(TITLES, "os^D", strict=True):
-        rows = [row for row in result["cases"] if row["group"] == group]
-        for name, color, alpha in (
-            ("kdkernels", "#2f6f9f", 1.0),
-            ("compile", "#e08e45", 0.7),
-            ("eager", "#9aa5b1", 0.7),
-        ):
-            points = []
-            for row in rows:
-                provider = {"kdkernels": ours(row), "compile": best_compile(row), "eager": "eager"}[name]
-                if provider in row["providers"]:
-                    points.append((row["bytes"] / 1e6, roof(row, machine) / step(row, provider)))
-            if points:
-                x, y = zip(*points, strict=True)
-                axes.scatter(x, y, c=color, alpha=alpha, marker=marker, s=28, label=f"{group}, {name}")
-    axes.axhline(1, color="black", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes that forward and backward have to move, MB")
-    axes.set_ylabel("the roof's time / the step's time")
-    axes.set_title(f"{machine['device']}: the roof is the copy bandwidth, or the matmul rate where it allows less")
-    axes.legend(fontsize=6, ncol=2, loc="lower right")
 
 
 if __name__ == "__main__":

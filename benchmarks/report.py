@@ -70,6 +70,7 @@ def measure(case: Case, seconds: float, least: int, names: list[str] | None = No
     return {
         "group": case.group,
         "case": case.label,
+        "gain": case.gain,
         "bytes": case.bytes,
         "flops": case.flops,
         "dtype": str(case.dtype).removeprefix("torch."),

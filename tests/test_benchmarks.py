@@ -13,10 +13,24 @@ from checking import DEVICE
 
 from benchmarks import bench_angular_margin, bench_gram, bench_softmax_kl, published
 from benchmarks.cases import Case, Provider, errors, logits, maps, oracle, our_backends
-from benchmarks.render import best_compile, geomean, lost, markdown, ratio, share, summary, write
+from benchmarks.render import (
+    best_compile,
+    gain,
+    geomean,
+    lost,
+    markdown,
+    ratio,
+    share,
+    step_summary,
+    summary,
+    trimmed,
+    write,
+)
 from benchmarks.report import CASES, measure, slug
 from benchmarks.timing import cold, peak_memory, quantile, take_turns
 
+ROOT = Path(__file__).parents[1]
+RESULT = json.loads((ROOT / "benchmarks/results/amd-epyc.json").read_text())
 WITHOUT_COMPILE = ["native", "triton", "reference", "eager"]
 
 
@@ -170,7 +184,8 @@ def test_ratios_and_what_is_lost(tmp_path: Path) -> None:
     result = {"machine": MACHINE, "cases": rows, "seconds": 60}
     text = markdown(result, [])
     assert "1.41 against eager, 2.83 against the better compile" in text
-    assert "| fast | 1.00 (1.00 to 1.00) native | 0.500 | 4.00 | 2.00 (max) | 2.00 |" in text
+    assert trimmed([100.0, 2.0, None, 50.0, 8.0, 70.0]) == pytest.approx(4)
+    assert "| fast | 1.00 (1.00 to 1.00) native | 0.500 | 4.00 | 2.00 (max) | 2.00 |  | 1.0 GB/s" in text
     assert "- slow: eager takes 0.50 of our time" in text
     made = write(result, tmp_path / "x")
     assert json.loads(made[0].read_text()) == result
@@ -178,16 +193,44 @@ def test_ratios_and_what_is_lost(tmp_path: Path) -> None:
 
 
 def test_the_readme_shows_the_report() -> None:
-    root = Path(__file__).parents[1]
-    result = json.loads((root / "benchmarks" / "results" / "amd-epyc.json").read_text())
-    readme = (root / "README.md").read_text()
+    result, readme = RESULT, (ROOT / "README.md").read_text()
+    pictures = [f"amd-epyc-{kind}.png" for kind in ("ratios", "roofline")]
+    assert markdown(result, pictures) == (ROOT / "benchmarks/results/amd-epyc.md").read_text()
     assert summary(result) in readme
-    against = [geomean(ratio(row, pick(row)) for row in result["cases"]) for pick in (lambda _: "eager", best_compile)]
+    assert step_summary(result) in readme
+    ratios = [[ratio(row, pick(row)) for row in result["cases"]] for pick in (lambda _: "eager", best_compile)]
+    all_rows, typical = ([f"{mean(column):.1f}" for column in ratios] for mean in (geomean, trimmed))
     assert (
-        f"Over all {len(result['cases'])} rows the geometric\nmeans are {against[0]:.1f} and {against[1]:.1f}" in readme
+        f"Over all {len(result['cases'])} rows the geometric means are {' and '.join(all_rows)}, without the three "
+        f"largest ratios {' and '.join(typical)}" in " ".join(readme.split())
     )
+    assert max(added["kdkernels"] for added in result["training_step"]["added"].values()) < 0.05
     assert lost(result["cases"]) == [], "the README says that no row is below 1"
     assert [row["case"] for row in result["cases"]] == [case.label for case in CASES]
+
+
+def test_a_gain_is_the_measured_one_or_found_by_name() -> None:
+    assert gain({"case": CASES[0].label}) == CASES[0].gain == "kernel"
+    assert gain({"case": CASES[0].label, "gain": "algebra"}) == "algebra"
+    assert gain({"case": "forgotten"}) == ""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="what a CPU is bad at")
+def test_a_slow_baseline_is_slow() -> None:
+    """Eager takes at least twice as long per element as on a row beside it."""
+    rows = {row["case"]: row for row in RESULT["cases"]}
+    beside = {
+        "kd 8192x32000 float32": "kd 4096x1000 float32",
+        "sp resnet8x4 64x256x8x8 float16": "sp resnet8x4 64x256x8x8 float32",
+        "amd resnet8x4 64x256x8x8 float16": "amd resnet8x4 64x256x8x8 float32",
+        "amd resnet50 256x2048x7x7 float32": "amd resnet18 of resnet50 256x512x7x7 float32",
+    }
+    assert {name for name, row in rows.items() if gain(row) == "baseline"} == set(beside)
+
+    def per_element(row: dict[str, Any]) -> float:
+        return row["providers"]["eager"]["step"][0] * getattr(torch, row["dtype"]).itemsize / row["bytes"]
+
+    assert all(per_element(rows[name]) > 2 * per_element(rows[other]) for name, other in beside.items())
 
 
 def test_every_case_has_a_name_of_its_own() -> None:

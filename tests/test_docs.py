@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").rglob("*.md"))]
+COLUMN = 88  # characters of code that the site shows in full: docs/assets/column.css
 QUIET = {"__version__", "METHODS"}  # names that speak for themselves
 
 # Blocks that cannot run here, by page: ```python title="not run: why", for all to see. Adding one is a decision.
@@ -88,6 +89,11 @@ def test_every_block_says_what_it_is() -> None:
     assert not [(name(p), b.language, b.code[:40]) for p in PAGES for b in blocks(p) if b.language not in known]
 
 
+def test_code_fits_its_column() -> None:
+    """A longer line is cut at the right, where readers do not see that it goes on."""
+    assert not [(name(p), line) for p in PAGES for b in blocks(p) for line in b.code.splitlines() if len(line) > COLUMN]
+
+
 def test_modules_in_configurations_exist() -> None:
     found = [code for p in PAGES for code in running(p, "yaml")]
     names = re.findall(r"['\"](kdkernels\.[\w.]+)['\"]", "\n".join(found))
@@ -144,7 +150,7 @@ def test_every_option_of_the_command_line_is_explained() -> None:
 
 
 def slug(heading: str) -> str:
-    """The anchor that a heading gets on GitHub; what MkDocs makes of it is checked by its strict build."""
+    """The anchor that a heading gets on GitHub; what the site makes of it is checked by its strict build."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
