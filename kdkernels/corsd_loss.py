@@ -165,10 +165,9 @@ def _check(near: Tensor, far: Tensor, logits: Tensor, logits_neg: Tensor, target
 
 
 def _check_options(temperature: float, margin: float, **weights: float) -> None:
-    check_positive("temperature", temperature)
-    check_weight("margin", margin)
-    for name, weight in weights.items():
-        check_weight(f"corsd_loss: {name}", weight)
+    check_positive(temperature=temperature)
+    check_weight(margin=margin)
+    check_weight("corsd_loss", **weights)
 
 
 class _SepConv(nn.Sequential):
@@ -274,7 +273,7 @@ class CORSDLoss(nn.Module):
             raise ValueError(f"CORSDLoss: channels must be two or more positive numbers, got {tuple(channels)}")
         if num_classes < 2:
             raise ValueError(f"CORSDLoss: num_classes must be 2 or more, got {num_classes}")
-        check_weight("logit_relation_weight", logit_relation_weight)
+        check_weight(logit_relation_weight=logit_relation_weight)
         weights = {
             "triplet_weight": triplet_weight,
             "relation_weight": relation_weight,

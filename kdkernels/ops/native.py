@@ -37,8 +37,6 @@ _state: dict[str, str | None] = {}  # "reason": None once the library is loaded,
 
 def why_not() -> str | None:
     """None with the library loaded, else the reason why it cannot be. Tried once per process."""
-    if "reason" in _state:
-        return _state["reason"]
     with _lock:
         if "reason" not in _state:
             try:
@@ -164,7 +162,7 @@ def _build(plan: native_build.Plan, library: Path) -> None:
 
 def supports(*tensors: Tensor) -> str | None:
     """None if the library's kernels, the same for all ops, can compute these tensors, else the reason why not."""
-    reason = why_not()
+    reason = _state["reason"] if "reason" in _state else why_not()
     if reason is not None:
         return reason
     for x in tensors:
