@@ -27,9 +27,12 @@ if not (TOOLS / "ptxas").exists():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from kdkernels.ops.angular_margin import triton_kernels as angular_margin  # noqa: E402
+from kdkernels.ops.angular_margin.op import ActivationPairs  # noqa: E402
 from kdkernels.ops.gram import triton_cosine  # noqa: E402
 from kdkernels.ops.gram import triton_kernels as gram  # noqa: E402
+from kdkernels.ops.gram.op import LayerPairs, SPOptions  # noqa: E402
 from kdkernels.ops.softmax_kl import triton_kernels as softmax_kl  # noqa: E402
+from kdkernels.ops.softmax_kl.op import Labels, Rows, Terms  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF = torch.bfloat16
@@ -85,34 +88,34 @@ def check(kernels: list[tuple[str, Any]], expected: set[str], directory: Path) -
         assert used["LOCAL"] == 0, f"{name} spills: {usage}"
 
 
-LABELS = {
-    "none": lambda n, c: (None, None, None),
-    "one": lambda n, c: (torch.zeros(n, dtype=torch.int64), None, None),
-    "mixed": lambda n, c: (torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.rand(n)),
-    "dense": lambda n, c: (torch.rand(n, c), None, None),
+LABELS: dict[str, Callable[[int, int], Labels]] = {
+    "none": lambda n, c: Labels(),
+    "one": lambda n, c: Labels(torch.zeros(n, dtype=torch.int64)),
+    "mixed": lambda n, c: Labels(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.rand(n)),
+    "dense": lambda n, c: Labels(torch.rand(n, c)),
 }
-TERMS = {  # ce, kl, target, other
-    "kd": ([0.0, 1.0, 0.0, 0.0], "none"),
-    "ce": ([1.0, 0.0, 0.0, 0.0], "mixed"),
-    "stkd": ([1.0, 1.0, 0.0, 0.0], "mixed"),
-    "decoupled": ([1.0, 0.0, 1.0, 8.0], "one"),
-    "all": ([1.0, 1.0, 1.0, 8.0], "mixed"),
-    "dense": ([1.0, 1.0, 0.0, 0.0], "dense"),
+TERMS = {
+    "kd": (Terms(kl=1.0), "none"),
+    "ce": (Terms(ce=1.0), "mixed"),
+    "stkd": (Terms(ce=1.0, kl=1.0), "mixed"),
+    "decoupled": (Terms(ce=1.0, target=1.0, non_target=8.0), "one"),
+    "all": (Terms(1.0, 1.0, 1.0, 8.0), "mixed"),
+    "dense": (Terms(ce=1.0, kl=1.0), "dense"),
 }
 
 
 def run_softmax_kl(student: Tensor, teacher: Tensor, terms: str, reduction: str) -> None:
     weights, kind = TERMS[terms]
-    labels = LABELS[kind](*student.shape)
-    loss, stats, scale = softmax_kl.forward(student, teacher, *labels, 4.0, weights, -100, reduction, True)
-    softmax_kl.backward(torch.ones_like(loss), student, teacher, *labels, stats, scale, 4.0, weights, -100)
+    x = Rows(student, teacher, LABELS[kind](*student.shape), weights, 4.0, reduction)
+    loss, stats, scale = softmax_kl.forward(x, True)
+    softmax_kl.backward(torch.ones_like(loss), x, stats, scale)
 
 
 @pytest.mark.parametrize("shape", [(64, 100), (4, 1000), (2, 8000), (2, 40000)], ids=str)
 @pytest.mark.parametrize("terms", list(TERMS))
 def test_softmax_kl(terms: str, shape: tuple[int, int], compiled: list[Any], tmp_path: Path) -> None:
     student, teacher = torch.zeros(shape, dtype=HALF), torch.zeros(shape, dtype=HALF)
-    run_softmax_kl(student, teacher, terms, "batchmean")
+    run_softmax_kl(student, teacher, terms, "mean")
     check(
         compiled,
         {"rows_kernel", "sum_kernel", "gradient_kernel"} - ({"sum_kernel"} if shape[0] == 1 else set()),
@@ -125,8 +128,8 @@ def test_softmax_kl_dtypes_layouts_and_reductions(dtype: torch.dtype, compiled: 
     teacher = torch.zeros(64, 100)
     run_softmax_kl(torch.zeros(64, 100, dtype=dtype), teacher, "all", "none")
     run_softmax_kl(torch.zeros(100, 64, dtype=dtype).t(), teacher, "stkd", "sum")
-    run_softmax_kl(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 2), "all", "batchmean")
-    run_softmax_kl(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), "all", "batchmean")
+    run_softmax_kl(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 2), "all", "mean")
+    run_softmax_kl(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), "all", "mean")
     check(compiled, {"rows_kernel", "sum_kernel", "gradient_kernel"}, tmp_path)
 
 
