@@ -133,12 +133,14 @@ def test_softmax_kl_dtypes_layouts_and_reductions(dtype: torch.dtype, compiled: 
     check(compiled, {"rows_kernel", "sum_kernel", "gradient_kernel"}, tmp_path)
 
 
-def run_sp(student: list[Tensor], teacher: list[Tensor], row_norm: str = "l2") -> None:
-    loss, weights = gram.sp_forward(student, teacher, row_norm, 1.0, 1e-12, row_norm == "l1", True)
-    gram.sp_backward(torch.ones_like(loss), student, weights)
+def run_sp(student: list[Tensor], teacher: list[Tensor], row_norm: str = "l2", layer_reduction: str = "sum") -> None:
+    options = SPOptions([1.0] * len(student), "mean", layer_reduction, row_norm, 1e-12, row_norm == "l1")
+    loss, gradient_matrix = gram.sp_forward(LayerPairs(student, teacher, options), True)
+    gram.sp_backward(torch.ones_like(loss), student, gradient_matrix)
+    gram.sp_from_grams(torch.stack([gram.grams(student), gram.grams(teacher)]), options, True)
 
 
-SP_KERNELS = {"product_kernel", "rows_kernel", "weights_kernel", "gradient_kernel"}
+SP_KERNELS = {"product_kernel", "rows_kernel", "gradient_matrix_kernel", "gradient_kernel"}
 
 
 SP_SIZES = [(batch, HALF) for batch in (1, 16, 64, 200, 600)]
@@ -157,7 +159,7 @@ def test_sp_gram_of_several_layers_and_layouts(layers: int, compiled: list[Any],
     widths = [16 << (i % 4) for i in range(layers)]
     students = [torch.zeros(32, c, 8, 8).contiguous(memory_format=torch.channels_last) for c in widths]
     run_sp(students, [torch.zeros(32, c + 1, 4, 4, dtype=HALF) for c in widths], "l1")
-    run_sp([torch.zeros(30, 32).t()], [torch.zeros(32, 7)])
+    run_sp([torch.zeros(30, 32).t()], [torch.zeros(32, 7)], layer_reduction="none")
     check(compiled, SP_KERNELS, tmp_path)
 
 
@@ -168,7 +170,8 @@ def test_cosine_similarity(n: int, dtype: torch.dtype, compiled: list[Any], tmp_
     outputs = gram.cosine_forward(a, b)
     gram.cosine_backward(torch.ones_like(outputs[0]), a, b, *outputs)
     gram.cosine_forward(a, b.float() if dtype != torch.float32 else b.half())
-    check(compiled, {"cosine_kernel", "cosine_gradient_kernel"}, tmp_path)
+    gram.products(a, b)
+    check(compiled, {"products_kernel", "cosine_gradient_kernel"}, tmp_path)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -182,10 +185,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weight: float, reduce: bool) -> None:
-    weights = [1.0] * len(student)
-    loss, kappa = angular_margin.forward(student, teacher, weights, 1.35, 64.0, local_weight, reduce, True)
-    angular_margin.backward(torch.ones_like(loss), student, kappa)
+def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weight: float, reduction: str) -> None:
+    x = ActivationPairs(student, teacher, [1.0] * len(student), reduction=reduction, local_weight=local_weight)
+    _, kappa = angular_margin.forward(x, True)
+    angular_margin.backward(torch.ones(len(student), len(student[0])), student, kappa)
 
 
 AMD_KERNELS = {"energy_kernel", "maps_kernel", "sum_kernel", "gradient_kernel"}
@@ -198,7 +201,7 @@ MAPS += [(1, "contiguous", HALF), (7, "contiguous", HALF)]
 @pytest.mark.parametrize(("size", "layout", "dtype"), MAPS, ids=str)
 def test_angular_margin(size: int, layout: str, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
     x = LAYOUTS[layout](torch.zeros(2, 64, size, size, dtype=dtype))
-    run_angular_margin([x], [x], 0.0 if size == 1 else 0.2, True)
+    run_angular_margin([x], [x], 0.0 if size == 1 else 0.2, "mean")
     check(compiled, AMD_KERNELS, tmp_path)
 
 
@@ -206,6 +209,6 @@ def test_angular_margin(size: int, layout: str, dtype: torch.dtype, compiled: li
 def test_angular_margin_of_several_layers(layers: int, compiled: list[Any], tmp_path: Path) -> None:
     shapes = [(2, 64 << (i % 4), 56 >> (i % 4), 56 >> (i % 4)) for i in range(layers)]
     students = [torch.zeros(shape, dtype=HALF) for shape in shapes]
-    run_angular_margin(students, [channels_last(x.float()) for x in students], 0.2, False)
-    run_angular_margin(students, students, 0.0, True)
+    run_angular_margin(students, [channels_last(x.float()) for x in students], 0.2, "none")
+    run_angular_margin(students, students, 0.0, "mean")
     check(compiled, AMD_KERNELS, tmp_path)
