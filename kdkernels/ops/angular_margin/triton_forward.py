@@ -1,8 +1,8 @@
 """The forward kernels of angular_margin: energies, then everything else on the small maps, then a sum.
 
-Notation: per sample, over N = H W pixels, r channel energy, R its norm, q = r / (R + eps), w = 1 - q, u = cos(m acos q),
-G = -softplus(s (w - u)); v any of G, u, w; x and y its unit vectors, student's and teacher's. [REGIONS] is one number
-for the whole map, and with a local weight one for each of its quadrants.
+Notation: per sample, over N = H W pixels, r channel energy, R its norm, q = r / (R + eps), w = 1 - q,
+u = cos(m acos q), G = -softplus(s (w - u)); v any of G, u, w; x and y its unit vectors, student's and teacher's;
+c a region's weight. [REGIONS] is one number for the whole map, and with a local weight one for each of its quadrants.
 """
 
 from __future__ import annotations

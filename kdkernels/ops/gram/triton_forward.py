@@ -117,7 +117,7 @@ def rows_kernel(
     scale = pick(scales, pid // B)
     at_s = (layer.to(tl.int64) * B + i) * B
     at_t = ((L + layer).to(tl.int64) * B + i) * B
-    k_s, k_t = 0.0, 0.0
+    k_s, k_t = 0.0, 0.0  # the rows, where they are held
     if WHOLE:
         k_s = _row(work + at_s, tl.arange(0, BLOCK), B, 2 * L, S, SPLITS)
         k_t = _row(work + at_t, tl.arange(0, BLOCK), B, 2 * L, S, SPLITS)
@@ -127,11 +127,10 @@ def rows_kernel(
     inner = tl.zeros([BLOCK], tl.float32)
     squares = tl.zeros([BLOCK], tl.float32)
     for start in range(0, B, BLOCK):
-        if not WHOLE:
-            k_s = _row(work + at_s, start + tl.arange(0, BLOCK), B, 2 * L, S, SPLITS)
-            k_t = _row(work + at_t, start + tl.arange(0, BLOCK), B, 2 * L, S, SPLITS)
-        g_s = k_s / clamp(n_s, eps)
-        difference = g_s - k_t / clamp(n_t, eps)
+        cols = start + tl.arange(0, BLOCK)
+        g_s = (k_s if WHOLE else _row(work + at_s, cols, B, 2 * L, S, SPLITS)) / clamp(n_s, eps)
+        g_t = (k_t if WHOLE else _row(work + at_t, cols, B, 2 * L, S, SPLITS)) / clamp(n_t, eps)
+        difference = g_s - g_t
         squares += difference * difference
         inner += 2.0 * scale * difference * g_s
     step = i * 0 + L * B
@@ -157,24 +156,21 @@ def _norm(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The norm of one row of K, which is k where that is WHOLE."""
+    """The norm of one row of K: of k where the WHOLE row is held, else of what is read."""
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, B, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        if not WHOLE:
-            k = _row(work, cols, B, M, S, SPLITS)
+        row = k if WHOLE else _row(work, cols, B, M, S, SPLITS)
         if KEEP:
-            tl.store(gram + cols, k, mask=cols < B)
-        acc = acc + tl.abs(k) if L1 else tl.maximum(acc, tl.abs(k))
+            tl.store(gram + cols, row, mask=cols < B)
+        acc = acc + tl.abs(row) if L1 else tl.maximum(acc, tl.abs(row))
     if L1:
         norm = tl.sum(acc, 0)
     else:  # squares are taken of K / max|K|, so that large features don't overflow
         top = tl.maximum(tl.max(acc, 0), TINY)
         squares = tl.zeros([BLOCK], tl.float32)
         for start in range(0, B, BLOCK):
-            if not WHOLE:
-                k = _row(work, start + tl.arange(0, BLOCK), B, M, S, SPLITS)
-            x = k / top
+            x = (k if WHOLE else _row(work, start + tl.arange(0, BLOCK), B, M, S, SPLITS)) / top
             squares += x * x
         norm = tl.sqrt(tl.sum(squares, 0)) * top
     return norm

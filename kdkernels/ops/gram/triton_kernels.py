@@ -98,13 +98,13 @@ class Rows(NamedTuple):
     """A (B, ...) tensor as B rows of D numbers a fixed distance apart, and which one of several it is."""
 
     x: Tensor
-    index: int
+    place: int
     stride_b: int
     stride_d: int
     length: int
 
 
-def _rows(x: Tensor, index: int, any_order: bool) -> Rows:
+def _rows(x: Tensor, place: int, any_order: bool) -> Rows:
     """x without a copy where its numbers lie a fixed distance apart, in its gradient's order or in any order."""
     axes = list(range(1, x.dim()))
     if any_order:  # a Gram matrix does not see the order along D
@@ -117,9 +117,9 @@ def _rows(x: Tensor, index: int, any_order: bool) -> Rows:
     expected = step
     for axis in reversed(axes):
         if x.stride(axis) != expected or expected == 0:
-            return _rows(x.contiguous(), index, any_order)
+            return _rows(x.contiguous(), place, any_order)
         expected *= x.shape[axis]
-    return Rows(x, index, x.stride(0), step, length)
+    return Rows(x, place, x.stride(0), step, length)
 
 
 def _key(item: Rows) -> tuple[Any, ...]:
@@ -158,7 +158,7 @@ def _products(tensors: list[Tensor]) -> Tensor:
             device,
             work=work,
             starts=starts,
-            matrices=tuple(item.index for item in group),
+            matrices=tuple(item.place for item in group),
             B=batch,
             M=len(items),
             tiles=tiles,
@@ -259,12 +259,12 @@ def sp_backward(grad: Tensor, student: list[Tensor], gradient_matrix: Tensor) ->
             gradient_kernel,
             programs,
             student[0].device,
-            gradients=tuple(gradients[item.index] for item in group),
+            gradients=tuple(gradients[item.place] for item in group),
             matrix=gradient_matrix,
             grad=grad,
             grad_stride=grad.stride(0) if grad.dim() else 0,
             starts=starts,
-            layers=tuple(item.index for item in group),
+            layers=tuple(item.place for item in group),
             B=batch,
             **_arguments(group),
             PRECISION=split_precision(group[0].x),
