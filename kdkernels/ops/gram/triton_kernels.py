@@ -1,4 +1,6 @@
-"""gram in Triton: sp_gram in three launches forward and one backward for up to four layers of a kind; the other parts.
+"""gram in Triton. sp_gram: three launches forward and one backward, as long as GROUP holds the tensors of each kind.
+
+First the products of all tensors, which `grams` stops at; then, from products or from Gram matrices, the loss.
 
 Sizes: tiles of 16 to 64 rows (128 for batches beyond 256); D is split until there are two programs per multiprocessor,
 at most into 64 parts of four blocks or more. The sums have a fixed order everywhere.

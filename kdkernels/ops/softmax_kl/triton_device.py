@@ -160,7 +160,7 @@ def store_stats(stats, rows, inside, N, of_s, of_t, HAS: tl.constexpr):
 
 @triton.jit
 def load_stats(stats, rows, N, HAS: tl.constexpr):
-    """What store_stats stored; the compiler drops the loads whose numbers nobody reads."""
+    """What a forward pass stored; the compiler drops the loads whose numbers nobody reads."""
     step = rows * 0 + N
     zero = tl.zeros(rows.shape, tl.float32)
     s_non_target_top, t_non_target_top, s_non_target_logz, t_non_target_logz = zero, zero, zero, zero

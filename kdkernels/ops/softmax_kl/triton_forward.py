@@ -46,7 +46,7 @@ def rows_kernel(
     stats,  # [5 or 9, N]
     scale,  # []
     C,
-    HAS: tl.constexpr,
+    HAS: tl.constexpr,  # Has
     REDUCTION: tl.constexpr,  # "partial" where sum_kernel follows; "sum" and "mean" are of a single program
     STATS: tl.constexpr,
     WHOLE: tl.constexpr,  # a row is one chunk

@@ -49,8 +49,8 @@ def gradient_kernel(
     out,  # [N, C], contiguous
     C,
     blocks,  # programs per row
-    HAS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    HAS: tl.constexpr,  # Has
+    ALIGN: tl.constexpr,  # divides C and what lies between rows
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -118,7 +118,7 @@ def _strided(x: Tensor | None) -> Strided | None:
 def _arguments(x: Rows) -> dict[str, Any]:
     """Those that both passes share."""
     target, mixed, lam, ignore_index = x.labels
-    dense, labels = x.labels.dense, target is not None and not x.labels.dense
+    dense, decoupled = x.labels.dense, x.terms.decoupled
     between_rows = [z.stride(0) for z in (x.student, x.teacher, target if dense else None) if z is not None]
     return {
         "x": Inputs(
@@ -135,9 +135,9 @@ def _arguments(x: Rows) -> dict[str, Any]:
             kl=x.terms.kl != 0,
             target=x.terms.target != 0,
             non_target=x.terms.non_target != 0,
-            decoupled=x.terms.decoupled,
-            soft=x.terms.soft,
-            labels=labels,
+            decoupled=decoupled,
+            soft=decoupled or x.terms.kl != 0,
+            labels=target is not None and not dense,
             mixed=mixed is not None,
             dense=dense,
         ),
