@@ -48,7 +48,8 @@ struct LaneSum<double, 16> {
   static inline double of(Vector<double, 16>::type v) { return v[0] + v[1]; }
 };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t kSmall = 1 << 17;     // simple operations that are not worth a second thread
+constexpr int64_t kProducts = 1 << 22;  // the same for multiply-adds of a matrix product
 
 // ---- inner products ----
 
@@ -222,6 +223,17 @@ template <typename T>
 int64_t weighted_scratch(int64_t count, int64_t m, int64_t slice) {
   const int64_t width = slice + 2 * Vector<T>::lanes;
   return width + m * width + round_up(count, kTall) * (width + 2 * Vector<T>::lanes);
+}
+
+// out = finish(W Q) for all columns, in parallel
+template <typename T, typename F>
+void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Rows& q, const F& finish) {
+  const int64_t slice = weighted_slice(q.count + count), tasks = ceil_div(q.width, slice);
+  parallel(pool, tasks, kProducts / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
+    Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
+    for (int64_t task = begin; task < end; ++task)
+      weighted_sum<T>(packed_w, count, q, task * slice, min(slice, q.width - task * slice), scratch, finish);
+  });
 }
 
 }  // namespace
