@@ -47,13 +47,23 @@ struct RowNorm {
   KD_BOTH RowNorm(double norm, double eps) : norm(norm), divisor(max(norm, eps)) {}
 };
 
-// Number k of a student's row of K through the row's normalisation: r is the gradient at g = k / divisor, and inner = <r, g>.
-KD_BOTH inline double through_row_norm(double r, double k, double inner, const RowNorm& n, const SpOptions& options) {
-  if (n.norm == 0 && !options.zero_row_grad) return 0;  // an all-zero row has no direction to normalise
-  const double direction = options.l1 ? (k > 0) - (k < 0) : k / n.divisor;
-  const double along = n.norm < options.eps ? 0 : inner;  // below eps the norm is a constant
-  return (r - along * direction) / n.divisor;
-}
+// The gradient of a student's row of K through the row's normalisation, number by number: r is the gradient at
+// g = k / divisor, and inner = <r, g>.
+struct ThroughRowNorm {
+  double along, divisor;
+  bool dead, l1;
+
+  KD_BOTH ThroughRowNorm(const RowNorm& n, double inner, const SpOptions& options)
+      : along(n.norm < options.eps ? 0 : inner),  // below eps the norm is a constant
+        divisor(n.divisor),
+        dead(n.norm == 0 && !options.zero_row_grad),  // an all-zero row has no direction to normalise
+        l1(options.l1) {}
+
+  KD_BOTH double operator()(double r, double k) const {
+    const double direction = l1 ? (k > 0) - (k < 0) : k / divisor;
+    return dead ? 0 : (r - along * direction) / divisor;
+  }
+};
 
 // ---- angular_margin: r channel energy, R its norm, q = r / (R + eps), w = 1 - q, u = cos(m acos q) ----
 

@@ -83,7 +83,9 @@ double sp_row(const SpOptions& options, double scale, const K* k_s, const K* k_t
     inner += 2 * scale * difference * g;
     if (h) h[j] = 2 * scale * difference;
   }
-  for (int64_t j = 0; h && j < n; ++j) h[j] = through_row_norm(h[j], k_s[j], inner, s, options);
+  if (!h) return loss;
+  const ThroughRowNorm through(s, inner, options);
+  for (int64_t j = 0; j < n; ++j) h[j] = through(h[j], k_s[j]);
   return loss;
 }
 

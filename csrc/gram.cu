@@ -113,9 +113,10 @@ __global__ void sp_row_kernel(const __grid_constant__ SpConstants c, const T* pa
   inner = reduce_block(inner, shared, 0.0, Add());
   if (threadIdx.x == 0) losses[layer * n + i] = scale * loss;
   if (!h) return;
+  const ThroughRowNorm through(s, inner, c.options);
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
     const double r = 2 * scale * (k_s[j] / s.divisor - k_t[j] / t.divisor);
-    h[layer * size + i * n + j] = static_cast<T>(through_row_norm(r, k_s[j], inner, s, c.options));
+    h[layer * size + i * n + j] = static_cast<T>(through(r, k_s[j]));
   }
 }
 
