@@ -26,13 +26,14 @@ struct Constants {
   double margin, sharpness, local_weight;
 };
 
-// The maps of one sample in the scratch memory; student first. Every pixel belongs to one thread throughout, so that nothing
-// but the sums needs a barrier.
+// The maps of one sample in the scratch memory; student first. Every pixel belongs to one thread throughout, so that
+// nothing but the sums needs a barrier.
 template <typename T>
 struct Maps {
   T *r[2], *g[2], *u[2], *w[2], *h;
   int64_t pixels;
-  __device__ Maps(const Scratch& scratch, int64_t offset, int64_t pixels) : h(scratch.map<T>(8) + offset), pixels(pixels) {
+  __device__ Maps(const Scratch& scratch, int64_t offset, int64_t pixels)
+      : h(scratch.map<T>(8) + offset), pixels(pixels) {
     for (int i = 0; i < 2; ++i) {
       r[i] = scratch.map<T>(i) + offset;
       g[i] = scratch.map<T>(2 + 3 * i) + offset;
@@ -40,7 +41,9 @@ struct Maps {
       w[i] = scratch.map<T>(4 + 3 * i) + offset;
     }
   }
-  __device__ const T* branch(int network, int i) const { return i == 0 ? g[network] : i == 1 ? u[network] : w[network]; }
+  __device__ const T* branch(int network, int i) const {
+    return i == 0 ? g[network] : i == 1 ? u[network] : w[network];
+  }
 };
 
 // R = ||r||, by way of r / max r: squares of large energies overflow
@@ -61,7 +64,8 @@ __device__ void make_maps(const Constants& c, const Maps<T>& maps, int network, 
   const T length = static_cast<T>(norm) + T(kEnergyEps);
   const T* r = maps.r[network];
   for (int64_t n = threadIdx.x; n < maps.pixels; n += blockDim.x) {
-    const T w = static_cast<T>((norm - r[n] + kEnergyEps) / (norm + kEnergyEps));  // 1 - q without its rounding: never 0
+    // 1 - q without its rounding: never 0
+    const T w = static_cast<T>((norm - r[n] + kEnergyEps) / (norm + kEnergyEps));
     const T u = cos(m * acos(clamp_cosine(r[n] / length)));
     maps.w[network][n] = w;
     maps.u[network][n] = u;

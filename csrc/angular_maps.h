@@ -1,4 +1,4 @@
-// What angular_margin.cpp makes of one activation: channel energies and their norm, and the angular map as a polynomial.
+// What angular_margin.cpp makes of one activation: channel energies, their norm, and the angular map as a polynomial.
 #pragma once
 
 #include "cpu.h"
@@ -26,8 +26,8 @@ class Margin {
   T m_;
 };
 
-// For q in [0, 1] both are analytic: the nearest singularity is at q = -1, so that a polynomial in x = 2 q - 1 converges like
-// 5.8^-n, and 14 terms are exact to fp32. It vectorises, which acos, cos and sin do not.
+// For q in [0, 1] both are analytic: the nearest singularity is at q = -1, so that a polynomial in x = 2 q - 1
+// converges like 5.8^-n, and 14 terms are exact to fp32. It vectorises, which acos, cos and sin do not.
 template <>
 class Margin<float> {
  public:
@@ -47,7 +47,8 @@ class Margin<float> {
  private:
   // the coefficients of the powers of x of the polynomial through values at the Chebyshev points
   static void interpolate(const double* values, float* out) {
-    double polynomial[kTerms] = {1}, next[kTerms] = {0, 1}, sum[kTerms] = {};  // Chebyshev's k-th, and the one behind it
+    double polynomial[kTerms] = {1}, next[kTerms] = {0, 1};  // Chebyshev's k-th, and the one behind it
+    double sum[kTerms] = {};
     for (int k = 0; k < kTerms; ++k) {
       double c = 0;
       for (int j = 0; j < kTerms; ++j) c += values[j] * std::cos(kPi * k * (j + 0.5) / kTerms);

@@ -1,4 +1,5 @@
-// angular_margin on the CPU: one task per sample and layer, which reads each activation once and does the rest in its cache.
+// angular_margin on the CPU. A task is one layer of one sample: it reads each activation once, the rest is in its
+// cache.
 #include "angular_margin.h"
 
 #include "angular_maps.h"
@@ -11,10 +12,10 @@ namespace {
 template <typename T>
 struct Maps {
   static constexpr int kCount = 14;
-  T *r, *q;                        // of one network after the other; the student's stay
-  T *student[3], *teacher[3];      // G, u, w
-  T* slope[3];                     // of the student's by q
-  T *h, *unit, *difference, *buffer; // h: the loss's gradient by q; buffer: energy()'s
+  T *r, *q;                           // of one network after the other; the student's stay
+  T *student[3], *teacher[3];         // G, u, w
+  T* slope[3];                        // of the student's by q
+  T *h, *unit, *difference, *buffer;  // h: the loss's gradient by q; buffer: energy()'s
 
   Maps(T* data, int64_t pixels) {
     const auto next = [&] {
@@ -78,11 +79,12 @@ struct Runs {
   int64_t operator[](int64_t i) const { return first + i * stride; }
 };
 
-// One branch (G, u or w) over a region: returns ||x - y||^2 of its unit vectors, and adds the gradient to h unless that is null.
-// A function of its own: inlined into its caller, the short loops of quadrants made the whole of a small map a tenth slower.
+// One branch (G, u or w) over a region: returns ||x - y||^2 of its unit vectors, and adds the gradient to h unless that
+// is null. A function of its own: inlined into its caller, the short loops of quadrants made the whole of a small map a
+// tenth slower.
 template <typename T>
-__attribute__((noinline)) double compare_branch(const T* vs, const T* vt, const T* slope, const Runs& region, double c, T* unit, T* difference,
-                      T* h) {
+__attribute__((noinline)) double compare_branch(const T* vs, const T* vt, const T* slope, const Runs& region, double c,
+                                                T* unit, T* difference, T* h) {
   const Runs runs = region;
   const int64_t n = runs.length;
   double norm_s = 0, norm_t = 0, e = 0;
@@ -204,7 +206,8 @@ void forward(const AngularMarginForward& x, const Pool& pool) {
 }
 
 template <typename T>
-void sample_backward(const AngularMarginBackward& x, const AngularLayer& layer, int64_t index, int64_t sample, T* scratch) {
+void sample_backward(const AngularMarginBackward& x, const AngularLayer& layer, int64_t index, int64_t sample,
+                     T* scratch) {
   const int64_t n = layer.height * layer.width, channels = layer.student.channels;
   const T grad = static_cast<const T*>(x.grad)[index * x.layer_stride + sample * x.sample_stride];
   const T* kappa = static_cast<const T*>(x.kappa) + layer.kappa_offset + sample * n;

@@ -95,7 +95,8 @@ __global__ void sample_kernel(const __grid_constant__ Table table, const Scratch
 
 // A block per number of the loss: the sum of its samples' losses, out of [layers, batch].
 template <typename T>
-__global__ void sum_kernel(const double* losses, int64_t layers, int64_t batch, bool per_layer, bool per_sample, T* out) {
+__global__ void sum_kernel(const double* losses, int64_t layers, int64_t batch, bool per_layer, bool per_sample,
+                           T* out) {
   __shared__ double shared[32];
   const int64_t samples = per_sample ? batch : 1, layer = blockIdx.x / samples, sample = blockIdx.x % samples;
   const int64_t first = per_layer ? layer : 0, end = per_layer ? layer + 1 : layers;
@@ -111,8 +112,8 @@ __global__ void sum_kernel(const double* losses, int64_t layers, int64_t batch, 
 }
 
 template <typename T>
-__global__ void backward_kernel(const __grid_constant__ Table table, const T* kappa, const T* grad, int64_t layer_stride,
-                                int64_t sample_stride) {
+__global__ void backward_kernel(const __grid_constant__ Table table, const T* kappa, const T* grad,
+                                int64_t layer_stride, int64_t sample_stride) {
   const int i = layer_of(table, blockIdx.x);
   const AngularLayer& layer = table.layers[i];
   const Activation& a = layer.student;
@@ -181,9 +182,8 @@ void backward(const AngularMarginBackward& x, cudaStream_t stream) {
         return ceil_div(l.batch * l.student.channels * l.height * l.width, kThreads * kPerThread);
       },
       [&](const Table& table, int64_t blocks) {
-        backward_kernel<T><<<blocks, kThreads, 0, stream>>>(table, static_cast<const T*>(x.kappa),
-                                                            static_cast<const T*>(x.grad), x.layer_stride,
-                                                            x.sample_stride);
+        backward_kernel<T><<<blocks, kThreads, 0, stream>>>(
+            table, static_cast<const T*>(x.kappa), static_cast<const T*>(x.grad), x.layer_stride, x.sample_stride);
         check_launch("angular_margin backward");
       });
 }

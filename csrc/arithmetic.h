@@ -1,5 +1,5 @@
-// Scalar arithmetic, the same on the CPU and on CUDA: both compile these functions, each into a namespace of its own. That of
-// softmax_kl is in softmax_kl_row.h.
+// Scalar arithmetic, the same on the CPU and on CUDA: both compile these functions, each into a namespace of its own.
+// That of softmax_kl is in softmax_kl_row.h.
 #pragma once
 
 #include <cmath>
@@ -99,8 +99,8 @@ KD_BOTH inline T angular_log_slope(T sharpness, T w, T u, T du) {
 
 KD_BOTH inline double unit_length(double norm) { return max(norm, kUnitEps); }
 
-// <x, D> of x = v_s / |v_s| and D = x - v_t / |v_t|, given e = |D|^2: e / 2 for unit vectors. Under the clamp of the norms
-// (a region of one bright pixel) a vector is shorter than 1, and the student's norm is a constant.
+// <x, D> of x = v_s / |v_s| and D = x - v_t / |v_t|, given e = |D|^2: e / 2 for unit vectors. Under the clamp of the
+// norms (a region of one bright pixel) a vector is shorter than 1, and the student's norm is a constant.
 KD_BOTH inline double along_unit(double e, double norm_s, double norm_t) {
   if (norm_s < kUnitEps) return 0;
   const double of_1 = norm_t < kUnitEps ? norm_t / kUnitEps : 1;

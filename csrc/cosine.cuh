@@ -92,10 +92,18 @@ void cosine_backward(const CosineBackward& x, cudaStream_t stream) {
   check_launch("cosine inner products");
   WeightedTable<T> table{};
   table.count = 2;
-  table.items[0] = {numbers<T>(x.grad), m,   1,   numbers<T>(x.inverse_b), nullptr,
-                    x.b,                x.a, numbers<T>(x.inverse_a), inner, x.grad_a};
-  table.items[1] = {numbers<T>(x.grad), 1,   m,   numbers<T>(x.inverse_a), nullptr,
-                    x.a,                x.b, numbers<T>(x.inverse_b), inner + n, x.grad_b};
+  Weighted<T>&a = table.items[0], &b = table.items[1];
+  a.w = b.w = numbers<T>(x.grad);
+  a.row_stride = b.column_stride = m;
+  a.column_stride = b.row_stride = 1;
+  a.own = b.q = x.a;
+  b.own = a.q = x.b;
+  a.inverse = b.column_scale = numbers<T>(x.inverse_a);
+  b.inverse = a.column_scale = numbers<T>(x.inverse_b);
+  a.inner = inner;
+  b.inner = inner + n;
+  a.out = x.grad_a;
+  b.out = x.grad_b;
   start_weighted(table, stream);
 }
 

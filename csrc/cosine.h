@@ -46,8 +46,7 @@ void products(const Products& x, const Pool& pool) {
   const auto same = [](double square) { return square; };
   row_squares(x.a, pool, same, static_cast<T*>(x.squares_a));
   row_squares(x.b, pool, same, static_cast<T*>(x.squares_b));
-  row_products(
-      x.a, x.b, pool, [](int64_t, int64_t, double product) { return product; }, static_cast<T*>(x.products));
+  row_products(x.a, x.b, pool, [](int64_t, int64_t, double product) { return product; }, static_cast<T*>(x.products));
 }
 
 template <typename T>
@@ -93,9 +92,11 @@ void cosine_backward(const CosineBackward& x, const Pool& pool) {
       inner_b[j] += product;
     }
   cosine_side<T>(
-      pool, [&](int64_t i, int64_t j) { return grad[i * m + j] * inverse_b[j]; }, x.b, x.a, inverse_a, inner_a, x.grad_a);
+      pool, [&](int64_t i, int64_t j) { return grad[i * m + j] * inverse_b[j]; }, x.b, x.a, inverse_a, inner_a,
+      x.grad_a);
   cosine_side<T>(
-      pool, [&](int64_t j, int64_t i) { return grad[i * m + j] * inverse_a[i]; }, x.a, x.b, inverse_b, inner_b, x.grad_b);
+      pool, [&](int64_t j, int64_t i) { return grad[i * m + j] * inverse_a[i]; }, x.a, x.b, inverse_b, inner_b,
+      x.grad_b);
 }
 
 }  // namespace

@@ -34,9 +34,10 @@ class Buffer {
 template <typename F>
 inline void parallel(const Pool& pool, int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
-  pool.run(count, max<int64_t>(grain, 1),
-           [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-           const_cast<void*>(static_cast<const void*>(&f)));
+  pool.run(
+      count, max<int64_t>(grain, 1),
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 template <typename T>

@@ -1,5 +1,5 @@
-// Helpers of the CUDA kernels: reading any input type as T, block reductions in a fixed order, checked calls. numbers.h has
-// on the CPU what arithmetic.h needs.
+// Helpers of the CUDA kernels: reading any input type as T, block reductions in a fixed order, checked calls. numbers.h
+// has on the CPU what arithmetic.h needs.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// gram on the CPU: products from matrix.h; everything on B x B matrices is done in double, since it costs next to nothing.
+// gram on the CPU: products from matrix.h; all work on B x B matrices is in double, since it costs next to nothing.
 #include "gram.h"
 
 #include "cosine.h"

@@ -1,8 +1,9 @@
 // gram on CUDA. The Gram matrices of a training batch are few output tiles from many columns, so the columns are split:
-//   product   a block per (matrix, 64 x 64 tile, split): partial inner products; only the lower half of a symmetric matrix
-//   row       a block per row: sums the splits, normalises, forms the loss and H
-//   symmetrise  H + H^T;  sum: the rows' losses in a fixed order
-//   weighted  backward: W Q in 64 x 64 tiles, for all layers in one launch
+//   product     a block per (matrix, 64 x 64 tile, split): partial inner products, of a symmetric matrix the lower half
+//   row         a block per row: sums the splits, normalises, forms the loss and H
+//   symmetrise  H + H^T
+//   sum         the rows' losses in a fixed order
+//   weighted    backward: W Q in 64 x 64 tiles, for all layers in one launch
 #include "cosine.cuh"
 #include "products.cuh"
 
@@ -61,7 +62,8 @@ void grams(const Grams& x, cudaStream_t stream) {
   if (x.count * x.batch == 0) return;
   T* partial = static_cast<T*>(x.workspace);
   start_grams(x.features, layout, partial, stream);
-  gram_kernel<T><<<x.count * x.batch, kRowThreads, 0, stream>>>(partial, x.batch, layout.splits, static_cast<T*>(x.grams));
+  gram_kernel<T>
+      <<<x.count * x.batch, kRowThreads, 0, stream>>>(partial, x.batch, layout.splits, static_cast<T*>(x.grams));
   check_launch("gram");
 }
 
@@ -206,9 +208,7 @@ void sp_backward(const SpBackward& x, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t workspace(const Grams& x) {
-  return Partial(x.features, x.count, x.batch).numbers() * (x.fp64 ? 8 : 4);
-}
+int64_t workspace(const Grams& x) { return Partial(x.features, x.count, x.batch).numbers() * (x.fp64 ? 8 : 4); }
 
 int64_t workspace(const SpForward& x) {
   const Partial layout(x.features, 2 * x.layers, x.batch);

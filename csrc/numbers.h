@@ -1,8 +1,8 @@
-// Numbers on the CPU: 16-bit formats, and exponentials and logarithms that loops vectorise. device.cuh has the same for CUDA.
+// Numbers on the CPU: 16-bit formats, and exponentials and logarithms that loops vectorise; device.cuh is CUDA's side.
 //
-// Here and in everything else that is compiled per instruction set, functions are in the set's own, unnamed namespace: one
-// that the linker could merge across sets would run AVX-512 code on a machine that has none. For the same reason nothing
-// instantiates templates of the standard library.
+// Here and in everything else that is compiled per instruction set, functions are in the set's own, unnamed namespace:
+// one that the linker could merge across sets would run AVX-512 code on a machine that has none. For the same reason
+// nothing instantiates templates of the standard library.
 #pragma once
 
 #include <cmath>

@@ -8,10 +8,11 @@ namespace kd {
 namespace cuda {
 namespace {
 
-constexpr int64_t kTables = 16;                            // matrices or layers of a launch; their table is passed by value
+constexpr int64_t kTables = 16;  // matrices or layers of a launch; their table is passed by value
 constexpr int kTile = 64, kDepth = 16, kThreads = 256;  // each thread makes 4 x 4 of a tile's numbers
-constexpr int kRowThreads = 128;  // of a block for a row
-constexpr int kWantedBlocks = 1056;  // eight per multiprocessor of an H100: a constant, so that sums do not depend on the GPU
+constexpr int kRowThreads = 128;                        // of a block for a row
+// Eight per multiprocessor of an H100: a constant, so that sums do not depend on the GPU.
+constexpr int kWantedBlocks = 1056;
 
 // ---- inner products of rows ----
 
@@ -96,8 +97,8 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant
         out[(row + y + 16 * r) * p.b.count + column + x + 16 * c] = sum[r][c];
 }
 
-// How many parts the columns are cut into: enough blocks for a large GPU, of 128 columns at least, and of 4096 at most, as
-// what two Grams differ by would drown in the rounding of longer fp32 sums.
+// How many parts the columns are cut into: enough blocks for a large GPU, of 128 columns at least, and of 4096 at most,
+// as what two Grams differ by would drown in the rounding of longer fp32 sums.
 inline int splits_for(int64_t tiles, int64_t width) {
   const int64_t wanted = ceil_div(kWantedBlocks, max<int64_t>(tiles, 1)), room = ceil_div(width, 128);
   const int64_t useful = max<int64_t>(1, min<int64_t>(min(wanted, room), 64));

@@ -31,7 +31,7 @@ inline void choose_variant(bool ce, bool kl, double temperature, const F& f) {
   }
 }
 
-// A row of each network's logits, converted where need be. The buffer holds four rows: these two, and two for the caller.
+// A row of each network's logits, converted where need be. Of the buffer's four rows two are left for the caller.
 template <typename T>
 struct Logits {
   const T *s, *t;
@@ -179,8 +179,7 @@ void forward(const SoftmaxKlForward& x, const Pool& pool) {
   T* loss = static_cast<T*>(x.loss);
   if (x.reduction == Reduction::none)
     for (int64_t row = 0; row < x.rows; ++row) loss[row] = static_cast<T>(row_loss[row]);
-  else
-    *loss = static_cast<T>(sum * scale);
+  else *loss = static_cast<T>(sum * scale);
 }
 
 // ---- backward ----
@@ -245,8 +244,7 @@ void row_backward(const SoftmaxKlBackward& x, int64_t row, T* buffer) {
   const int64_t n = x.classes;
   T* out = destination<T>(x.student_type, x.out, row * n, buffer + 3 * n);
   const Labels l = read_labels<T>(x, row);
-  if (l.keep && l.valid)
-    row_gradient(x, row, l, buffer, out);
+  if (l.keep && l.valid) row_gradient(x, row, l, buffer, out);
   else
     for (int64_t k = 0; k < n; ++k) out[k] = l.keep ? static_cast<T>(NAN) : T(0);
   store<T>(x.student_type, x.out, row * n, n, out);

@@ -1,5 +1,5 @@
-// softmax_kl on CUDA. A row belongs to one warp (narrow rows, four to a block) or to one block; its two passes read the logits
-// from memory once and from the cache once. A last small kernel sums the rows in a fixed order.
+// softmax_kl on CUDA. A row belongs to one warp (narrow rows, four to a block) or to one block; its two passes read the
+// logits from memory once and from the cache once. A last small kernel sums the rows in a fixed order.
 #include "cuda.h"
 #include "softmax_kl_row.h"
 
@@ -21,7 +21,9 @@ struct Team {
         rank(WARP ? threadIdx.x % 32 : threadIdx.x),
         size(WARP ? 32 : kBlockThreads),
         shared(s) {}
-  __device__ double sum(double x) const { return WARP ? reduce_lanes(x, 32, Add()) : reduce_block(x, shared, 0.0, Add()); }
+  __device__ double sum(double x) const {
+    return WARP ? reduce_lanes(x, 32, Add()) : reduce_block(x, shared, 0.0, Add());
+  }
   __device__ T max(T x) const {
     return WARP ? reduce_lanes(x, 32, Max())
                 : static_cast<T>(reduce_block(static_cast<double>(x), shared, -infinity<double>(), Max()));
@@ -126,8 +128,8 @@ __device__ double dense_cross_entropy(const SoftmaxKl& x, const Team<T, WARP>& t
   return -team.sum(sum);
 }
 
-// Without other classes their mass is exp(-inf) = 0. log Z is NaN if anything in the row is, or infinite: it must not hide
-// behind the non-target classes.
+// Without other classes their mass is exp(-inf) = 0. log Z is NaN if anything in the row is, or infinite: it must not
+// hide behind the non-target classes.
 template <typename T>
 __device__ void settle_non_target_max(Softmax<T>& q) {
   if (q.non_target_max == -infinity<T>()) q.non_target_max = 0;
@@ -144,7 +146,8 @@ __device__ double decoupled_terms(const SoftmaxKl& x, const Team<T, WARP>& team,
   Sums z;
   for (int64_t k = team.rank; k < x.classes; k += team.size) {
     if (l.has(k)) continue;
-    const T a = (s[k] - r.s.max) * inverse_t - r.s.non_target_max, b = (t[k] - r.t.max) * inverse_t - r.t.non_target_max;
+    const T a = (s[k] - r.s.max) * inverse_t - r.s.non_target_max,
+            b = (t[k] - r.t.max) * inverse_t - r.t.non_target_max;
     add_class(a, b, T(exp(a)), T(exp(b)), z);
   }
   add_threads(team, z);
@@ -262,8 +265,7 @@ void forward(const SoftmaxKlForward& x, cudaStream_t stream) {
   if (x.rows > 0) {
     if (x.classes <= kWarpRow)
       forward_kernel<T, true><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-    else
-      forward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
+    else forward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
     check_launch("softmax_kl forward");
   }
   finish_kernel<T><<<1, kSumThreads, 0, stream>>>(x);
@@ -275,8 +277,7 @@ void backward(const SoftmaxKlBackward& x, cudaStream_t stream) {
   if (x.rows == 0) return;
   if (x.classes <= kWarpRow)
     backward_kernel<T, true><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-  else
-    backward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
+  else backward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
   check_launch("softmax_kl backward");
 }
 

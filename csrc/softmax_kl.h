@@ -37,8 +37,9 @@ struct SoftmaxKl : Call, SoftmaxKlOptions {
 };
 
 struct SoftmaxKlForward : SoftmaxKl {
-  void* loss;   // T [] or [rows]
-  void* stats;  // T [stats_count(), rows] or null: max s, max t, log Z of p, q_s, q_t; non-target: max s, max t, log Z s, log Z t
+  void* loss;  // T [] or [rows]
+  // T [stats_count(), rows] or null: max s, max t, log Z of p, q_s, q_t; non-target: max s, max t, log Z s, log Z t
+  void* stats;
   void* scale;  // T []
 };
 

@@ -53,12 +53,12 @@ KD_BOTH inline T power(T x, int n) {  // n in 1..4
   return n == 1 ? x : n == 2 ? square : n == 3 ? square * x : square * square;
 }
 
-// d + expm1(-d), times e_t, where e_s = e_t exp(-d): a class's part of a divergence, with nothing cancelling for small d
+// d + expm1(-d), times e_t, where e_s = e_t exp(-d): a class's part of a divergence, with nothing cancelling for small
+// d
 template <typename T>
 KD_BOTH inline T divergence_term(T d, T es, T et) {
   const T small = sizeof(T) == 4 ? T(0.25) : T(0.02);
-  const T series =
-      T(0.5) - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720 - d * (T(1) / 5040)))));
+  const T series = T(0.5) - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720 - d * (T(1) / 5040)))));
   const T term = d < small && -d < small ? et * (d * d) * series : et * (d - 1) + es;
   return et == 0 ? es : term;
 }
@@ -68,8 +68,8 @@ struct Sums {
   double p = 0, s = 0, t = 0, cross = 0, gap = 0;
 };
 
-// KL = m + log(Z_s / Z_t), m = cross / Z_t, and Z_s / Z_t = 1 + gap / Z_t - m: where the networks are close, that second
-// form keeps the digits that the logarithm of a quotient near 1 has lost.
+// KL = m + log(Z_s / Z_t), m = cross / Z_t, and Z_s / Z_t = 1 + gap / Z_t - m: where the networks are close, that
+// second form keeps the digits that the logarithm of a quotient near 1 has lost.
 KD_BOTH inline double divergence(const Sums& z) {
   const double m = z.cross / z.t, gap = z.gap / z.t;
   if (m < 0.5 && m > -0.5 && gap < 0.5) return m + std::log1p(gap - m);
@@ -77,9 +77,7 @@ KD_BOTH inline double divergence(const Sums& z) {
 }
 
 // The same over the non-target classes, which may have no mass left.
-KD_BOTH inline double non_target_divergence(const Sums& z) {
-  return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z);
-}
+KD_BOTH inline double non_target_divergence(const Sums& z) { return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z); }
 
 // One network's softmax at temperature T, and that of its non-target classes; logits are counted from `max`.
 template <typename T>
@@ -170,8 +168,8 @@ KD_BOTH inline double target_divergence(const Labels& l, const Logits& s, const 
 }
 
 // What a row's gradient is made of, upstream gradient included. With e = exp(logit - max):
-//   soft (e_s - ratio e_t) + hard e_p - label y + non_target_s e_s' - non_target_t e_t'      non-target classes: e' from
-//   target_a or target_b in place of the last two at the labels                              their own maximum
+//   soft (e_s - ratio e_t) + hard e_p - label y + non_target_s e_s' - non_target_t e_t'      non-target classes: e'
+//   from target_a or target_b in place of the last two at the labels                              their own maximum
 template <typename T>
 struct Factors {
   T inverse_t, s_max, t_max, soft, ratio, hard, label;
@@ -179,9 +177,11 @@ struct Factors {
   double target_a = 0, target_b = 0;
 };
 
-// The ratio is exactly 1, and so the gradient 0, where both networks agree, whether or not the compiler fuses the product.
+// The ratio is exactly 1, and so the gradient 0, where both networks agree, whether or not the compiler fuses the
+// product.
 template <typename T>
-KD_BOTH inline Factors<T> gradient_factors(const SoftmaxKlBackward& x, const RowStats<T>& r, double upstream, double y_sum) {
+KD_BOTH inline Factors<T> gradient_factors(const SoftmaxKlBackward& x, const RowStats<T>& r, double upstream,
+                                           double y_sum) {
   Factors<T> f;
   f.inverse_t = static_cast<T>(1 / x.temperature);
   f.s_max = r.s.max;
