@@ -185,7 +185,7 @@ def _class_terms(x, s, t, of_s, of_t, rows, cols, C, non_target, HAS: tl.constex
         result += x.terms.kl * kl(s * x.inverse_t - of_s.logz[:, None], t - of_t.logz[:, None])
     if HAS.non_target:
         log_qs = non_target_log_q(s * x.inverse_t, of_s, non_target)
-        result += x.terms.non_target * kl(log_qs, non_target_log_q(t, of_t, non_target))
+        result += x.terms.non_target_kl * kl(log_qs, non_target_log_q(t, of_t, non_target))
     return result
 
 
@@ -205,7 +205,7 @@ def _label_terms(x, y, of_s, of_t, rows, HAS: tl.constexpr):
         target = weighted(tl.exp(log_st), log_st - log_ss)
         target += weighted(tl.exp(log_qt_a), log_qt_a - log_qs_a)
         target += tl.where(y.a == y.b, 0.0, weighted(tl.exp(log_qt_b), log_qt_b - log_qs_b))
-        result += x.terms.target * target
+        result += x.terms.target_kl * target
     return result
 
 

@@ -107,8 +107,8 @@ def _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols):
     non_target_t = tl.exp(of_t.non_target_top + of_t.non_target_logz - of_t.logz)
     # S_s - S_t is taken between the labels' masses or between the others', whichever is less
     mass_difference = tl.where(mass_s < 0.5, mass_t - mass_s, non_target_s - non_target_t)
-    factor = x.terms.target * mass_difference + x.terms.non_target
-    return tl.where(non_target, q_s * factor[:, None] - x.terms.non_target * q_t, x.terms.target * difference)
+    factor = x.terms.target_kl * mass_difference + x.terms.non_target_kl
+    return tl.where(non_target, q_s * factor[:, None] - x.terms.non_target_kl * q_t, x.terms.target_kl * difference)
 
 
 def _strided(x: Tensor | None) -> Strided | None:
@@ -133,8 +133,8 @@ def _arguments(x: Rows) -> dict[str, Any]:
         "HAS": Has(
             ce=x.terms.ce != 0 and target is not None,
             kl=x.terms.kl != 0,
-            target=x.terms.target != 0,
-            non_target=x.terms.non_target != 0,
+            target=x.terms.target_kl != 0,
+            non_target=x.terms.non_target_kl != 0,
             decoupled=decoupled,
             soft=decoupled or x.terms.kl != 0,
             labels=target is not None and not dense,
