@@ -76,7 +76,12 @@ void implement(StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(kdkernels_native, m) { define(m); }
+STABLE_TORCH_LIBRARY(kdkernels_native, m) {
+  define(m);
+#ifdef KD_CUDA
+  m.def("has_cuda() -> bool");  // never called: that it exists says that there are CUDA kernels
+#endif
+}
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) { implement(m); }
 #ifdef KD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) { implement(m); }
