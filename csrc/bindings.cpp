@@ -40,7 +40,7 @@ using torch::stable::detail::StableLibrary;
 void define(StableLibrary& m) {
   const std::string softmax_kl =
       "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, "
-      "float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction";
+      "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction";
   const std::string sp = "str row_norm, float[] scales, float eps, bool zero_row_grad, bool per_layer, bool need_grad";
   const std::string schemas[] = {
       "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",

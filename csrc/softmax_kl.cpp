@@ -112,6 +112,13 @@ double dense_cross_entropy(const SoftmaxKl& x, int64_t row, const Logits<T>& z, 
   return -sum;
 }
 
+template <typename T>
+double sum_of_logits(const SoftmaxKl& x, const Logits<T>& z, const RowStats<T>& r) {
+  double sum = 0;
+  for (int64_t k = 0; k < x.classes; ++k) sum += double(z.s[k] - r.s.max);
+  return sum;
+}
+
 // z / T - max of a row, with the labelled classes at -inf, and what the non-target softmax counts from
 template <typename T>
 T non_target_logits(const T* z, int64_t n, const Softmax<T>& q, T inverse_t, const Labels& l, T* out) {
@@ -151,8 +158,10 @@ double row_forward(const SoftmaxKlForward& x, int64_t row, T* buffer) {
   } else {
     const Logits<T> z(x, row, buffer);
     const Sums sums = row_sums(x, z, r);
-    if (x.ce != 0 && x.dense) result += x.ce * dense_cross_entropy(x, row, z, r);
-    if (x.ce != 0 && x.target) result += x.ce * cross_entropy(l, z.s, r);
+    if (x.ce != 0) {
+      const double ce = x.dense ? dense_cross_entropy(x, row, z, r) : cross_entropy(l, z.s, r);
+      result += x.ce * (x.smoothing == 0 ? ce : smoothed(x, ce, sum_of_logits(x, z, r), r.log_p));
+    }
     if (x.kl != 0) result += x.kl * divergence(sums);
     if (x.decoupled()) result += decoupled_terms(x, z, l, r);
   }
@@ -198,6 +207,7 @@ void gradient(V, const Logits<T>& z, int64_t n, const Factors<T>& f, T* out) {
       if (V::ce && V::power) g += c.hard * power(es, V::power);
     }
     if (V::ce && !(V::kl && V::power)) g += c.hard * fast_exp(d);
+    if (V::ce) g -= c.uniform;
     out[k] = g;
   }
 }

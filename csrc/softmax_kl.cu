@@ -128,6 +128,14 @@ __device__ double dense_cross_entropy(const SoftmaxKl& x, const Team<T, WARP>& t
   return -team.sum(sum);
 }
 
+template <typename T, bool WARP>
+__device__ double sum_of_logits(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s,
+                                const RowStats<T>& r) {
+  double sum = 0;
+  for (int64_t k = team.rank; k < x.classes; k += team.size) sum += double(s[k] - r.s.max);
+  return team.sum(sum);
+}
+
 // Without other classes their mass is exp(-inf) = 0. log Z is NaN if anything in the row is, or infinite: it must not
 // hide behind the non-target classes.
 template <typename T>
@@ -170,8 +178,10 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     const Logits<T> s = student_of<T>(x, team.row), t = teacher_of<T>(x, team.row);
     row_maxima(x, team, s, t, r);
     const Sums z = row_sums(x, team, s, t, l, r);
-    if (x.ce != 0 && x.dense) result += x.ce * dense_cross_entropy(x, team, s, r);
-    if (x.ce != 0 && x.target) result += x.ce * cross_entropy(l, s, r);
+    if (x.ce != 0) {
+      const double ce = x.dense ? dense_cross_entropy(x, team, s, r) : cross_entropy(l, s, r);
+      result += x.ce * (x.smoothing == 0 ? ce : smoothed(x, ce, sum_of_logits(x, team, s, r), r.log_p));
+    }
     if (x.kl != 0) result += x.kl * divergence(z);
     if (x.decoupled()) result += decoupled_terms(x, team, s, t, l, r);
   }
@@ -220,7 +230,7 @@ __device__ T class_gradient(const SoftmaxKlBackward& x, int64_t row, int64_t k, 
     g = f.soft * (es - f.ratio * exp(b));
   }
   if (ce) {
-    g += f.hard * (soft && n ? power(es, n) : exp(d));
+    g += f.hard * (soft && n ? power(es, n) : exp(d)) - f.uniform;
     if (x.dense) g -= f.label * dense_target<T>(x, row, k);
     if (k == l.a) g -= f.label * static_cast<T>(l.weight_a);
     if (l.mixed && k == l.b) g -= f.label * static_cast<T>(l.weight_b);

@@ -9,6 +9,7 @@ enum class Reduction : int { mean, sum, none };
 
 struct SoftmaxKlOptions {  // in the order of the op's arguments
   int64_t ignore_index;
+  double smoothing;                         // e: CE is with (1 - e) y + e / C
   double ce, kl, target_kl, non_target_kl;  // the terms' weights
   double temperature;
   Reduction reduction;

@@ -139,6 +139,11 @@ KD_BOTH inline double cross_entropy(const Labels& l, const Logits& s, const RowS
   return -sum;
 }
 
+// CE with smoothed labels, from CE and the sum over classes of z - max
+KD_BOTH inline double smoothed(const SoftmaxKl& x, double ce, double z_sum, double log_p) {
+  return (1 - x.smoothing) * ce + x.smoothing * (log_p - z_sum / double(x.classes));
+}
+
 // log of the non-target mass: log1p of the labelled mass where that is small, else the non-target classes' own log-sum
 template <typename T>
 KD_BOTH inline double log_non_target(double labelled, const Softmax<T>& q) {
@@ -168,11 +173,11 @@ KD_BOTH inline double target_divergence(const Labels& l, const Logits& s, const 
 }
 
 // What a row's gradient is made of, upstream gradient included. With e = exp(logit - max):
-//   soft (e_s - ratio e_t) + hard e_p - label y + non_target_s e_s' - non_target_t e_t'      non-target classes: e'
+//   soft (e_s - ratio e_t) + hard e_p - label y - uniform + non_target_s e_s' - non_target_t e_t'      non-target: e'
 //   from target_a or target_b in place of the last two at the labels                              their own maximum
 template <typename T>
 struct Factors {
-  T inverse_t, s_max, t_max, soft, ratio, hard, label;
+  T inverse_t, s_max, t_max, soft, ratio, hard, label, uniform;
   T non_target_s_max = 0, non_target_t_max = 0, non_target_s = 0, non_target_t = 0;
   double target_a = 0, target_b = 0;
 };
@@ -188,8 +193,10 @@ KD_BOTH inline Factors<T> gradient_factors(const SoftmaxKlBackward& x, const Row
   f.t_max = r.t.max;
   f.soft = static_cast<T>(x.kl / x.temperature * upstream * std::exp(-r.s.log_z));
   f.ratio = static_cast<T>(std::exp(r.s.log_z - r.t.log_z));
-  f.hard = static_cast<T>(x.ce * upstream * y_sum * std::exp(-r.log_p));
-  f.label = static_cast<T>(x.ce * upstream);
+  const double e = x.smoothing;
+  f.hard = static_cast<T>(x.ce * upstream * ((1 - e) * y_sum + e) * std::exp(-r.log_p));
+  f.label = static_cast<T>(x.ce * upstream * (1 - e));
+  f.uniform = static_cast<T>(x.ce * upstream * e / double(x.classes));
   return f;
 }
 

@@ -23,7 +23,7 @@ REASONS = [reason for op in backends.OPS if (reason := backends.why_not(op, "tri
 runs = pytest.mark.skipif(bool(REASONS), reason="; ".join(sorted(set(REASONS))))
 gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: CUDA graphs and streams")
 
-ALL_TERMS = Terms(ce=0.1, kl=0.3, target=1.0, non_target=8.0)
+ALL_TERMS = Terms(ce=0.1, kl=0.3, target_kl=1.0, non_target_kl=8.0)
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -147,7 +147,7 @@ def test_a_labelled_logit_that_is_not_finite_does_not_hide(bad: float) -> None:
     student.requires_grad_()
     labels = Labels(torch.tensor([0, 2, 3], device=DEVICE))
     with kdkernels.use_backend("triton"):
-        rows = softmax_kl(Rows(student, teacher, labels, Terms(non_target=1.0), 2.0, "none"))
+        rows = softmax_kl(Rows(student, teacher, labels, Terms(non_target_kl=1.0), 2.0, "none"))
         gradient = gradients(rows, [student])[0]
     assert rows.isnan().tolist() == [False, True, False]
     assert gradient[1].isnan().any()

@@ -98,7 +98,7 @@ TERMS = {
     "kd": (Terms(kl=1.0), "none"),
     "ce": (Terms(ce=1.0), "mixed"),
     "stkd": (Terms(ce=1.0, kl=1.0), "mixed"),
-    "decoupled": (Terms(ce=1.0, target=1.0, non_target=8.0), "one"),
+    "decoupled": (Terms(ce=1.0, target_kl=1.0, non_target_kl=8.0), "one"),
     "all": (Terms(1.0, 1.0, 1.0, 8.0), "mixed"),
     "dense": (Terms(ce=1.0, kl=1.0), "dense"),
 }

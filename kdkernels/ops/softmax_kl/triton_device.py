@@ -37,6 +37,7 @@ class Has(NamedTuple):
     soft: bool  # a teacher
     labels: bool  # one or two per row
     mixed: bool  # two
+    smooth: bool
     dense: bool  # y (N, C) instead
 
 
@@ -47,6 +48,7 @@ class Labels(NamedTuple):
     mixed: Any
     lam: Any
     ignore_index: Any
+    smoothing: Any
 
 
 class Inputs(NamedTuple):

@@ -162,7 +162,7 @@ def _relative(sums, inverse_t):
 def _chunked_terms(x, y, of_s, of_t, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
     """[R] the terms that sum over the classes, of long rows, which are read a second time."""
     result = tl.zeros(rows.shape, tl.float32)
-    if HAS.kl or HAS.non_target or (HAS.ce and HAS.dense):
+    if HAS.kl or HAS.non_target or (HAS.ce and (HAS.dense or HAS.smooth)):
         for start in range(0, C, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
             s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN) - of_s.top[:, None]
@@ -180,7 +180,10 @@ def _class_terms(x, s, t, of_s, of_t, rows, cols, C, non_target, HAS: tl.constex
     result = tl.zeros(rows.shape, tl.float32)
     if HAS.ce and HAS.dense:
         y = load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
-        result -= x.terms.ce * tl.sum(weighted(y, s - of_s.logz_p[:, None]), 1)
+        result -= x.terms.ce * (1.0 - x.labels.smoothing) * tl.sum(weighted(y, s - of_s.logz_p[:, None]), 1)
+    if HAS.ce and HAS.smooth:
+        log_p = tl.where((cols < C)[None, :], s - of_s.logz_p[:, None], 0.0)
+        result -= x.terms.ce * (x.labels.smoothing / C) * tl.sum(log_p, 1)
     if HAS.kl:
         result += x.terms.kl * kl(s * x.inverse_t - of_s.logz[:, None], t - of_t.logz[:, None])
     if HAS.non_target:
@@ -197,7 +200,7 @@ def _label_terms(x, y, of_s, of_t, rows, HAS: tl.constexpr):
         log_y = weighted(y.weight_a, load_at(x.student, rows, y.a) - of_s.top - of_s.logz_p)
         if HAS.mixed:
             log_y += weighted(y.weight_b, load_at(x.student, rows, y.b) - of_s.top - of_s.logz_p)
-        result -= x.terms.ce * log_y
+        result -= x.terms.ce * (1.0 - x.labels.smoothing) * log_y
     if HAS.target:
         log_qs_a, log_qs_b, mass_s = label_log_q(x.student, rows, of_s, y, x.inverse_t)
         log_qt_a, log_qt_b, mass_t = label_log_q(x.teacher, rows, of_t, y, x.inverse_t)

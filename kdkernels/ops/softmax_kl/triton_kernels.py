@@ -83,15 +83,19 @@ def gradient_kernel(
 def _ce(x, y, s, of_s, rows, cols, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
     """[R, K] dCE/ds: p - y, or sum(y) p - y where y is dense; s is relative to the maximum."""
     p = tl.exp(s - of_s.logz_p[:, None])
+    e = x.labels.smoothing
     if HAS.labels:
-        p -= tl.where(cols[None, :] == y.a[:, None], y.weight_a[:, None], 0.0)
+        p -= (1.0 - e) * tl.where(cols[None, :] == y.a[:, None], y.weight_a[:, None], 0.0)
         if HAS.mixed:
-            p -= tl.where(cols[None, :] == y.b[:, None], y.weight_b[:, None], 0.0)
+            p -= (1.0 - e) * tl.where(cols[None, :] == y.b[:, None], y.weight_b[:, None], 0.0)
     if HAS.dense:
         total = tl.zeros(rows.shape, tl.float32)
         for start in range(0, C, BLOCK_C):
             total += tl.sum(load_tile(x.labels.target, rows, start + tl.arange(0, BLOCK_C), C, 0.0, ALIGN), 1)
-        p = p * total[:, None] - load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
+        p *= ((1.0 - e) * total + e)[:, None]
+        p -= (1.0 - e) * load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
+    if HAS.smooth:
+        p -= e / C
     return p
 
 
@@ -117,14 +121,14 @@ def _strided(x: Tensor | None) -> Strided | None:
 
 def _arguments(x: Rows) -> dict[str, Any]:
     """Those that both passes share."""
-    target, mixed, lam, ignore_index = x.labels
+    target, mixed, lam, ignore_index, smoothing = x.labels
     dense, decoupled = x.labels.dense, x.terms.decoupled
     between_rows = [z.stride(0) for z in (x.student, x.teacher, target if dense else None) if z is not None]
     return {
         "x": Inputs(
             _strided(x.student),
             _strided(x.teacher),
-            Labels(_strided(target), _strided(mixed), _strided(lam), ignore_index),
+            Labels(_strided(target), _strided(mixed), _strided(lam), ignore_index, smoothing),
             x.terms,
             1 / x.temperature,
             x.student.shape[0],
@@ -139,6 +143,7 @@ def _arguments(x: Rows) -> dict[str, Any]:
             soft=decoupled or x.terms.kl != 0,
             labels=target is not None and not dense,
             mixed=mixed is not None,
+            smooth=smoothing != 0,
             dense=dense,
         ),
         "ALIGN": alignment(x.student.shape[1], *between_rows),
