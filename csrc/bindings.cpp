@@ -322,6 +322,8 @@ std::tuple<Tensor, Tensor, Tensor> cosine_forward(Tensor a, Tensor b) {
   x.similarity = similarity.mutable_data_ptr();
   x.inverse_a = inverse_a.mutable_data_ptr();
   x.inverse_b = inverse_b.mutable_data_ptr();
+  std::vector<Tensor> scratch;
+  x.workspace = KD_WORKSPACE(a, kd::cuda::cosine_workspace(x), scratch);
   KD_RUN(a, cosine_forward, x, fp64);
   return {similarity, inverse_a, inverse_b};
 }
