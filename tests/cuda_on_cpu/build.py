@@ -1,12 +1,15 @@
-"""Compiles csrc/ for the executor, object by object, into build/cuda_on_cpu/; an object is named after all it is made of."""
+"""Compiles csrc/ for the executor, object by object, into build/cuda_on_cpu/.
+
+An object is named after a digest of what it is made of, so nothing is compiled twice.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
-import re
 import subprocess
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -84,7 +87,7 @@ def _appear(output: Path, make: Callable[[Path], None]) -> Path:
     """``output``, made unless it is there; whole or not at all, whoever else makes it at the same time."""
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
-        part = output.with_name(f".{os.getpid()}-{output.name}")
+        part = output.with_name(f".{os.getpid()}-{threading.get_ident()}-{output.name}")
         make(part)
         os.replace(part, output)
     return output
@@ -128,8 +131,18 @@ def _link(objects: list[Path], libraries: list[str], name: str) -> Path:
     return _appear(CACHE / f"{name}-{_digest(*(o.name for o in objects), *libraries)}.so", make)
 
 
-def _core() -> list[tuple[str, str]]:
-    return [(name, text) for name, text in _runtime().items() if name.endswith(".cpp") and name != "torch_library.cpp"]
+Job = tuple[str, str, Mapping[str, str], list[str]]  # what _compile takes
+
+
+def _core() -> list[Job]:
+    files = [(n, t) for n, t in _runtime().items() if n.endswith(".cpp") and n != "torch_library.cpp"]
+    return [(name, text, {}, ["-O2"]) for name, text in files]
+
+
+def _compile_all(jobs: list[Job]) -> list[Path]:
+    """The objects in the order of the jobs; what takes longest is begun first."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(reversed(list(pool.map(lambda job: _compile(*job), reversed(jobs)))))
 
 
 def library(mode: str, files: Mapping[str, str] | None = None) -> Path:
@@ -141,26 +154,18 @@ def library(mode: str, files: Mapping[str, str] | None = None) -> Path:
     torch = native_build.find_torch()
     bindings = ["-O1", "-DKD_CUDA", f"-DKD_ONLY={_KERNELS_OF_THE_CPU}", *torch.includes]
     bindings += [f"-DTORCH_TARGET_VERSION={native_build.TORCH_TARGET}", f'-DTORCH_VERSION_HERE="{torch.version}"']
-    jobs = [("bindings.cpp", f'#line 1 "csrc/bindings.cpp"\n{files["bindings.cpp"]}', headers, bindings)]
+    own = {n: t for n, t in headers.items() if n.endswith(".h")}
+    # the linker keeps the first of equal inline functions: the executor's own must not be the instrumented ones
+    jobs = _core()
     jobs += [("torch_library.cpp", _runtime()["torch_library.cpp"], {}, bindings)]
+    jobs += [("bindings.cpp", f'#line 1 "csrc/bindings.cpp"\n{files["bindings.cpp"]}', own, bindings)]
     jobs += [(n, to_cpp(t, f"csrc/{n}"), headers, _kernel_flags(mode)) for n, t in files.items() if n.endswith(".cu")]
-    jobs += [(name, text, {}, ["-O2"]) for name, text in _core()]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        objects = list(pool.map(lambda job: _compile(*job), jobs))
-    return _link(objects, [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], f"library-{mode}")
+    return _link(_compile_all(jobs), [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], f"library-{mode}")
 
 
 def probe(mode: str, source: Path) -> Path:
     """A library of one .cu file beside this one, for ctypes: no torch in it."""
     headers = {n: to_cpp(t, f"csrc/{n}") for n, t in csrc().items() if n.endswith(".cuh")}
     text = to_cpp(source.read_text(), str(source.relative_to(ROOT)))
-    jobs = [(source.name, text, headers, _kernel_flags(mode)), *((n, t, {}, ["-O2"]) for n, t in _core())]
-    with ThreadPoolExecutor(WORKERS) as pool:
-        objects = list(pool.map(lambda job: _compile(*job), jobs))
-    return _link(objects, [], f"{source.stem}-{mode}")
-
-
-def short_error(error: BaseException) -> str:
-    """The first line of a compiler's message that says error."""
-    lines = str(error).splitlines()
-    return next((line for line in lines if re.search(r"\berror\b|undefined", line)), lines[0] if lines else "")
+    jobs = [*_core(), (source.name, text, headers, _kernel_flags(mode))]
+    return _link(_compile_all(jobs), [], f"{source.stem}-{mode}")

@@ -28,7 +28,7 @@ def requested() -> str | None:
 
 
 def install(mode: str, files: Mapping[str, str] | None = None) -> ctypes.CDLL:
-    """Build and load; from here on the native backend is the CUDA kernels. The real library must not have been loaded."""
+    """Build and load: from here on the native backend is the CUDA kernels. The real library must not be loaded."""
     path = build.library(mode, files)
 
     def load() -> None:
@@ -73,7 +73,7 @@ class Probe:
         self.library.cuda_on_cpu_error.restype = ctypes.c_char_p
 
     def run(self, function: str, *arguments: torch.Tensor | int, outputs: tuple[int, ...] = ()) -> str:
-        """Call an extern "C" function; arguments whose index is in ``outputs`` may be written. What went wrong, or ""."""
+        """Call an extern "C" function; the arguments numbered in ``outputs`` may be written. What went wrong, or ""."""
         passed = []
         self.library.cuda_on_cpu_forget()
         for i, x in enumerate(arguments):

@@ -34,7 +34,7 @@ std::string source_line(const void* pc) {
     pclose(pipe);
   }
   std::string text = line;
-  while (!text.empty() && text.back() == '\n') text.pop_back();
+  text = text.substr(0, text.find_first_of(" \n"));
   return text.empty() || text[0] == '?' ? "" : ", " + text;
 }
 

@@ -36,6 +36,8 @@ struct LaunchRecord {
 extern Thread* running;  // null outside of kernels
 extern LaunchRecord* launch;
 extern bool reverse;     // blocks, warps and lanes from the last to the first
+// Runs the kernel's body in every thread of the block; false if it failed.
+bool run_block(const dim3& block, void (*body)(const void*), const void* parameters);
 // Ends the kernel that runs; the launch's status tells why. `pc`: the instruction whose source line to name.
 [[noreturn]] void fail(const std::string& what, const void* pc = nullptr);
 void set_error(const std::string& what, const void* pc = nullptr);
