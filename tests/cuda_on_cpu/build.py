@@ -29,7 +29,7 @@ WORKERS = 2
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ftrivial-auto-var-init=pattern", "-w"]
 MODES = {
     "plain": ["-O2", "-ffp-contract=fast"],
-    "checked": ["-O1", "-g1", "-ffp-contract=off", "-fsanitize=thread,bounds,alignment"],
+    "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", "-fsanitize=thread,bounds,alignment"],
 }
 _WRAPPED = (
     "aoti_torch_device_type_cuda",

@@ -41,7 +41,9 @@ def install(mode: str, files: Mapping[str, str] | None = None) -> ctypes.CDLL:
 
 
 class Launch(NamedTuple):
-    """One kernel launch; the bytes of global memory are counted in the checked build alone."""
+    """One kernel launch. The bytes of global memory are counted in the checked build alone, what is below them there
+    after ``library.cuda_on_cpu_count(1)``: accesses of warps, 32-byte sectors, passes over the banks beyond the first.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
@@ -52,6 +54,10 @@ class Launch(NamedTuple):
     written: int
     distinct_read: int
     distinct_written: int
+    global_requests: int
+    sectors: int
+    shared_requests: int
+    bank_conflicts: int
 
 
 def launches(library: ctypes.CDLL) -> list[Launch]:

@@ -59,6 +59,11 @@ __global__ void vector_load(const float* from, float* out) {
   out[threadIdx.x] = v.x + v.y + v.z + v.w;
 }
 
+__global__ void vectors(const float4* from, float* out) {
+  const float4 v = from[threadIdx.x];
+  out[threadIdx.x] = v.x + v.y + v.z + v.w;
+}
+
 __global__ void fill_shared(int* out, int count) {
   extern __shared__ int numbers[];
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
@@ -70,6 +75,12 @@ __global__ void fill_shared(int* out, int count) {
 __global__ void unwritten(const int* in, int* out) { out[threadIdx.x + 1] = in[threadIdx.x] + out[threadIdx.x]; }
 
 __global__ void in_place(const int* in) { const_cast<int*>(in)[threadIdx.x] = 0; }
+
+__global__ void strided(const int* from, int stride, int* out) {
+  __shared__ int box[33 * 32];
+  box[threadIdx.x * stride] = from[threadIdx.x * stride];
+  out[threadIdx.x] = box[threadIdx.x * stride];
+}
 
 }  // namespace
 
@@ -91,3 +102,5 @@ ENTRY run_fill_shared(int* out, int count, int bytes, int opt_in) {
 }
 ENTRY run_unwritten(const int* in, int* out) { unwritten<<<1, 1>>>(in, out); }
 ENTRY run_in_place(const int* in) { in_place<<<1, 4>>>(in); }
+ENTRY run_strided(const int* from, int stride, int* out) { strided<<<1, 32>>>(from, stride, out); }
+ENTRY run_vectors(const float4* from, float* out) { vectors<<<1, 32>>>(from, out); }

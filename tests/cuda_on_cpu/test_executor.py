@@ -109,6 +109,37 @@ def test_launches_are_counted(checked: Probe) -> None:
     assert (launch.read, launch.written, launch.distinct_written) == (0, 256, 256)
 
 
+@pytest.mark.parametrize(
+    ("stride", "sectors", "conflicts"), [(1, 4, 0), (2, 8, 1), (8, 32, 7), (32, 32, 31), (33, 32, 0)]
+)
+def test_sectors_and_bank_conflicts(checked: Probe, stride: int, sectors: int, conflicts: int) -> None:
+    source = torch.empty(33 * 32 + 16, dtype=torch.int32)
+    source = source[-(source.data_ptr() // 4) % 8 :]  # its first element begins a sector
+    launches(checked.library)
+    checked.library.cuda_on_cpu_count(1)
+    assert checked.run("run_strided", source.zero_(), stride, numbers(32), outputs=(2,)) == ""
+    checked.library.cuda_on_cpu_count(0)
+    (launch,) = launches(checked.library)
+    assert (launch.global_requests, launch.shared_requests) == (2, 2)
+    assert launch.sectors in (sectors + 4, sectors + 5)  # the output's 128 bytes begin anywhere
+    assert launch.bank_conflicts == 2 * conflicts
+    assert launch.distinct_read == 128
+
+
+def test_a_vector_is_one_access(checked: Probe) -> None:
+    source = torch.ones(136)
+    source = source[-(source.data_ptr() // 4) % 8 :][:128]
+    out = torch.empty(32)
+    launches(checked.library)
+    checked.library.cuda_on_cpu_count(1)
+    assert checked.run("run_vectors", source, out, outputs=(1,)) == ""
+    checked.library.cuda_on_cpu_count(0)
+    (launch,) = launches(checked.library)
+    assert launch.global_requests == 2
+    assert launch.sectors in (16 + 4, 16 + 5)
+    assert torch.equal(out, torch.full((32,), 4.0))
+
+
 def test_sources_keep_their_lines() -> None:
     text = "__global__ void f(const __grid_constant__ A<int, B<2>> a) {\n#pragma unroll 4\n"
     text += "  __shared__ T x[2][N + 1],\n      y;\n}\n"

@@ -126,6 +126,7 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
     going = run_block(c.block, body, parameters);
     memory::allow(arena(), arena_used, memory::none);
   }
+  memory::next_interval();
 }
 
 }  // namespace cuda_on_cpu
@@ -137,7 +138,8 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
   text.clear();
   for (const auto& r : cuda_on_cpu::records) {
     text += r.name + "\t" + size(r.grid) + "\t" + size(r.block);
-    for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read, r.distinct_written})
+    for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
+                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts})
       text += "\t" + std::to_string(n);
     text += "\n";
   }

@@ -147,13 +147,18 @@ void begin_launch(const void* p, size_t bytes) {
   released.clear();
 }
 
+void next_interval() {
+  ++interval;
+  if (counters::counting) counters::settle();
+}
+
 void begin_block() {
-  block_first = ++interval;
+  next_interval();
+  block_first = interval;
   fenced = false;
   acquired.clear();
 }
 
-void next_interval() { ++interval; }
 
 void allow(const void* p, size_t bytes, unsigned rights) {
   if (!checked || !bytes) return;
@@ -214,6 +219,7 @@ void access(uintptr_t begin, size_t bytes, bool write, bool atomic, const void* 
   if (stacks.has(begin) || parameters.has(begin) || image.has(begin)) return;
   pc = caller;
   const bool global = !shared.has(begin);
+  if (counters::counting) counters::note(begin, bytes, global, pc);
   for (uintptr_t a = begin & ~uintptr_t(1); a < begin + bytes;) {
     Page* page = page_of(a);
     if (!page) out_of_bounds(a, write);

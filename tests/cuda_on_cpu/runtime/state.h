@@ -31,6 +31,7 @@ struct LaunchRecord {
   size_t dynamic_shared = 0, static_shared = 0;
   // counted in the checked build; distinct: each two bytes of global memory once per launch
   uint64_t read = 0, written = 0, distinct_read = 0, distinct_written = 0;
+  uint64_t global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
 };
 
 extern Thread* running;  // null outside of kernels
@@ -61,4 +62,12 @@ void next_interval();
 void shared_range(const void* begin, size_t bytes);
 
 }  // namespace memory
+
+namespace counters {
+
+extern bool counting;
+void note(uintptr_t address, size_t bytes, bool global, const void* pc);
+void settle();  // at a barrier: what follows belongs to new accesses
+
+}  // namespace counters
 }  // namespace cuda_on_cpu
