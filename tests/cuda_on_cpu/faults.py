@@ -131,7 +131,7 @@ def verdict(fault: Fault) -> str:
         message = ""
         try:
             library.install("checked", patched(fault))
-            for _ in range(2):  # forwards and backwards through the threads
+            for _ in range(3):  # forwards and backwards through the threads
                 torch.manual_seed(0)
                 PROBES[fault.probe]()
         except Exception as error:

@@ -97,6 +97,8 @@ def test_accesses(checked: Probe) -> None:
     )
     assert "never written" in checked.run("run_unwritten", numbers(4), numbers(4), outputs=(1,))
     assert "write to an input" in checked.run("run_in_place", numbers(4))
+    message = checked.run("run_last_block", numbers(1), numbers(192), numbers(1)[:0], 1, outputs=(0, 1, 2))
+    assert "cudaMemsetAsync: write to" in message
 
 
 def test_launches_are_counted(checked: Probe) -> None:

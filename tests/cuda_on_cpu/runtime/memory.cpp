@@ -179,9 +179,17 @@ void name_tensor(const void* begin, size_t bytes) {
   if (checked) tensors[a] = std::max(tensors[a], a + bytes);
 }
 
-void set_written(const void* p, size_t bytes, bool value) {
+void set_unwritten(const void* p, size_t bytes) {
   for (uintptr_t a = reinterpret_cast<uintptr_t>(p), end = a + bytes; checked && a < end; a += 2)
-    if (Cell* c = cell_of(a)) c->rights = value ? c->rights | written : c->rights & ~written;
+    if (Cell* c = cell_of(a)) c->rights = c->rights & ~written;
+}
+
+void written_by_host(const void* p, size_t bytes, const char* call) {
+  for (uintptr_t a = reinterpret_cast<uintptr_t>(p), end = a + bytes; checked && a < end; a += 2) {
+    Cell* c = cell_of(a);
+    if (!c || !(c->rights & writable)) return set_error(std::string(call) + ": write to " + (c && c->rights ? "an input" : describe(a)));
+    c->rights = c->rights | written;
+  }
 }
 
 void forget_tensors() {

@@ -29,7 +29,7 @@ void copy_async(void* shared, const void* global, size_t copied, size_t bytes) {
   touch(shared, bytes, true, pc);
   // what arrives, arrives at the wait: a missing one shows
   std::memset(shared, 0xff, bytes);
-  memory::set_written(shared, bytes, false);
+  memory::set_unwritten(shared, bytes);
   if (running->copies.empty()) running->copies.emplace_back();
   running->copies.back().push_back({shared, global, copied, bytes});
 }

@@ -13,15 +13,15 @@ const char* cudaGetErrorString(cudaError_t status) {
 }
 
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  memory::set_written(to, bytes, true);
-  return cudaSuccess;
+  memory::written_by_host(to, bytes, "cudaMemsetAsync");
+  if (error().empty()) std::memset(to, value, bytes);
+  return cudaGetLastError();
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  memory::set_written(to, bytes, true);
-  return cudaSuccess;
+  memory::written_by_host(to, bytes, "cudaMemcpyAsync");
+  if (error().empty()) std::memcpy(to, from, bytes);
+  return cudaGetLastError();
 }
 
 // ---- for a probe that Python loads without torch ----

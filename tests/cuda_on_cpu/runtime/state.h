@@ -53,7 +53,8 @@ void allow(const void* p, size_t bytes, unsigned rights);  // none takes all of 
 void name_tensor(const void* begin, size_t bytes);       // for messages
 void access(uintptr_t begin, size_t bytes, bool write, bool atomic, const void* pc);
 void release_and_acquire(uintptr_t atomic);
-void set_written(const void* p, size_t bytes, bool value);
+void set_unwritten(const void* p, size_t bytes);
+void written_by_host(const void* p, size_t bytes, const char* call);
 void forget_tensors();
 void set_stacks(const void* begin, size_t bytes);
 void begin_launch(const void* parameters, size_t bytes);
