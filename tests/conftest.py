@@ -17,10 +17,12 @@ from checking import backends_under_test
 from cuda_on_cpu import build
 from cuda_on_cpu import library as cuda_on_cpu
 
-if mode := cuda_on_cpu.requested():
-    if reason := build.why_not():
-        pytest.exit(f"the CUDA kernels cannot run here: {reason}", returncode=0)
-    cuda_on_cpu.install(mode)
+
+def pytest_sessionstart() -> None:
+    if mode := cuda_on_cpu.requested():
+        if reason := build.why_not():
+            pytest.exit(f"the CUDA kernels cannot run here: {reason}", returncode=0)
+        cuda_on_cpu.install(mode)
 
 
 @pytest.fixture(params=backends_under_test())
