@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from kdkernels.ops.backend import BACKENDS
+from kdkernels.ops.backend import MODULES
 
 from .cases import PEERS, Case, check, errors, oracle, providers
 from .timing import CUDA, cold, spoil
 
-PROVIDERS = (*BACKENDS, *PEERS)
+PROVIDERS = (*MODULES, *PEERS)
 
 
 def run_case(benchmark: Any, case: Case, name: str) -> None:

@@ -2,7 +2,7 @@
 
 python examples/huggingface.py    (pip install 'kdkernels[hf,train]')
 
-A transformers model becomes a network that returns logits with kdkernels.integrations.hf.Logits:
+kdkernels.integrations.hf.Logits makes a transformers model return logits:
 Distillation(Logits(teacher), Logits(student), "kd").
 """
 
@@ -24,7 +24,7 @@ from kdkernels.training.defaults import default_optimizer, default_scheduler
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Items as transformers wants them: dicts with the labels under "labels"."""
+    """Items as transformers needs them: dicts with the labels under "labels"."""
 
     def __init__(self, dataset: TensorDataset) -> None:
         self.dataset = dataset
@@ -50,7 +50,7 @@ def train(
     seed: int = 0,
     **options: Any,
 ) -> DistillationTrainer:
-    """With the optimizer and schedule of kdkernels.training.fit; without ``optimizers`` it is transformers' AdamW."""
+    """With the optimizer and schedule of kdkernels.training.fit; without ``optimizers`` transformers uses AdamW."""
     arguments = TrainingArguments(
         str(output),
         num_train_epochs=epochs,

@@ -19,13 +19,13 @@ from kdkernels.training.loop import evaluate
 
 
 def train(distillation: Distillation, batches: DataLoader[Sequence[Tensor]], epochs: int, lr: float = 0.05) -> None:
-    # over distillation.parameters(), not the student's alone: some methods train heads of their own beside it
+    # distillation.parameters(), not only the student's: some methods also train heads
     optimizer = default_optimizer(distillation.parameters(), lr)
     scheduler = default_scheduler(optimizer, epochs * len(batches))
     distillation.train()
     for _ in range(epochs):
         for images, target in batches:
-            loss = distillation(images, target).loss  # beside it: .terms, .logits
+            loss = distillation(images, target).loss  # the result also has .terms and .logits
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -1,4 +1,4 @@
-"""STKD with timm's mixup: its dense targets (B, C) go into ``stkd_loss`` as they are.
+"""STKD with timm's mixup: ``stkd_loss`` takes its dense targets (B, C) as they are.
 
 python examples/timm_mixup.py    (pip install timm 'kdkernels[train]')
 """

@@ -1,6 +1,6 @@
 """Gradient accumulation for losses that compare the rows of a batch with each other.
 
-Adding up the losses of micro-batches is another loss: it never compares rows of different micro-batches. Exact instead:
+Adding up the losses of micro-batches never compares rows of different micro-batches. This is exact:
 
     pass 1   features of every micro-batch, without graph
              the loss on all of them as one batch, and its gradient at the features
@@ -45,7 +45,7 @@ def cached_backward(
         loss_fn: takes what ``forward`` returns, concatenated over the micro-batches; returns a scalar. Parameters that
             it uses itself (heads of a loss) get their gradients. With ``group=`` inside, the batch is that of all
             ranks.
-        modules: the modules that ``forward`` runs. Their buffers are put back after pass 1, so that BatchNorm's running
+        modules: the modules that ``forward`` runs. Their buffers are restored after pass 1, so BatchNorm's running
             statistics and other state are updated once. Needed unless ``forward`` is a module or a module's method.
         backward: called with the loss instead of ``loss.backward()``: ``accelerator.backward``, or
             ``lambda loss: scaler.scale(loss).backward()``.
@@ -55,10 +55,10 @@ def cached_backward(
     Returns:
         The loss, detached. Gradients are added to the parameters' ``.grad``, as ``loss.backward()`` does.
 
-    Random state: both passes draw the same numbers from PyTorch's generators, the CPU's and that of every device that
-    the modules are on, so that dropout and augmentation agree. Draws from other generators (Python's, NumPy's) belong
-    before the call. BatchNorm in training mode normalises with each micro-batch's own statistics, here as in any
-    accumulation: to the last digit this is one batch only for models without it, or with its statistics frozen.
+    Random state: both passes draw the same numbers from PyTorch's generators, on the CPU and on every device of the
+    modules, so dropout and augmentation agree. Draw from other generators (Python's, NumPy's) before the call.
+    BatchNorm in training mode normalises with each micro-batch's own statistics, as in any accumulation: the result is
+    exactly one batch only for models without it, or with frozen statistics.
     Autocast may be on around the call. ``forward`` runs twice per micro-batch, so it must have no other side effects.
 
     Raises:
@@ -117,8 +117,8 @@ def cached_backward(
 def _buffers_kept(modules: list[nn.Module]) -> Iterator[None]:
     """Put the modules' buffers back as they were when each module first ran.
 
-    When it first ran, not before: DistributedDataParallel hands out rank 0's buffers between its own call and its
-    module's, and that must last.
+    When it first ran, not before: DistributedDataParallel sends out rank 0's buffers between its own call and its
+    module's, and those must stay.
     """
     before: dict[Tensor, Tensor] = {}
     seen = set()

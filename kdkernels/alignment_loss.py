@@ -20,7 +20,7 @@ def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean")
         reduction: "mean" over rows, "sum", or "none" (N,).
 
     Returns:
-        float32 (float64 if an input is), each row between 0 and 4. A row shorter than 1e-8 counts as that long; an
+        float32 (float64 if an input is), each row between 0 and 4. A row shorter than 1e-8 counts as 1e-8 long; an
         empty batch gives 0.
 
     Raises:

@@ -6,8 +6,8 @@ Per layer and sample, for student and teacher, over the pixels:
     u = cos(m acos q),  m = 1.35;   G = -softplus(s (w - u)),  s = 64     the angular margin
     L = (1/3) [mse(G^) + mse(u^) + mse(w^)],  v^ = v / ||v||_2            mean over B and pixels
 
-G is the paper's log(e^{su} / (e^{su} + e^{sw})), which written that way loses 10 % of its gradient in fp32 on maps
-of 16 x 16.
+G is the paper's log(e^{su} / (e^{su} + e^{sw})); written that way it loses 10 % of its gradient in fp32 on maps of
+16 x 16.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ def amd_loss(
             agrees in B, H and W; the channels are free. float16, bfloat16, float32 or float64, any strides:
             channels_last is read without a copy. No gradient flows to the teacher.
         margin: m in (0, 2], multiplies the angle of the positive map.
-        sharpness: s > 0, of the softplus that sets the two maps against each other.
+        sharpness: s > 0, of the softplus that compares the two maps.
         local_weight: lambda in [0, 1]; L = (1 - lambda) global + lambda * mean over the four quadrants (0.2 in the
             paper's global + local form). Quadrants need H and W of 2 or more.
         layer_weights: one number per layer pair, None for all 1, or "area" for (H W)^2: the loss grows about 16 times
-            with each halving of the map, so that without weights the smallest map is nearly all of it.
+            with each halving of the map, so without weights the smallest map is nearly all of it.
         reduction: over the samples: "mean", "sum" or "none", one value per sample.
         layer_reduction: over the weighted layers: "sum", "mean" or "none", one value per layer.
 
     Returns:
         float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. The values are
-        small, 1e-3 to 1e-6, so that weights of 30 to several thousand are usual. A single pixel and an empty batch
-        give 0.
+        small, 1e-3 to 1e-6, so weights of 30 to several thousand are usual; with "area" below 1 (the demo's is 0.2). A
+        single pixel and an empty batch give 0.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes.
@@ -65,7 +65,9 @@ def amd_loss(
     Source: arXiv 2302.14130, eq. 7-12; the authors' jeunsom/AMD_loss. Weights and reduction over layers are ours.
     """
     students, teachers = layer_pairs(student, teacher, "amd_loss")
-    _check_options(margin, sharpness, local_weight, layer_weights, reduction, layer_reduction)
+    _check_options(margin, sharpness, local_weight, layer_weights, layer_reduction)
+    if reduction not in REDUCTIONS:
+        reduction = check_reduction(reduction, "amd_loss", batchmean=True)
     for s, t in zip(students, teachers, strict=True):
         if s.dim() != 4 or t.dim() != 4 or s.shape[2:] != t.shape[2:]:
             raise ValueError(
@@ -98,7 +100,6 @@ def _check_options(
     sharpness: float,
     local_weight: float,
     layer_weights: Sequence[float] | str | None,
-    reduction: str,
     layer_reduction: str,
 ) -> None:
     check_positive(margin=margin, sharpness=sharpness)
@@ -111,8 +112,6 @@ def _check_options(
         raise ValueError(f"layer_weights must be numbers, 'area' or None, got {layer_weights!r}")
     if layer_reduction not in LAYER_REDUCTIONS:
         raise ValueError(f"layer_reduction must be one of {LAYER_REDUCTIONS}, got {layer_reduction!r}")
-    if reduction not in REDUCTIONS:
-        check_reduction(reduction, "amd_loss")
 
 
 class AMDLoss(nn.Module):
@@ -128,9 +127,10 @@ class AMDLoss(nn.Module):
         layer_reduction: str = "sum",
     ) -> None:
         super().__init__()
-        _check_options(margin, sharpness, local_weight, layer_weights, reduction, layer_reduction)
+        _check_options(margin, sharpness, local_weight, layer_weights, layer_reduction)
         self.margin, self.sharpness, self.local_weight = margin, sharpness, local_weight
-        self.layer_weights, self.reduction, self.layer_reduction = layer_weights, reduction, layer_reduction
+        self.layer_weights, self.layer_reduction = layer_weights, layer_reduction
+        self.reduction = check_reduction(reduction, "AMDLoss", batchmean=True)
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         return amd_loss(

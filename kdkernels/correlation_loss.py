@@ -41,22 +41,22 @@ def correlation_loss(
     Args:
         student, teacher: (V B, d), row V b + r being view r of image b; the widths may differ. float16, bfloat16,
             float32 or float64, any strides. No gradient flows to the teacher.
-        views: V. With V = 1 every row is compared with all the others (our reading: the diagonal is left out).
+        views: V. With V = 1 every row is compared with all the others (the diagonal is left out, which is our reading).
         temperature: tau > 0, for both; there is no factor tau^2.
         reduction: "mean" over the (V - 1) B view rows (B for V = 1), "sum", or "none": one value per view row.
-        group: a torch.distributed group, each rank of which calls with its own images (any number of them): the batch
-            is the images of all ranks, exactly. The loss is the same on every rank, and after DistributedDataParallel's
-            averaging the parameters' gradients are those of one process on the whole batch (``backward`` hands each
-            rank R times the gradient of the whole batch's loss; see kdkernels/distributed.py). None: this process's
-            rows alone.
+        group: a torch.distributed group, in which each rank calls with its own images (any number): the batch is
+            exactly the images of all ranks. The loss is the same on every rank, and after DistributedDataParallel's
+            averaging the parameters' gradients are those of one process on the whole batch (``backward`` gives each
+            rank R times the gradient of the whole batch's loss; see kdkernels/distributed.py). None: only this
+            process's rows.
 
     Returns:
-        float32 (float64 if an input is). B = 1 and an empty batch give 0. A row shorter than 1e-8 counts as that long.
+        float32 (float64 if an input is). B = 1 and an empty batch give 0. A row shorter than 1e-8 counts as 1e-8 long.
         Memory is (V - 1) B x B numbers, where the published code takes d times that.
 
     Raises:
-        TypeError, ValueError: invalid dtypes, shapes, devices or options. Calls that differ over the ranks of a group
-            raise on all of them; a missing rank raises the group's timeout error.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options. If the calls of a group's ranks differ, all
+            ranks raise; a missing rank raises the group's timeout error.
 
     Source: arXiv 2012.00573 (knowledge correlation); the authors' ifding/DLKD.
     """

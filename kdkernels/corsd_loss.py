@@ -11,8 +11,8 @@ triplets.
     classes -    sum_l        0.01 CE(q-_l, (y + y') / 2)  + 0.04 KL_T(q-_L -> q-_l)
     KL_T(a -> b) = mean KL(softmax(a / T) || softmax(b / T)), T = 3, no T^2;  0 for l = L
 
-The weights and terms are those of the paper and the authors' code (muzhou-yu/CORSD); that code does not run and hands
-raw logits to its KL, so that KL_T and the logit relation are the evident intent.
+The weights and terms are those of the paper and the authors' code (muzhou-yu/CORSD). That code does not run and passes
+raw logits to its KL, so KL_T and the logit relation are its evident intent.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def corsd_loss(
     detach_deepest: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
-    """The triplet, relation and class terms of all stages; the task's cross entropy comes beside them.
+    """The triplet, relation and class terms of all stages, without the task's cross entropy.
 
     Args:
         relations_pos, relations_neg: (L, B) relation scores, deepest stage last. float16, bfloat16, float32 or float64.
         logits_pos, logits_neg: (L, B, K) class logits of the relation networks.
         target, target_neg: (B,) int64 labels of the anchors (and positives) and of the negatives.
-        triplet_weight, ..., kl_neg_weight: of the six terms, the same for every stage; positives are pairs of one
-            class, negatives of two.
+        triplet_weight, ..., kl_neg_weight: the weights of the six terms, the same for every stage; positives are pairs
+            of one class, negatives of two.
         temperature: T > 0 of the KL terms.
         margin: of the triplet term. At 1 the hinge never clips, as scores lie in (0, 1): its gradient is constant.
-        detach_deepest: the deepest stage is a constant in the relation and KL terms, so that knowledge flows from deep
-            to shallow (the paper's words); False lets gradients reach it (the published code).
+        detach_deepest: the deepest stage is a constant in the relation and KL terms: knowledge flows from deep to
+            shallow, as the paper says. False lets gradients reach it, as in the published code.
         reduction: over the triplets: "mean", "sum" or "none" (B,).
 
     Returns:
@@ -160,7 +160,7 @@ def _check(near: Tensor, far: Tensor, logits: Tensor, logits_neg: Tensor, target
             continue  # values are read only where nothing has to wait for them
         if not 0 <= int(y.min()) <= int(y.max()) < logits.shape[2]:
             raise ValueError(
-                f"corsd_loss: {name} must be in 0..{logits.shape[2] - 1}, none is ignored; got {y.tolist()}"
+                f"corsd_loss: {name} must be in 0..{logits.shape[2] - 1}, no label is ignored; got {y.tolist()}"
             )
 
 
@@ -174,15 +174,15 @@ class CORSDLoss(nn.Module):
     """``corsd_loss`` with its relation networks: ``CORSDLoss((64, 128, 256, 512), 100)(features, target, target_neg)``.
 
     Args:
-        channels: of the stages' outputs, shallow to deep. The trunk of stage l has one SepConv block per deeper stage
+        channels: the stages' channels, shallow to deep. The trunk of stage l has one SepConv block per deeper stage
             and ends with twice the deepest's channels: 3, 2, 1, 0 blocks for four stages.
         num_classes: K.
-        logit_relation_weight: of the optional logit relation (0.01 in the paper), 0 for none.
-        The others: ``corsd_loss``'s. With reduction "none" there is no logit relation.
+        logit_relation_weight: the weight of the optional logit relation (0.01 in the paper), 0 for none.
+        The others: as in ``corsd_loss``. With reduction "none" there is no logit relation.
 
     The negatives go through the relation networks first, so BatchNorm sees them first. The parameters train with the
-    network and are dropped afterwards; in data-parallel training wrap this module as the network is wrapped. The cross
-    entropy over all 3 B images, weight 1, is the trainer's.
+    network and are dropped afterwards; in data-parallel training wrap this module like the network. The cross entropy
+    over all 3 B images, weight 1, is left to the trainer.
 
     Source: arXiv 2305.00918; the authors' muzhou-yu/CORSD.
     """
@@ -247,7 +247,7 @@ class CORSDLoss(nn.Module):
             features: one (3 B, C_l, H_l, W_l) tensor per stage; rows 3i, 3i+1, 3i+2 are anchor, positive and negative
                 i, as ``kdkernels.training.triplets`` makes them.
             target, target_neg: (B,) int64.
-            logits: (3 B, K), the network's own; needed by the logit relation alone.
+            logits: (3 B, K), the network's own; only the logit relation needs them.
         """
         check_tensor("CORSDLoss: target", target)
         batch = target.shape[0]

@@ -1,4 +1,4 @@
-"""The networks that CORSD (arXiv 2305.00918) trains beside the student and drops afterwards."""
+"""The networks that CORSD (arXiv 2305.00918) trains with the network and drops afterwards."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class _SepConv(nn.Sequential):
 class RelationNetwork(nn.Module):
     """Two images' features of one stage to a relation score (B,) in (0, 1) and class logits (B, K).
 
-    widths: channels of the two images' features together, then of every SepConv block's output; no blocks if there is
-        one.
+    widths: channels of the two images' features together, then of every SepConv block's output; one width means no
+        blocks.
     """
 
     def __init__(self, widths: Sequence[int], hidden: int, num_classes: int) -> None:

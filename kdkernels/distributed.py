@@ -2,16 +2,16 @@
 
 The features are sharded, not the batch. With R ranks and Q the rows of all ranks in rank order:
 
-    all-to-all: rank r receives the columns D_r of everybody's Q, (B, D / R); D is padded with zeros to a multiple of R
+    all-to-all: rank r receives the columns D_r of all ranks' Q, (B, D / R); D is padded with zeros to a multiple of R
     products = all-reduce of Q[:, D_r] Q[:, D_r]^T        B x B, exact: a Gram matrix is a sum over columns
-    the loss, and the gradient at the products, on every rank alike;  dQ[:, D_r] from these;  all-to-all back
+    the loss, and the gradient at the products, the same on every rank;  dQ[:, D_r] from these;  all-to-all back
 
 Each rank sends its own rows once, in their own dtype, and keeps 1/R of the columns. Products are fp32 (fp64 for fp64).
 
 The convention for gradients. Every rank holds the same loss L, so backward computes the gradient of the sum of
 (rank's upstream gradient * L) over the ranks: R dL/dQ where all ranks call ``loss.backward()``. DistributedDataParallel
 then averages over the ranks, 1/R sum_r (R dL/dQ_r) dQ_r/dtheta = dL/dtheta: parameters get the one process's gradient,
-and terms that are means over a rank's own rows (cross entropy) keep their usual meaning beside it. Without
+and terms that are means over a rank's own rows (cross entropy) keep their usual meaning. Without
 DistributedDataParallel, average the parameters' gradients over the ranks, or divide the loss by R and sum them.
 
 Every rank of the group makes the same call, forward and backward. A call that differs (dtypes, widths, layers, options)
@@ -60,7 +60,7 @@ class Ranks(NamedTuple):
 
 
 def group_of_many(group: dist.ProcessGroup | None, caller: str) -> dist.ProcessGroup | None:
-    """The group, or None where there is nobody to exchange anything with."""
+    """The group, or None if this process is the only rank."""
     if group is None:
         return None
     if group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -210,9 +210,9 @@ def sp_over_ranks(
 
 
 def _cosines(a: Tensor, b: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """Gram.cosine_forward from column shards of a and b, alike on every rank.
+    """Gram.cosine_forward from column shards of a and b, the same on every rank.
 
-    Products and squares are sums over columns; what is left to do on (N, M) numbers is elementwise, and PyTorch's.
+    Products and squares are sums over columns, so an op makes them; what remains is elementwise.
     """
     (n, _), m = a.shape, b.shape[0]
     parts = products_op(a, b)
@@ -223,8 +223,8 @@ def _cosines(a: Tensor, b: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Te
 
 
 class _CosineShards(torch.autograd.Function):
-    """Cosines from column shards. What follows is alike on every rank, up to ``replicate``: the gradient that arrives
-    here is already the whole."""
+    """Cosines from column shards. All later steps are the same on every rank, up to ``replicate``, so the gradient
+    that arrives here is complete."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -243,7 +243,7 @@ def cosine_over_ranks(a: Tensor, b: Tensor, ranks: Ranks) -> Tensor:
 
 
 class _CorrelationShards(torch.autograd.Function):
-    """ops/correlation.py on column shards: the same two functions, with the cosines of all ranks."""
+    """ops/correlation/ on column shards: the same two functions, with the cosines of all ranks."""
 
     @staticmethod
     def forward(

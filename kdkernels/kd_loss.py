@@ -22,7 +22,7 @@ def flatten_positions(student: Tensor, teacher: Tensor, class_dim: int, caller: 
         )
     if not -student.dim() <= class_dim < student.dim() or class_dim % student.dim() == 0:
         raise ValueError(
-            f"{caller}: class_dim {class_dim} is not a dimension behind the batch of {tuple(student.shape)}"
+            f"{caller}: class_dim {class_dim} is not a dimension after the batch in {tuple(student.shape)}"
         )
     classes = student.shape[class_dim]
     if classes == 0:
@@ -48,11 +48,11 @@ def kd_loss(
         student_logits, teacher_logits: (N, C), (N, L, C), or any shape with the classes at ``class_dim`` ((N, C, H, W):
             1). float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
         temperature: T > 0.
-        reduction: "mean" over all positions (rows of the softmax), "sum" of them, "none": one value per position, in
-            the logits' shape without the classes. For (N, C) logits "batchmean" is taken for "mean".
+        reduction: "mean" over all positions (rows of the softmax), "sum", or "none": one value per position, in the
+            logits' shape without the classes. For (N, C) logits "batchmean" is the same as "mean".
         class_dim: where the classes are.
         scale_by_t2: multiply by T^2, which keeps the gradient's size when T changes. Other libraries' losses are this
-            one times a factor: docs/kd.md has the table.
+            one times a factor: see the table in docs/kd.md.
 
     Returns:
         float32, or float64 if an input is. An empty batch gives 0.

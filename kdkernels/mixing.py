@@ -43,10 +43,10 @@ def cutmix(
     generator: torch.Generator | None = None,
     per_sample: bool = False,
 ) -> Mixed:
-    """A box of x[pi] pasted into x; lam is the share of x that is left (arXiv 1905.04899). Arguments as ``mixup``'s.
+    """A box of x[pi] pasted into x; lam is the share of x that is left (arXiv 1905.04899). Arguments as in ``mixup``.
 
-    The box covers about 1 - lam of the image, lam ~ Beta(alpha, alpha), around a uniform centre, cut off at the border;
-    the lam that is returned counts its pixels. images: (B, C, H, W).
+    The box covers about 1 - lam of the image, lam ~ Beta(alpha, alpha), around a uniform centre, and is cut off at the
+    border; the lam that is returned counts its pixels. images: (B, C, H, W).
     """
     check_tensor("images", images)
     if images.dim() != 4:

@@ -3,7 +3,7 @@ TNNLS 35(2), 2024, as "DLKD"). Not "Multi-Level Logit Distillation" (CVPR 2023),
 
 Each of B images gives V views, row V b + r being view r of image b.
 
-    L = alpha correlation + beta supervised + delta alignment          beside the task's cross entropy
+    L = alpha correlation + beta supervised + delta alignment          plus the task's cross entropy
 
     alignment      of g_a(f_s) and f_t: alignment_loss.py
     correlation    of g_c(f_s) and f_t: correlation_loss.py
@@ -44,19 +44,19 @@ def mlkd_loss(
     """alpha * correlation + beta * supervised + delta * alignment on projected features.
 
     Args:
-        student, teacher: (V B, d) features that serve all three terms, or three tensors each, for the alignment, the
+        student, teacher: (V B, d) features for all three terms, or three tensors each, for the alignment, the
             correlation and the supervised term in this order. ``MLKDLoss`` owns the projections and calls this.
-        target: int64 labels, (B,) one per image or (V B,) one per row. None: label-free, beta counts as 0 (our reading
-            of a self-supervised teacher; leave out the task's cross entropy as well).
+        target: int64 labels, (B,) one per image or (V B,) one per row. None: no labels and no supervised term (our
+            reading of a self-supervised teacher; leave out the task's cross entropy as well).
         views: V, see ``correlation_loss``.
         correlation_weight, supervised_weight, alignment_weight: alpha, beta, delta: 50, 1, 20 for CIFAR-100; 20, 0.5,
             10 for ImageNet. A term of weight 0 is not computed. The task's cross entropy on the base rows is the
             trainer's, with weight 1.
         temperature, supervised_temperature: of the correlation and of the supervised term.
-        reduction: "mean": each term's mean over its own rows; "sum": each term's sum. The terms have different rows, so
-            none has a value of its own.
+        reduction: "mean": each term's mean over its own rows; "sum": each term's sum. There is no "none", as the terms
+            have different rows.
         group: the correlation and the supervised term are of the whole group's batch, see ``correlation_loss``. The
-            alignment is a mean over this rank's rows, like a cross entropy, so that it differs between ranks.
+            alignment is a mean over this rank's rows, like a cross entropy, so it differs between ranks.
 
     Returns:
         A float32 scalar (float64 if an input is).
@@ -126,13 +126,13 @@ class MLKDLoss(nn.Module):
         e_s, e_t   Linear(d_s, 128), Linear(d_t, 128)                     supervised
 
     Their parameters train with the student: give ``loss.parameters()`` to the optimizer, and in data-parallel training
-    wrap this module as the student is wrapped. They are dropped afterwards. With ``supervised_weight=0`` there are no
-    e_s and e_t; in label-free training choose that, as their parameters stay unused.
+    wrap this module like the student. They are dropped afterwards. With ``supervised_weight=0`` there are no e_s and
+    e_t; use that for training without labels, where their parameters would stay unused.
 
     Args:
         student_dim, teacher_dim: d_s and d_t, the widths of the features.
         embedding_dim: the width of e_s and e_t.
-        The others: ``mlkd_loss``'s.
+        The others: as in ``mlkd_loss``.
 
     Source: arXiv 2012.00573; ifding/DLKD.
     """

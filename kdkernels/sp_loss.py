@@ -33,32 +33,32 @@ def sp_loss(
 
     Args:
         student, teacher: (B, ...) features of one layer each, or two sequences of them (layer pairs). They agree in B;
-            everything behind it may differ. float16, bfloat16, float32 or float64, any strides: channels_last is read
+            all other sizes may differ. float16, bfloat16, float32 or float64, any strides: channels_last is read
             without a copy. No gradient flows to the teacher.
         row_norm: "l2" (the paper) or "l1" (torchdistill's).
-        reduction: "mean" over the B^2 pairs of samples (other libraries call it "batchmean", which is taken too), or
-            "sum". A sample has no value of its own.
+        reduction: "mean" over the B^2 pairs of samples (other libraries call it "batchmean", which works here too), or
+            "sum". There is no "none", as a sample has no value of its own.
         layer_weights: one number per layer pair; None is 1 for each.
         layer_reduction: over the weighted layers: "sum" (the paper), "mean" or "none" (L,).
         eps: rows of the Gram matrix with a smaller norm are divided by eps.
-        group: a torch.distributed group, each rank of which calls with its own rows (any number of them): the batch is
-            the rows of all ranks in rank order, exactly. None: this process's rows alone.
+        group: a torch.distributed group, in which each rank calls with its own rows (any number): the batch is exactly
+            the rows of all ranks in rank order. None: only this process's rows.
 
     Returns:
-        float32 (float64 if an input is). For non-negative features at most 2 / B per layer, which is
-        why the paper weights it with 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
-        from its own normalisation.
+        float32 (float64 if an input is). For features that are not negative it is at most 2 / B per layer, which is
+        why its usual weight is 3000. B = 1 and an empty batch give 0; an all-zero student row gets no gradient
+        through its own normalisation.
 
-    Without ``group`` each process of data-parallel training sees the similarities of its own batch alone: for B = 256
-    over 8 processes the loss is 6 to 7 times larger and its gradient points elsewhere (cosine 0.77 on random features,
-    0.93 on those of the demo's networks) than in one process.
-    With it the loss is the same number on every rank, and after DistributedDataParallel's averaging the parameters'
-    gradients are those of one process on the whole batch; for that, ``backward`` hands each rank's features R times the
-    gradient of the whole batch's loss, R being the ranks. See kdkernels/distributed.py.
+    Without ``group`` each process of data-parallel training compares only its own batch. For B = 256 over 8 processes
+    the loss is then 6 to 7 times that of one process, and its gradient points elsewhere (cosine 0.77 on random
+    features, 0.93 on those of the demo's networks).
+    With ``group`` the loss is the same number on every rank, and after DistributedDataParallel's averaging the
+    parameters' gradients are those of one process on the whole batch. For this, ``backward`` gives each rank's features
+    R times the gradient of the whole batch's loss, where R is the number of ranks. See kdkernels/distributed.py.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or options that cannot be meant, with both shapes. Calls that
-            differ over the ranks of a group raise on all of them; a missing rank raises the group's timeout error.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes. If the calls of a group's
+            ranks differ, all ranks raise; a missing rank raises the group's timeout error.
 
     Source: arXiv 1907.09682, eq. 2-4; values equal RepDistiller's ``Similarity``.
     """

@@ -6,9 +6,9 @@ Only the paper's abstract is certain; these equations are the reading that satis
     z_s = student(x~),  z_t = teacher(x~);   p = softmax(z),  q = softmax(z / T)
     L = ce_weight * mean_i CE(y~_i, p_s,i)  +  kd_weight * T^2 * mean_i KL(q_t,i || q_s,i)
 
-and with ``decouple=(w_target, w_non_target)`` the KL is split into the labelled classes and the rest, whose mass is S:
+With ``decouple=(w_target, w_non_target)`` the KL is split into the labelled classes and the others, whose mass is S:
 
-    KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_non_target NCKD     (DKD, arXiv 2203.08679, of one or two labels)
+    KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_non_target NCKD    (DKD, arXiv 2203.08679, for one or two labels)
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def stkd_loss(
             the teacher.
         target: int64 labels in the logits' shape without the classes, or a dense floating-point target in the logits'
             shape, as other libraries' mixup makes.
-        target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, a tensor of shape () or (N,).
-            Both or neither; ``mixup`` and ``cutmix`` make them. Without them: plain distillation with hard labels.
+        target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, or a tensor of shape () or (N,).
+            Give both or neither; ``mixup`` and ``cutmix`` make them. Without them: plain distillation with hard labels.
         temperature: T > 0.
         ce_weight, kd_weight: weights of the two terms, each on its own scale.
-        decouple: (w_target, w_non_target) weights the KL over the labelled classes and that among the others apart;
-            (1, 8) is DKD's recipe for CIFAR-100. Needs integer labels. In fp32, where both networks put a label's logit
-            far above the others, their rounding beside it shows in the gradient: 2e-5 at a distance of 600.
+        decouple: (w_target, w_non_target) weights the KL over the labelled classes and the KL among the others
+            separately; (1, 8) is DKD's recipe for CIFAR-100. Needs integer labels. If both networks put a label's logit
+            far above the others, fp32 rounding shows in the gradient: 2e-5 at a distance of 600.
         label_smoothing: e in [0, 1]; the cross entropy is with (1 - e) y + e / C, as in ``F.cross_entropy``.
         reduction: "mean" over the positions that count, "sum", or "none": one value per position, in the logits' shape
-            without the classes. For (N, C) logits "batchmean" is taken for "mean".
+            without the classes. For (N, C) logits "batchmean" is the same as "mean".
         class_dim: where the classes are.
         ignore_index: positions with this label in ``target`` or ``target_mixed`` do not count and get no gradient.
 
@@ -63,7 +63,7 @@ def stkd_loss(
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices, labels or options. Labels on an accelerator
-            are not read back to be checked: one out of range makes its row's loss and gradient NaN.
+            are not read back to be checked: a label out of range makes its row's loss and gradient NaN.
 
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """
@@ -134,9 +134,7 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor, class_dim: int, d
         raise ValueError(f"stkd_loss: {name} is on {target.device} and the logits on {logits.device}; move one of them")
     if target.is_floating_point():
         if not dense_allowed:
-            raise ValueError(
-                "stkd_loss: a dense target comes without target_mixed and lam, which are of integer labels"
-            )
+            raise ValueError("stkd_loss: a dense target excludes target_mixed and lam, which belong to integer labels")
         if target.shape != logits.shape:
             raise ValueError(
                 f"stkd_loss: a dense target must have the logits' shape {tuple(logits.shape)}, "
@@ -156,7 +154,7 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor, class_dim: int, d
 
 def _flatten_lam(lam: Tensor | float, logits: Tensor, positions: int) -> Tensor:
     if not isinstance(lam, Tensor):
-        check_number("stkd_loss: lam (if it is no tensor)", lam)
+        check_number("stkd_loss: lam (if not a tensor)", lam)
         if not 0 <= lam <= 1:
             raise ValueError(f"stkd_loss: lam must be in [0, 1], got {lam}")
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

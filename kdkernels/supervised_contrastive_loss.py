@@ -30,23 +30,23 @@ def supervised_contrastive_loss(
 ) -> Tensor:
     """Supervised contrastive loss over the 2 N rows of student and teacher together; gradients flow to both.
 
-    Every row is an anchor. Its positives are the other rows of its class, of which its own image's row in the other
-    network is always one; its own entry is left out of the sums.
+    Every row is an anchor. Its positives are the other rows of its class, always including its own image's row from the
+    other network. A row is never compared with itself.
 
     Args:
         student, teacher: (N, d) embeddings of one width; they need not be normalised. float16, bfloat16, float32 or
-            float64, any strides. The teacher's rows come from a trained embedding, so they get a gradient.
+            float64, any strides. The teacher's rows come from an embedding that is trained, so they get a gradient.
         target: (N,) int64 labels, one per row.
         temperature: tau > 0.
         reduction: "mean" over the 2 N anchors, "sum", or "none": one value per anchor, the student's rows first.
-        group: as ``correlation_loss``'s: rows and labels of all ranks together.
+        group: as in ``correlation_loss``: the rows and labels of all ranks together.
 
     Returns:
-        float32 (float64 if an input is). An empty batch gives 0. A row shorter than 1e-8 counts as that long.
+        float32 (float64 if an input is). An empty batch gives 0. A row shorter than 1e-8 counts as 1e-8 long.
 
     Raises:
-        TypeError, ValueError: invalid dtypes, shapes, devices or options. Calls that differ over the ranks
-            of a group raise on all of them; a missing rank raises the group's timeout error.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options. If the calls of a group's ranks differ, all
+            ranks raise; a missing rank raises the group's timeout error.
 
     Source: arXiv 2004.11362, eq. 2, in the form of arXiv 2012.00573's code (ifding/DLKD), which adds the 1e-7.
     """

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +19,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 import kdkernels.compat.kd_zoo
 import kdkernels.compat.mdistiller
@@ -28,7 +33,7 @@ from kdkernels import cli, doctor
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKED = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "benchmarks").rglob("*.md"))]
 COLUMN = 88  # characters of code that the site shows in full: docs/assets/column.css
 QUIET = {"__version__", "METHODS"}  # names that speak for themselves
@@ -44,12 +49,13 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    found = re.finditer(r"^( *)```(\w*)([^\n]*)\n(.*?)^\1```$", page.read_text(), re.S | re.M)
+    found = re.finditer(r"^( *)```(?: {\.)?(\w*)([^\n]*)\n(.*?)^\1```$", page.read_text(), re.S | re.M)
     return [Block(m[2], "".join(re.findall(r'title="(.*?)"', m[3])), textwrap.dedent(m[4])) for m in found]
 
 
 def running(page: Path, language: str) -> list[str]:
-    return [b.code for b in blocks(page) if b.language == language and not b.title.startswith("not run")]
+    found = [b for b in blocks(page) if b.language == language and not b.title.startswith("not run")]
+    return [b.code for b in found if not b.code.startswith("--8<--")]  # a file of the package has its own tests
 
 
 def name(path: Path) -> str:
@@ -85,13 +91,32 @@ def test_blocks_that_do_not_run_are_known() -> None:
 
 def test_every_block_says_what_it_is() -> None:
     """A fence of another language, or of none, would escape the tests of this file."""
-    known = {"python", "bash", "text", "yaml"}
+    known = {"python", "bash", "text", "yaml", "diff"}
     assert not [(name(p), b.language, b.code[:40]) for p in PAGES for b in blocks(p) if b.language not in known]
 
 
 def test_code_fits_its_column() -> None:
     """A longer line is cut at the right, where readers do not see that it goes on."""
     assert not [(name(p), line) for p in PAGES for b in blocks(p) for line in b.code.splitlines() if len(line) > COLUMN]
+
+
+def test_the_opening_lines_of_the_readme_are_in_its_first_example() -> None:
+    opening = re.findall(r"^\d\. `(.*)`$", README.read_text(), re.M)
+    assert len(opening) == 3
+    assert set(opening) <= set(running(README, "python")[0].splitlines())
+
+
+def test_the_diffs_of_adding_apply_and_work(tmp_path: Path) -> None:
+    if (git := shutil.which("git")) is None:
+        pytest.skip("git applies the diffs")
+    shutil.copytree(ROOT / "kdkernels", tmp_path / "kdkernels", ignore=shutil.ignore_patterns("__pycache__"))
+    diffs = running(ROOT / "docs/adding.md", "diff")
+    assert len(diffs) == 3
+    for diff in diffs:
+        subprocess.run([git, "apply", "--unidiff-zero", "-C1", "-"], input=diff, cwd=tmp_path, text=True, check=True)
+    environment = {**os.environ, "KDKERNELS_JIT": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
 
 
 def test_modules_in_configurations_exist() -> None:
@@ -227,6 +252,11 @@ def second_derivative() -> None:
     torch.autograd.grad(kdkernels.kd_loss(x, Y), x, create_graph=True)
 
 
+def forward_mode() -> None:
+    with forward_ad.dual_level():
+        kdkernels.kd_loss(forward_ad.make_dual(X, Y), Y)
+
+
 def on(backend: str) -> None:
     with kdkernels.use_backend(backend):
         kdkernels.kd_loss(X, Y)
@@ -235,9 +265,7 @@ def on(backend: str) -> None:
 # what troubleshooting.md quotes, and how to get it
 QUOTED = {
     "softmax_kl has no second derivative: take gradients without create_graph=True": second_derivative,
-    "softmax_kl has no forward-mode derivative (jvp, jacfwd): it would be a silent zero": lambda: torch.func.jvp(
-        lambda x: kdkernels.kd_loss(x, Y), (X,), (Y,)
-    ),
+    "softmax_kl has no forward-mode derivative (jvp, jacfwd)": forward_mode,
     "In order to use an autograd.Function with functorch transforms": lambda: torch.func.grad(
         lambda x: kdkernels.kd_loss(x, Y)
     )(X),

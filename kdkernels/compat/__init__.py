@@ -5,14 +5,14 @@
     kdkernels.compat.torchdistill    KDLoss, SPKDLoss; importing it replaces torchdistill's own in its registry
     kdkernels.compat.kd_zoo          SoftTarget, SP
 
-What is the original's: signatures, defaults, attributes, return types and shapes, scales, and the gradient of an
-all-zero row of student features, which is that of its normalised row times 1 / eps = 1e12 (``kdkernels.sp_loss`` gives
-that row none).
+As in the originals: signatures, defaults, attributes, return types and shapes, scales, and the gradient of an all-zero
+row of student features, which is that of its normalised row times 1 / eps = 1e12 (``kdkernels.sp_loss`` gives that row
+none).
 
-What is better than the original: float16, bfloat16 and autocast give the number of float64 (sums are kept in float32
+Better than the originals: float16, bfloat16 and autocast give the number of float64 (sums are kept in float32
 and the loss is float32), tensors may have any strides (channels_last too), a confident student gives no NaN, and an
 empty batch gives 0.
 
-What is refused: student and teacher logits of different shapes, which the originals broadcast. What is missing: no
-gradient flows to the teacher, as in all of kdkernels; where the teacher's tensor asks for one, a UserWarning says so.
+Refused: student and teacher logits of different shapes, which the originals broadcast. Missing: as in all of kdkernels,
+no gradient flows to the teacher; if the teacher's tensor requires one, a UserWarning says so.
 """

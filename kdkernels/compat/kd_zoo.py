@@ -13,8 +13,8 @@ from .scales import kl_per_sample, published_sp
 class SoftTarget(nn.Module):
     """``SoftTarget(T)(out_s, out_t)``: T^2 KL(softmax(out_t / T) || softmax(out_s / T)), summed, over N; a scalar.
 
-    Quirk: the softmax is over dimension 1 and the sum over all else, so (N, C, H, W) gives H W times the mean over
-    pixels: use ``kdkernels.kd_loss(out_s, out_t, temperature=T, class_dim=1)``.
+    Quirk: the softmax is over dimension 1 and the sum over everything else, so (N, C, H, W) gives H W times the mean
+    over pixels: use ``kdkernels.kd_loss(out_s, out_t, temperature=T, class_dim=1)``.
     """
 
     def __init__(self, T: float) -> None:
@@ -28,8 +28,8 @@ class SoftTarget(nn.Module):
 class SP(nn.Module):
     """``SP()(fm_s, fm_t)``: L_SP = ||G_t - G_s||_F^2 / B^2 of one pair of features (B, ...); a scalar.
 
-    Quirk: one pair a call; the library's trainer averages three stages: use ``kdkernels.sp_loss`` on lists of them,
-    which sums.
+    Quirk: one pair per call; the library's trainer averages three stages. Use ``kdkernels.sp_loss`` on lists, which
+    sums, or averages with ``layer_reduction="mean"``.
     """
 
     def forward(self, fm_s: Tensor, fm_t: Tensor) -> Tensor:

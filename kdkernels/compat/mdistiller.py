@@ -45,9 +45,9 @@ def dkd_loss(
 
     Args:
         logits_student, logits_teacher: (N, C).
-        target: int64 labels with N elements. Unlike the original's also mixed labels: a floating-point (N, C) with one
-            or two positive entries a row, as mixup makes them without label smoothing; their classes are the labelled
-            ones, however large the entries (``kdkernels.stkd_loss``'s docstring has the formula).
+        target: int64 labels with N elements. Also, unlike the original, mixed labels: a floating-point (N, C) with one
+            or two positive entries in each row, as mixup makes them without label smoothing; their classes are the
+            labelled ones, however large the entries (the docstring of ``kdkernels.stkd_loss`` has the formula).
         alpha, beta: weights of the target class and of the others; 1 and 8 in the CIFAR-100 recipe.
 
     Quirk: the warm-up of the weight over the first epochs is the trainer's, not the loss's. Use
@@ -84,7 +84,7 @@ def sp_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> Tensor | int:
     """L_SP = ||G_t - G_s||_F^2 / B^2, summed over the pairs of features (B, ...), in one launch.
 
     Quirk: the result has shape (1,), and no pairs give the int 0: use ``kdkernels.sp_loss(g_s, g_t)``, a scalar.
-    Quirk: of lists of different lengths the shorter one counts.
+    Quirk: if the lists differ in length, the shorter one counts.
     """
     pairs = list(zip(g_s, g_t, strict=False))
     if not pairs:

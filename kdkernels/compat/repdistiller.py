@@ -15,8 +15,8 @@ from .scales import kl_per_sample, published_sp
 class DistillKL(nn.Module):
     """``DistillKL(T)(y_s, y_t)``: T^2 KL(softmax(y_t / T) || softmax(y_s / T)), summed, over N; a scalar.
 
-    Quirk: the softmax is over dimension 1 and the sum over all else, so (N, C, H, W) gives H W times the mean over
-    pixels, and (N, L, C) a softmax over L: use ``kdkernels.kd_loss(y_s, y_t, temperature=T, class_dim=...)``.
+    Quirk: the softmax is over dimension 1 and the sum over everything else, so (N, C, H, W) gives H W times the mean
+    over pixels, and (N, L, C) a softmax over L: use ``kdkernels.kd_loss(y_s, y_t, temperature=T, class_dim=...)``.
     """
 
     def __init__(self, T: float) -> None:
@@ -31,7 +31,7 @@ class Similarity(nn.Module):
     """``Similarity()([f_s, ...], [f_t, ...])``: L_SP = ||G_t - G_s||_F^2 / B^2 of each pair of features (B, ...).
 
     Quirk: a list of tensors of shape (1,), one per pair, to be summed: use ``kdkernels.sp_loss(g_s, g_t)``, which sums
-    them in one launch. Quirk: of lists of different lengths the shorter one counts.
+    them in one launch. Quirk: if the lists differ in length, the shorter one counts.
     """
 
     def forward(self, g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> list[Tensor]:

@@ -92,7 +92,7 @@ class SPKDLoss(nn.Module):
         student_output_path, teacher_output_path: ``student_io_dict[path]["output"]`` are the features.
         reduction: "batchmean" divides by B^2. Quirk: any other string is a plain sum.
 
-    Quirk: the rows are divided by their L1 norm, the paper's by their L2 norm, which makes this loss many times smaller
+    Quirk: rows are divided by their L1 norm, in the paper by their L2 norm, which makes this loss many times smaller
     (60 times at B = 64 on ordinary features): use ``kdkernels.sp_loss(student, teacher)``, or ``row_norm="l1"`` there.
     """
 
@@ -108,7 +108,7 @@ class SPKDLoss(nn.Module):
 
 
 def register() -> None:
-    """Put both in the place of torchdistill's own; called when this module is imported and torchdistill is there."""
+    """Replace torchdistill's own two in its registry; called on import if torchdistill is installed."""
     from torchdistill.losses import mid_level  # noqa: F401  its own register themselves first, or they would replace ours
     from torchdistill.losses.registry import register_mid_level_loss
 

@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 class Logits(nn.Module):
-    """A transformers model as the network that ``Distillation`` wants: it returns the logits and nothing else.
+    """A transformers model as the network that ``Distillation`` needs: it returns only the logits.
 
     ``Logits(model)(x)`` is ``model(x).logits``, for a dict of tensors ``model(**x).logits``. Names of its layers begin
     with "model.".
@@ -36,21 +36,20 @@ class DistillationTrainer(Trainer):
     """``DistillationTrainer(distillation, args, train_dataset=...)``: transformers' Trainer on a ``Distillation``.
 
     Args:
-        distillation: the module to train. What it owns is trained, moved and saved: the student ("student." in
-            checkpoints) and the method's own heads ("method."); the teacher is moved, but neither trained nor saved.
-            ``distillation.student`` is the result.
-        args: TrainingArguments. remove_unused_columns is set to False: leave out of the dataset what the networks do
-            not take.
-        options: ``Trainer``'s.
+        distillation: the module to train. The student ("student." in checkpoints) and the method's own heads
+            ("method.") are trained, moved and saved; the teacher is only moved. ``distillation.student`` is the result.
+        args: TrainingArguments. remove_unused_columns is set to False, so the dataset must have only what the networks
+            take.
+        options: those of ``Trainer``.
 
-    Batches are dicts with ``labels``, for "corsd" ``labels_neg`` too. What else is in them goes to both networks: one
-    tensor as it is, several as a dict (for ``Logits``; methods that mix or rotate images want one tensor). The
+    Batches are dicts with ``labels``, for "corsd" also ``labels_neg``. Everything else in them goes to both networks:
+    one tensor as it is, several as a dict (for ``Logits``; methods that mix or rotate images need one tensor). The
     predictions of ``evaluate`` and ``predict`` are the student's logits, and ``eval_loss`` is the method's loss.
 
     Raises:
-        TypeError: no Distillation.
+        TypeError: distillation is not a Distillation.
         ValueError: gradient accumulation with a method that compares the rows of a batch (sp, mlkd), or several GPUs in
-            one process. (Several processes are fine: rows are compared over all of them.)
+            one process. Several processes are fine: rows are compared over all processes.
     """
 
     def __init__(self, distillation: Distillation, args: TrainingArguments | None = None, **options: Any) -> None:

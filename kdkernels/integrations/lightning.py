@@ -23,22 +23,22 @@ class DistillationModule(LightningModule):
     """``Trainer(max_epochs=...).fit(DistillationModule(distillation), loader)``.
 
     Args:
-        distillation: the module to train. What it owns is trained, moved and saved: the student and the method's own
-            heads; the teacher is moved, but neither trained nor saved. ``distillation.student`` is the result.
-        lr: of the default optimizer and schedule, which are those of ``kdkernels.training.fit``; for others override
-            ``configure_optimizers`` (over ``self.parameters()``, which has the method's own).
+        distillation: the module to train. The student and the method's own heads are trained, moved and saved; the
+            teacher is only moved. ``distillation.student`` is the result.
+        lr: for the default optimizer and schedule, which are those of ``kdkernels.training.fit``; for others override
+            ``configure_optimizers`` (over ``self.parameters()``, which include the method's own).
 
-    Batches are (images, target), for "corsd" (images, target, target_neg). Logs ``loss`` and its terms, in validation
-    ``val_loss`` and, where each image has its row of logits, ``val_accuracy`` in percent.
-    A checkpoint is read with ``DistillationModule.load_from_checkpoint(path, distillation=...)``.
+    Batches are (images, target), for "corsd" (images, target, target_neg). Logs ``loss`` and its terms; in validation
+    ``val_loss`` and, if each image has one row of logits, ``val_accuracy`` in percent.
+    Read a checkpoint with ``DistillationModule.load_from_checkpoint(path, distillation=...)``.
 
-    With the data's own order it ends with the student of ``fit``; a shuffling loader is drawn in other orders here from
-    the second epoch on, and an incomplete last window of accumulation counts for less than there.
+    Without shuffling it ends with the same student as ``fit``. A shuffling loader has other orders here from the second
+    epoch on, and an incomplete last window of accumulation counts less than in ``fit``.
 
     Raises:
-        TypeError: no Distillation.
-        ValueError: when training starts, accumulate_grad_batches with a method that compares the rows of a batch (sp,
-            mlkd). (Several processes are fine: rows are compared over all of them.)
+        TypeError: distillation is not a Distillation.
+        ValueError: when training starts, for accumulate_grad_batches with a method that compares the rows of a batch
+            (sp, mlkd). Several processes are fine: rows are compared over all processes.
     """
 
     def __init__(self, distillation: Distillation, lr: float = 0.05) -> None:

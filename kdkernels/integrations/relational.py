@@ -8,7 +8,7 @@ from ..training.distillation import Distillation
 
 
 def whole_batches(distillation: Distillation, micro_batches: int, processes: int) -> None:
-    """Compare the rows over all processes; refuse micro-batches, whose rows would only be compared with their own."""
+    """Compare the rows over all processes; refuse micro-batches, which would be compared only within themselves."""
     method = distillation.method
     if not method.relational:
         return

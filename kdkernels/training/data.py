@@ -64,7 +64,7 @@ def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> Tensor
 
 
 def loader(dataset: TensorDataset, batch_size: int, *, train: bool, triplets: bool = False) -> DataLoader[Any]:
-    """Batches of ``batch_size`` images; with ``triplets`` a third as many triplets, so as many images a step."""
+    """Batches of ``batch_size`` images; with ``triplets`` a third as many triplets, so as many images in a step."""
     batch_size = max(2, batch_size // 3) if triplets else batch_size
     # drop_last: relational losses mean something else on a rest of three images
     options: dict[str, Any] = {"shuffle": train, "drop_last": train and len(dataset) >= batch_size}

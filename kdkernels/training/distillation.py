@@ -23,7 +23,7 @@ class DistillationOutput(NamedTuple):
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and then every submodule in the mode that it had: some may be frozen."""
+    """In eval mode; afterwards every submodule is in the mode it had before, as some may be frozen."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -37,23 +37,23 @@ class Distillation(nn.Module):
     """``Distillation(teacher, student, "sp")(images, target)`` is what any trainer needs.
 
     Args:
-        teacher: a trained model that returns logits, or None for a method that has no teacher. It is put in eval mode
-            and stays there, moves with ``.to()``, gets no gradients, and is in neither ``parameters()`` nor
+        teacher: a trained model that returns logits, or None for a method without a teacher. It is put in eval mode and
+            stays there, moves with ``.to()``, gets no gradients, and is in neither ``parameters()`` nor
             ``state_dict()``.
         student: the model to train, returning logits for the same images.
-        method: a name ("alone", "kd", "sp", "stkd", "amd", "mlkd", "corsd"), or a ``Method`` with options of your own.
-        layers, teacher_layers: module names whose outputs a feature method compares; ``teacher_layers`` defaults to
-            ``layers``, and ``layers`` to the networks' stages as the method's paper uses them (the last one or all).
-        example: a batch of images on the models' device. A method with heads of its own ("mlkd", "corsd") runs it
-            once to learn how wide the features are; without it their widths are read off the models' layers.
+        method: a name ("alone", "kd", "sp", "stkd", "amd", "mlkd", "corsd"), or a ``Method`` with your options.
+        layers, teacher_layers: names of the modules whose outputs a feature method compares. ``teacher_layers``
+            defaults to ``layers``, and ``layers`` to the stages that the method's paper uses (the last one or all).
+        example: a batch of images on the models' device. A method with heads ("mlkd", "corsd") runs it once to learn
+            how wide the features are; without it their widths are read off the models' layers.
 
     ``distillation(images, target)`` returns the loss, its terms and the student's logits; for "corsd" images and labels
     are triplets: ``distillation(images, target, target_neg)``. Call ``close()`` to take the hooks off both models.
 
     Raises:
-        ValueError: a method or a layer that does not exist, a missing teacher, the student as its own teacher, unequal
-            numbers of layers, features whose widths only an example could tell (if their layers state wrong ones,
-            from the first forward pass), or a ``Method`` whose heads were made for another Distillation.
+        ValueError: a method or a layer that does not exist; a missing teacher; the student as its own teacher; unequal
+            numbers of layers; features whose widths need an example (the first forward pass raises if their layers
+            state wrong ones); a ``Method`` with heads for another Distillation.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Distillation(nn.Module):
         return self._teacher[0] if self._teacher else None
 
     def _build(self, example: Tensor | None) -> None:
-        """Have the method make its own parameters, whose sizes depend on the features."""
+        """Let the method make its own parameters, whose sizes depend on the features."""
         if self.method.built:
             raise ValueError(
                 f"this {type(self.method).__name__} has heads for another Distillation already: make a new one for each"
@@ -122,7 +122,7 @@ class Distillation(nn.Module):
         self.method.built = True
 
     def _stated(self, model: nn.Module | None, taps: FeatureTaps) -> Outputs:
-        """Outputs as wide as the layers say they are: nothing has to run for it."""
+        """Empty outputs of the widths that the layers state; nothing has to run."""
         assert model is not None
         bare = unwrap(model)
         logits_width = width(bare) if self.method.needs_classes else 0
@@ -153,13 +153,13 @@ class Distillation(nn.Module):
         return student, teacher
 
     def _widths(self, outputs: Outputs | None) -> list[int]:
-        """Those that the method's heads depend on."""
+        """The widths that the method's heads depend on."""
         if outputs is None:
             return []
         return [x.shape[1] for x in (*outputs.features, *[outputs.logits][: self.method.needs_classes])]
 
     def batch(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
-        """What the networks are to see: the method's mixing and augmenting happen in training mode alone."""
+        """What the networks will see; the method mixes and augments only in training mode."""
         if self.training:
             return self.method.prepare(images, target, target_neg)
         return Batch(images, target, target_neg=target_neg)
@@ -169,7 +169,7 @@ class Distillation(nn.Module):
         return self.loss(*self.outputs(batch.images), batch)
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> DistillationOutput:
-        """The loss of outputs that are there already."""
+        """The loss of given outputs."""
         terms = self.method.terms(student, teacher, batch)
         loss = torch.stack(list(terms.values())).sum()
         return DistillationOutput(loss, {name: term.detach() for name, term in terms.items()}, student.logits)

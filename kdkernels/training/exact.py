@@ -43,7 +43,7 @@ def exact_step(
 
 
 class _Layout:
-    """How outputs and labels are strung together as tensors whose rows can be concatenated, and taken apart again."""
+    """How outputs and labels become a list of tensors whose rows can be concatenated, and how they come back."""
 
     def __init__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
         self.students = len(student.features)

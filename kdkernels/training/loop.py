@@ -1,4 +1,4 @@
-"""The training loop, on Hugging Face Accelerate: devices, precision, processes and accumulation are its business."""
+"""The training loop, on Hugging Face Accelerate, which handles devices, precision, processes and accumulation."""
 
 from __future__ import annotations
 
@@ -61,30 +61,30 @@ def fit(
 
     Args:
         distillation: what is trained: its student, and the method's own heads.
-        train_loader, test_loader: batches of (images, labels) tensors, in training for "corsd" (images, labels,
-            negatives' labels). Accelerate shares them out over processes.
+        train_loader, test_loader: batches of (images, labels) tensors; in training for "corsd" (images, labels,
+            negatives' labels). Accelerate distributes them over processes.
         epochs, lr: passes over the training data, and the default optimizer's highest learning rate.
         optimizer: over ``distillation.parameters()``; default: SGD with ``lr``. Either way the learning rate warms up
-            over 5 % of the steps and then follows a cosine, from and to what the optimizer was made with.
-        accumulate: micro-batches per optimizer step. A relational method (sp, mlkd) sees them as one batch, at the
-            price of a second forward pass.
+            to the optimizer's own over 5 % of the steps and then follows a cosine to zero.
+        accumulate: micro-batches per optimizer step. A relational method (sp, mlkd) sees them as one batch, which costs
+            a second forward pass.
         mixed_precision: "no", "fp16" or "bf16".
         accelerator: your own; its settings replace ``accumulate`` and ``mixed_precision``.
         output: a folder for metrics.csv, best.safetensors (by test accuracy) and last.safetensors (the student).
-        seed: of the order of the data and of mixing; the models were made before.
+        seed: for the order of the data and for mixing; the models are already made.
         eval_every: epochs between tests; the last epoch is always tested.
 
     Returns:
-        Rows with epoch, step, lr, loss, every term, train_accuracy, seconds, and test_accuracy where it was taken.
-        Accuracies are in percent; train_accuracy is against the first label where images were mixed, and absent for
-        mlkd and corsd, whose rows do not match the labels.
+        Rows with epoch, step, lr, loss, every term, train_accuracy, seconds, and test_accuracy after a test.
+        Accuracies are in percent. For mixed images train_accuracy is against the first label; mlkd and corsd have none,
+        as their rows do not match the labels.
 
     Raises:
         ValueError: epochs, eval_every or accumulate below 1, or a loader without batches.
         TypeError: a loader without len().
         FloatingPointError: an epoch whose loss is not finite.
 
-    Over several processes a relational method sees the batch of all of them, and a line says so.
+    Over several processes a relational method sees the batch of all processes, and a printed line says so.
     """
     for name, value in (("epochs", epochs), ("eval_every", eval_every), ("accumulate", accumulate)):
         if value < 1:
@@ -142,7 +142,7 @@ def _length(name: str, loader: Loader) -> int:
     try:
         return len(loader)
     except TypeError as error:
-        raise TypeError(f"{name} must have a length, which the learning rate and accumulation go by: {error}") from None
+        raise TypeError(f"{name} must have a length, for the learning rate and accumulation: {error}") from None
 
 
 def _name(method: Method) -> str:

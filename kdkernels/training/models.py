@@ -1,4 +1,4 @@
-"""Small convolutional networks for the demo and first experiments: three stages, pooling, one linear layer."""
+"""Small convolutional networks for the demo and for first experiments: three stages, pooling, one linear layer."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def stage_names(model: nn.Module) -> list[str]:
-    """The names of a network's stages, first to last, where it names them in one of the usual ways."""
+    """The names of a network's stages, first to last, if they are usual ones (layer1, stages.0, ...)."""
     names = [name for name, _ in unwrap(model).named_modules() if _STAGE.fullmatch(name)]
     if not names:
         children = [name for name, _ in unwrap(model).named_children()]
@@ -36,7 +36,7 @@ def stage_names(model: nn.Module) -> list[str]:
 
 
 def width(module: nn.Module) -> int | None:
-    """Channels of what a module returns, read off the last layer in it that states them; None if none does."""
+    """Channels of a module's output, read off its last layer that states them; None if no layer does."""
     for layer in reversed(list(module.modules())):
         for name in ("num_features", "out_channels", "out_features"):
             if isinstance(value := getattr(layer, name, None), int):
@@ -45,7 +45,7 @@ def width(module: nn.Module) -> int | None:
 
 
 class _Features(dict[str, Any]):
-    """What the hooks kept. A copy of it, of a pickle too, is empty: kept tensors have graphs, which do not copy."""
+    """What the hooks kept. A copy or a pickle of it is empty, as tensors with graphs cannot be copied."""
 
     def __reduce__(self) -> tuple[type[_Features], tuple[()]]:
         return _Features, ()
@@ -62,7 +62,7 @@ class _Keep:
 
 
 class _Forget:
-    """A forward pre-hook of the whole model: a module that does not run this time must not show its last features."""
+    """A forward pre-hook of the whole model: features of an earlier run must not stay if a module does not run."""
 
     def __init__(self, features: _Features) -> None:
         self.features = features
@@ -78,17 +78,17 @@ class FeatureTaps:
             logits = model(images)
             features = taps.pop()
 
-    The names are those of ``named_modules`` of the bare model, also when it is given inside DistributedDataParallel or
+    The names are those of ``named_modules`` of the bare model, also if it is inside DistributedDataParallel or
     torch.compile. A model that was compiled and run before does not call new hooks: tap it first, or call
-    ``torch.compiler.reset()``; ``pop`` says so. ``remove`` leaves nothing behind in the model.
+    ``torch.compiler.reset()``; ``pop`` says so. ``remove`` takes everything off the model.
 
-    A copy or a pickle of these taps and their model together works on its own. A copy of the model alone (deepcopy,
-    AveragedModel, torch.save) carries hooks that keep its features to themselves and that nothing removes.
+    A copy or a pickle of these taps together with their model works independently. A copy of only the model (deepcopy,
+    AveragedModel, torch.save) has hooks whose features nobody can read and that nothing removes.
 
     Raises:
-        ValueError: a name that the model does not have, or one that is given twice.
-        RuntimeError: from ``pop``, when a tapped module did not run.
-        TypeError: from ``pop``, when a tapped module returned something else than a tensor.
+        ValueError: a name that the model does not have, or that is given twice.
+        RuntimeError: from ``pop``, if a tapped module did not run.
+        TypeError: from ``pop``, if a tapped module did not return a tensor.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:

@@ -15,14 +15,14 @@ Triplet = tuple[Tensor, Tensor, Tensor, int, int]
 class TripletDataset(Dataset[Triplet]):
     """(anchor, positive, negative, label, label of the negative) for every image of ``dataset``.
 
-    The positive is drawn from the other images of the anchor's class; an image that is alone in its class is its own
+    The positive is drawn from the other images of the anchor's class; the only image of a class is its own
     positive. The negative is a random image of a class drawn uniformly from the others, whatever their sizes.
 
     Args:
         dataset: anything with len() and [i], whose items are an image tensor or a tuple that starts with one.
         labels: one int per item; None reads ``dataset.targets`` or, failing that, ``dataset[i][1]`` of every item once.
-        generator: a CPU generator for the draws. None takes PyTorch's own random state, which a DataLoader seeds anew
-            for each worker and epoch; a generator of one's own is copied to every worker as it is, each epoch again.
+        generator: a CPU generator for the draws. None uses PyTorch's own random state, which a DataLoader seeds again
+            for each worker and epoch; a given generator is copied unchanged to every worker in every epoch.
     """
 
     def __init__(

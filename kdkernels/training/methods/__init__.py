@@ -25,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def make_method(name: str, **options: Any) -> Method:
-    """The method of that name with its defaults, or with options of its own."""
+    """The method of that name, with its defaults or with the given options."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
     return METHODS[name](**options)

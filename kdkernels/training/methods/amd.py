@@ -12,7 +12,7 @@ from .base import Batch, Method, Outputs, check_share
 
 
 class AMD(Method):
-    """Jeon et al. 2023. Layer weights and their reduction are ours: see ``kdkernels.amd_loss``."""
+    """Jeon et al. 2023. Layer weights and their reduction are ours, see ``kdkernels.amd_loss``; 0.2 is for "area"."""
 
     stages = "all"
 

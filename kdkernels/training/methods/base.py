@@ -12,7 +12,7 @@ from ...ops.checks import check_weight
 
 
 def check_share(name: str, value: float) -> None:
-    """A weight whose rest, 1 - value, is another term's."""
+    """A weight in [0, 1]; another term gets 1 - value."""
     caller, _, option = name.partition(": ")
     check_weight(caller, **{option: value})
     if value > 1:
@@ -20,7 +20,7 @@ def check_share(name: str, value: float) -> None:
 
 
 class Batch(NamedTuple):
-    """What the networks see, and its labels: two per image where images were mixed, the negative's for triplets."""
+    """What the networks see, and its labels: two per image if images were mixed, and the negative's for triplets."""
 
     images: Tensor
     target: Tensor
@@ -37,9 +37,9 @@ class Outputs(NamedTuple):
 
 
 class Method(nn.Module):
-    """One way of teaching: what the batch becomes, which features it needs, which terms with which weights.
+    """One way of teaching: how it changes the batch, which features it needs, and its terms with their weights.
 
-    A method with parameters of its own (heads) makes them in ``build`` and has them trained with the student's.
+    A method with parameters of its own (heads) makes them in ``build``; they train with the student's.
     """
 
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
@@ -52,10 +52,10 @@ class Method(nn.Module):
     group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
-        """Make the method's own parameters; of the outputs only their widths (dimension 1) are meant."""
+        """Make the method's own parameters, from the widths (dimension 1) of the outputs."""
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
-        """The training batch; as given, unless the method mixes or augments."""
+        """The training batch, unchanged unless the method mixes or augments."""
         return Batch(images, target, target_neg=target_neg)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ class CORSD(Method):
     triplets = True
 
     def __init__(self, **options: Any) -> None:
-        """Options are ``CORSDLoss``'s: its weights, temperature, margin, detach_deepest."""
+        """Options are those of ``CORSDLoss``: its weights, temperature, margin, detach_deepest."""
         super().__init__()
         self.options = options
         self.loss: CORSDLoss | None = None

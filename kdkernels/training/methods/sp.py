@@ -11,7 +11,7 @@ from .base import Batch, Method, Outputs
 
 
 class SP(Method):
-    """Tung & Mori 2019. The usual weight of 3000 is for long training; short runs on small data want 100 to 1000."""
+    """Tung & Mori 2019. The usual weight, 3000, is for long training; short runs on small data want 100 to 1000."""
 
     stages = "last"
     relational = True
