@@ -134,7 +134,7 @@ class Differentiable:
         args: list[Any] = []
         for value in record:  # ``flatten``, without the price of a call
             if isinstance(value, tuple):
-                args += value
+                args.extend(value)  # not +=: torch 2.11 traces no sum of a list and a NamedTuple
             else:
                 args.append(value)
         args.append(need_grad)
