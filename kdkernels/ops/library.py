@@ -7,7 +7,7 @@ torch.library wants it, ``flatten`` and ``build`` take it there and back.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
 from typing import Any, TypeVar
@@ -58,11 +58,12 @@ def flatten(record: tuple[Any, ...]) -> list[Any]:
     return flat
 
 
-def build(record: type[Record], flat: Iterable[Any]) -> Record:
-    """The record from an op's arguments; what stands behind them is left in ``flat`` if that is an iterator."""
-    values, fields = iter(flat), []
+def build(record: type[Record], flat: Sequence[Any]) -> Record:
+    """The record from an op's arguments; what stands behind them is left out."""
+    fields, at = [], 0
     for part, count in _parts(record):
-        fields.append(next(values) if part is None else part(*islice(values, count)))
+        fields.append(flat[at] if part is None else part(*flat[at : at + count]))
+        at += count
     return record(*fields)
 
 
@@ -217,37 +218,27 @@ def _is_layers(x: Any) -> bool:
     return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Tensor)
 
 
-class _Layers(int):
-    """Stands for so many saved tensors that were one list."""
-
-
-_TENSOR = object()  # stands for a saved tensor
-
-
 def _save(ctx: Any, kept: Sequence[Any]) -> None:
-    """Tensors by autograd, which watches that nobody changes them; all else, and their places, in ``ctx.plan``."""
+    """Tensors by autograd, which watches that nobody changes them; ``ctx.kept`` has the rest, and gaps for them."""
     tensors: list[Tensor] = []
-    plan: list[Any] = []
-    for value in kept:
+    gaps: list[tuple[int, int]] = []  # where a tensor belongs, or how many tensors as a list
+    rest = list(kept)
+    for place, value in enumerate(kept):
         if isinstance(value, Tensor):
-            plan.append(_TENSOR)
+            gaps.append((place, 0))
             # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
             tensors.append(value.clone() if value.is_inference() else value)
+            rest[place] = None
         elif isinstance(value, (list, tuple)):
-            plan.append(_Layers(len(value)))
-            tensors += value
-        else:
-            plan.append(value)
+            gaps.append((place, len(value)))
+            tensors.extend(value)
+            rest[place] = None
     ctx.save_for_backward(*tensors)
-    ctx.plan = plan
+    ctx.kept, ctx.gaps = rest, gaps
 
 
 def _saved(ctx: Any) -> list[Any]:
-    tensors = iter(ctx.saved_tensors)
-    kept = []
-    for value in ctx.plan:
-        if value is _TENSOR:
-            kept.append(next(tensors))
-        else:
-            kept.append(list(islice(tensors, value)) if isinstance(value, _Layers) else value)
+    tensors, kept = iter(ctx.saved_tensors), ctx.kept.copy()
+    for place, count in ctx.gaps:
+        kept[place] = list(islice(tensors, count)) if count else next(tensors)
     return kept

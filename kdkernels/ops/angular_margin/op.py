@@ -80,7 +80,8 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(grad: Tensor, kappa: Tensor, student: list[Tensor], reduction: str) -> list[Tensor]:
     implementation: AngularMargin = choose("angular_margin", *student)
-    grad = grad if reduction == "none" else grad[..., None]
+    if grad.dim() == 1 and reduction != "none":  # (L,)
+        grad = grad[:, None]
     return implementation.backward(grad.expand(len(student), student[0].shape[0]), student, kappa)
 
 
