@@ -16,11 +16,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 MODE = os.environ.get("KDKERNELS_BUILD_NATIVE", "auto")
-# csrc/ travels in the package, for builds at first use
-PACKAGES = {
-    "packages": [*find_packages(str(ROOT), include=["kdkernels", "kdkernels.*"]), "kdkernels.csrc"],
-    "package_dir": {"kdkernels.csrc": "csrc"},
-}
 
 
 def native_build():
@@ -49,19 +44,23 @@ def plan():
 
 class BuildNative(build_ext):
     def build_extension(self, ext):
-        for text in sys.modules["native_build"].build(PLAN, Path(self.get_ext_fullpath(ext.name)).absolute()):
-            print(text)
+        output = Path(self.get_ext_fullpath(ext.name)).absolute()
+        print(sys.modules["native_build"].build(PLAN, ROOT / "build" / PLAN.key(), output))
 
 
 PLAN = plan()
-if PLAN is None:
-    setup(**PACKAGES)
-else:
+NATIVE = {}
+if PLAN is not None:
     print(f"kdkernels: building the native kernels for the CPU{' and CUDA' if PLAN.cuda else ''}")
     # a library for torch.ops.load_library, no Python module: one file serves every Python and every torch from 2.11 on
-    setup(
-        **PACKAGES,
-        ext_modules=[Extension("kdkernels._native", sources=[], py_limited_api=True)],
-        cmdclass={"build_ext": BuildNative},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    )
+    NATIVE = {
+        "ext_modules": [Extension("kdkernels._native", sources=[], py_limited_api=True)],
+        "cmdclass": {"build_ext": BuildNative},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+setup(
+    # csrc/ travels in the package, for builds at first use
+    packages=[*find_packages(str(ROOT), include=["kdkernels", "kdkernels.*"]), "kdkernels.csrc"],
+    package_dir={"kdkernels.csrc": "csrc"},
+    **NATIVE,
+)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .ops.angular_margin import ActivationPairs, angular_margin
 from .ops.checks import (
     LAYER_REDUCTIONS,
-    check_choice,
+    REDUCTIONS,
     check_positive,
     check_reduction,
     check_weight,
@@ -65,7 +65,7 @@ def amd_loss(
     Source: arXiv 2302.14130, eq. 7-12; the authors' jeunsom/AMD_loss. Weights and reduction over layers are ours.
     """
     students, teachers = layer_pairs(student, teacher, "amd_loss")
-    reduction = _check_options(margin, sharpness, local_weight, reduction, layer_reduction)
+    _check_options(margin, sharpness, local_weight, layer_weights, reduction, layer_reduction)
     for s, t in zip(students, teachers, strict=True):
         if s.dim() != 4 or t.dim() != 4 or s.shape[2:] != t.shape[2:]:
             raise ValueError(
@@ -74,8 +74,10 @@ def amd_loss(
             )
         if local_weight and min(s.shape[2:]) < 2:
             raise ValueError(f"amd_loss: quadrants (local_weight > 0) need H and W of 2 or more, got {tuple(s.shape)}")
-    area = _is_area(layer_weights)
-    weights = layer_numbers(None if area else layer_weights, len(students), "amd_loss")  # type: ignore[arg-type]
+    area = isinstance(layer_weights, str)
+    weights = [1.0] * len(students)
+    if layer_weights is not None and not isinstance(layer_weights, str):
+        weights = layer_numbers(layer_weights, len(students), "amd_loss")
     return angular_margin(
         ActivationPairs(
             students,
@@ -91,23 +93,26 @@ def amd_loss(
     )
 
 
-def _is_area(layer_weights: Sequence[float] | str | None) -> bool:
-    if isinstance(layer_weights, str):
-        check_choice("layer_weights", layer_weights, ("area",))
-        return True
-    return False
-
-
-def _check_options(margin: float, sharpness: float, local_weight: float, reduction: str, layer_reduction: str) -> str:
-    check_positive("margin", margin)
-    check_positive("sharpness", sharpness)
-    check_weight("local_weight", local_weight)
+def _check_options(
+    margin: float,
+    sharpness: float,
+    local_weight: float,
+    layer_weights: Sequence[float] | str | None,
+    reduction: str,
+    layer_reduction: str,
+) -> None:
+    check_positive(margin=margin, sharpness=sharpness)
+    check_weight(local_weight=local_weight)
     if margin > 2:
         raise ValueError(f"margin must be in (0, 2], got {margin}")
     if local_weight > 1:
         raise ValueError(f"local_weight must be in [0, 1], got {local_weight}")
-    check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
-    return check_reduction(reduction, "amd_loss")
+    if isinstance(layer_weights, str) and layer_weights != "area":
+        raise ValueError(f"layer_weights must be numbers, 'area' or None, got {layer_weights!r}")
+    if layer_reduction not in LAYER_REDUCTIONS:
+        raise ValueError(f"layer_reduction must be one of {LAYER_REDUCTIONS}, got {layer_reduction!r}")
+    if reduction not in REDUCTIONS:
+        check_reduction(reduction, "amd_loss")
 
 
 class AMDLoss(nn.Module):
@@ -123,7 +128,7 @@ class AMDLoss(nn.Module):
         layer_reduction: str = "sum",
     ) -> None:
         super().__init__()
-        _check_options(margin, sharpness, local_weight, reduction, layer_reduction)
+        _check_options(margin, sharpness, local_weight, layer_weights, reduction, layer_reduction)
         self.margin, self.sharpness, self.local_weight = margin, sharpness, local_weight
         self.layer_weights, self.reduction, self.layer_reduction = layer_weights, reduction, layer_reduction
 

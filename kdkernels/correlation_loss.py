@@ -63,7 +63,7 @@ def correlation_loss(
     caller = "correlation_loss"
     check_rows(student, teacher, caller, same_width=False)
     check_views(views, student.shape[0], caller)
-    check_positive("temperature", temperature)
+    check_positive(temperature=temperature)
     options = CorrelationOptions(views, float(temperature), check_reduction(reduction, caller, batchmean=False))
     teacher = teacher.detach()
     if (many := group_of_many(group, caller)) is not None:
@@ -83,7 +83,7 @@ class CorrelationLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_views(views, 0, "CorrelationLoss")
-        check_positive("temperature", temperature)
+        check_positive(temperature=temperature)
         self.views, self.temperature, self.group = views, temperature, group
         self.reduction = check_reduction(reduction, "CorrelationLoss")
 

@@ -195,7 +195,7 @@ class _SPShards(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrix, *students = ctx.saved_tensors
-        return None, None, None, *sp_backward_op(grad, students, matrix)
+        return None, None, None, *sp_backward_op(grad, matrix, students)
 
 
 def sp_over_ranks(
@@ -229,7 +229,7 @@ class _CosineShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, group: dist.ProcessGroup) -> Tensor:
         similarity, inverse_a, inverse_b = _cosines(a, b, group)
-        ctx.save_for_backward(a, b, similarity, inverse_a, inverse_b)
+        ctx.save_for_backward(similarity, inverse_a, inverse_b, a, b)
         return similarity
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .ops.checks import check_pair, check_positive, check_reduction
+from .ops.checks import REDUCTIONS, check_pair, check_positive, check_reduction
 from .ops.softmax_kl import Rows, Terms, softmax_kl
 
 
@@ -63,8 +63,9 @@ def kd_loss(
     Source: arXiv 1503.02531, section 2; the scale is that of RepDistiller's DistillKL.
     """
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "kd_loss")
-    check_positive("temperature", temperature)
-    reduction = check_reduction(reduction, "kd_loss", batchmean=student_logits.dim() == 2)
+    check_positive(temperature=temperature)
+    if reduction not in REDUCTIONS:
+        reduction = check_reduction(reduction, "kd_loss", batchmean=student_logits.dim() == 2)
     terms = Terms(kl=temperature**2 if scale_by_t2 else 1.0)
     loss = softmax_kl(Rows(student, teacher, terms=terms, temperature=float(temperature), reduction=reduction))
     if reduction != "none":
@@ -85,7 +86,7 @@ class KDLoss(nn.Module):
         scale_by_t2: bool = True,
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        check_positive(temperature=temperature)
         check_reduction(reduction, "KDLoss", batchmean=True)
         self.temperature, self.reduction = temperature, reduction
         self.class_dim, self.scale_by_t2 = class_dim, scale_by_t2

@@ -68,7 +68,7 @@ def _draw(
     images: Tensor, target: Tensor, alpha: float, generator: torch.Generator | None, per_sample: bool
 ) -> tuple[Tensor, Tensor]:
     """lam and the permutation, drawn on the CPU and moved."""
-    check_positive("alpha", alpha)
+    check_positive(alpha=alpha)
     if alpha < 0.01:  # both of Beta's gamma draws would underflow now and then, and lam be 0.5
         raise ValueError(f"alpha must be 0.01 or more, got {alpha}")
     check_tensor("images", images)

@@ -66,7 +66,9 @@ def mlkd_loss(
 
     Source: arXiv 2012.00573, with the weights of the authors' ifding/DLKD. There is no logit term.
     """
-    _check_weights(correlation_weight, supervised_weight, alignment_weight)
+    check_weight(
+        correlation_weight=correlation_weight, supervised_weight=supervised_weight, alignment_weight=alignment_weight
+    )
     reduction = check_reduction(reduction, "mlkd_loss", per_sample=False)
     students, teachers = _three(student, "student"), _three(teacher, "teacher")
     check_rows(students[1], teachers[1], "mlkd_loss", same_width=False)
@@ -103,12 +105,6 @@ def _target_of_rows(target: Tensor, rows: int, views: int) -> Tensor:
             f"got {tuple(target.shape)}"
         )
     return target
-
-
-def _check_weights(correlation: float, supervised: float, alignment: float) -> None:
-    check_weight("correlation_weight", correlation)
-    check_weight("supervised_weight", supervised)
-    check_weight("alignment_weight", alignment)
 
 
 def _three(rows: Rows, name: str) -> list[Tensor]:
@@ -161,9 +157,12 @@ class MLKDLoss(nn.Module):
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"MLKDLoss: {name} must be a positive int, got {size!r}")
-        check_positive("temperature", temperature)
-        check_positive("supervised_temperature", supervised_temperature)
-        _check_weights(correlation_weight, supervised_weight, alignment_weight)
+        check_positive(temperature=temperature, supervised_temperature=supervised_temperature)
+        check_weight(
+            correlation_weight=correlation_weight,
+            supervised_weight=supervised_weight,
+            alignment_weight=alignment_weight,
+        )
         check_views(views, 0, "MLKDLoss")
         self.options: dict[str, Any] = {
             "views": views,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import group_of_many, sp_over_ranks
-from .ops.checks import LAYER_REDUCTIONS, check_choice, check_positive, check_reduction, layer_numbers, layer_pairs
+from .ops.checks import LAYER_REDUCTIONS, check_positive, check_reduction, layer_numbers, layer_pairs
 from .ops.gram import ROW_NORMS, LayerPairs, SPOptions, sp_gram
 
 
@@ -63,18 +63,24 @@ def sp_loss(
     Source: arXiv 1907.09682, eq. 2-4; values equal RepDistiller's ``Similarity``.
     """
     students, teachers = layer_pairs(student, teacher, "sp_loss")
-    weights = layer_numbers(layer_weights, len(students), "sp_loss")
+    weights = [1.0] * len(students)
+    if layer_weights is not None:
+        weights = layer_numbers(layer_weights, len(students), "sp_loss")
     reduction = _check_options(row_norm, reduction, layer_reduction, eps)
     options = SPOptions(weights, reduction, layer_reduction, row_norm, float(eps))
-    if (many := group_of_many(group, "sp_loss")) is not None:
+    if group is not None and (many := group_of_many(group, "sp_loss")) is not None:
         return sp_over_ranks(students, teachers, options, many)
     return sp_gram(LayerPairs(students, teachers, options))
 
 
 def _check_options(row_norm: str, reduction: str, layer_reduction: str, eps: float) -> str:
-    check_choice("row_norm", row_norm, ROW_NORMS)
-    check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
-    check_positive("eps", eps)
+    if row_norm not in ROW_NORMS:
+        raise ValueError(f"row_norm must be one of {ROW_NORMS}, got {row_norm!r}")
+    if layer_reduction not in LAYER_REDUCTIONS:
+        raise ValueError(f"layer_reduction must be one of {LAYER_REDUCTIONS}, got {layer_reduction!r}")
+    check_positive(eps=eps)
+    if reduction == "mean" or reduction == "sum":
+        return reduction
     return check_reduction(reduction, "sp_loss", per_sample=False, batchmean=True)
 
 

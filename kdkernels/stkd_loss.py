@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .kd_loss import flatten_positions
-from .ops.checks import check_number, check_positive, check_reduction, check_weight
+from .ops.checks import REDUCTIONS, check_number, check_positive, check_reduction, check_weight
 from .ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
 
@@ -67,7 +67,8 @@ def stkd_loss(
     """
     _check_options(temperature, ce_weight, kd_weight, decouple, ignore_index)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "stkd_loss")
-    reduction = check_reduction(reduction, "stkd_loss", batchmean=student_logits.dim() == 2)
+    if reduction not in REDUCTIONS:
+        reduction = check_reduction(reduction, "stkd_loss", batchmean=student_logits.dim() == 2)
     labels = _flatten_labels(target, target_mixed, lam, ignore_index, student_logits, class_dim)
     if decouple is not None and labels.dense:
         raise ValueError("stkd_loss: decouple needs integer labels, got a dense floating-point target")
@@ -80,9 +81,8 @@ def stkd_loss(
 def _check_options(
     temperature: float, ce_weight: float, kd_weight: float, decouple: tuple[float, float] | None, ignore_index: int
 ) -> None:
-    check_positive("temperature", temperature)
-    check_weight("ce_weight", ce_weight)
-    check_weight("kd_weight", kd_weight)
+    check_positive(temperature=temperature)
+    check_weight(ce_weight=ce_weight, kd_weight=kd_weight)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if decouple is None:
@@ -90,7 +90,7 @@ def _check_options(
     if not isinstance(decouple, (tuple, list)) or len(decouple) != 2:
         raise ValueError(f"decouple must be (w_target, w_non_target), got {decouple!r}")
     for weight in decouple:
-        check_weight("decouple", weight)
+        check_weight(decouple=weight)
 
 
 def _positions(logits: Tensor, class_dim: int) -> list[int]:
@@ -135,7 +135,8 @@ def _flatten_target(name: str, target: Tensor, logits: Tensor, class_dim: int, d
         return target if target.dim() == 2 else target.movedim(class_dim, -1).reshape(-1, logits.shape[class_dim])
     if target.dtype != torch.int64:
         raise TypeError(f"stkd_loss: {name} must be int64 class indices, got {target.dtype}")
-    if (shape := _positions(logits, class_dim)) != list(target.shape):
+    shape = list(logits.shape[:1]) if logits.dim() == 2 else _positions(logits, class_dim)
+    if shape != list(target.shape):
         raise ValueError(
             f"stkd_loss: {name} must have shape {tuple(shape)} (labels) or {tuple(logits.shape)} (dense), "
             f"got {tuple(target.shape)}"

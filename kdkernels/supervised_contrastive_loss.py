@@ -52,7 +52,7 @@ def supervised_contrastive_loss(
     """
     caller = "supervised_contrastive_loss"
     check_rows(student, teacher, caller, same_width=True)
-    check_positive("temperature", temperature)
+    check_positive(temperature=temperature)
     check_labels(f"{caller}: target", target, student.shape[:1], student.device)
     reduction = check_reduction(reduction, caller)
     many = group_of_many(group, caller)
@@ -88,7 +88,7 @@ class SupervisedContrastiveLoss(nn.Module):
         self, temperature: float = 0.07, reduction: str = "mean", group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__()
-        check_positive("temperature", temperature)
+        check_positive(temperature=temperature)
         self.temperature, self.group = temperature, group
         self.reduction = check_reduction(reduction, "SupervisedContrastiveLoss")
 

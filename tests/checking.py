@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
 from kdkernels.ops.gram import definition as gram_definition
 from kdkernels.ops.gram import op as gram_op
-from kdkernels.ops.library import build
 from kdkernels.ops.softmax_kl import definition as softmax_definition
 from kdkernels.ops.softmax_kl import op as softmax_op
 
@@ -41,15 +40,12 @@ TOLERANCES = {torch.float64: Tolerance(1e-11, 1e-11)} | dict.fromkeys((torch.flo
 def by_definition() -> Iterator[None]:
     """Every op by its definition.py, under autograd, in the precision of its tensors. Whoever calls an op meets it."""
 
-    def of_record(definition: Callable[[Any], Tensor], record: type) -> Callable[..., Tensor]:
-        return lambda *args: definition(build(record, args))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax_op, "_op", of_record(softmax_definition.softmax_kl, softmax_op.Rows))
-        patch.setattr(gram_op, "_sp_op", of_record(gram_definition.sp_gram, gram_op.LayerPairs))
-        patch.setattr(gram_op, "_cosine_op", gram_definition.cosine_similarity)
-        patch.setattr(angular_op, "_op", of_record(angular_definition.angular_margin, angular_op.ActivationPairs))
-        patch.setattr(correlation_op, "_op", of_record(correlation_definition.correlation, correlation_op.ViewRows))
+        patch.setattr(softmax_op, "_op", softmax_definition.softmax_kl)
+        patch.setattr(gram_op, "_sp_op", gram_definition.sp_gram)
+        patch.setattr(gram_op, "_cosine_op", lambda x: gram_definition.cosine_similarity(*x))
+        patch.setattr(angular_op, "_op", angular_definition.angular_margin)
+        patch.setattr(correlation_op, "_op", correlation_definition.correlation)
         yield
 
 

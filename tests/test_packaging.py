@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from native_tools import copy_of_the_checkout
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,17 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
-    source = folder / "source"
-    tracked = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
-    )
-    names = (
-        tracked.stdout.split("\n") if tracked.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
-    )
-    for name in names:
-        if name and (ROOT / name).is_file() and ".venv" not in name:
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
+    source = copy_of_the_checkout(folder / "source")
     environment = os.environ | {"PATH": str(python.parent)}
     start = time.perf_counter()
     subprocess.run(
@@ -57,7 +48,7 @@ def test_the_wheel_is_complete(wheel: Path) -> None:
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     required = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     names_required = sorted(re.split(r"[>; ]", line.split()[1])[0] for line in required)
-    assert names_required == ["numpy", "torch", "triton"]
+    assert names_required == ["filelock", "ninja", "numpy", "torch", "triton"]
 
 
 def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def requested() -> str:
     """The backend in force: that of the innermost ``use_backend``, else KDKERNELS_BACKEND, else "auto"."""
     if _chosen is not None:
         return _chosen
-    return _check(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    name = os.environ.get(VARIABLE)
+    return _check(name, VARIABLE) if name else "auto"
 
 
 @contextmanager
@@ -94,11 +95,12 @@ def choose(op: str, *tensors: Tensor) -> Any:
     device = tensors[0].device.type
     reasons: list[str] = []
     for candidate in AUTO_ORDER.get(device, ("reference",)) if name == "auto" else (name,):
-        reason = why_not(op, candidate, *tensors)
+        implementation = load(op, candidate)
+        reason = implementation if isinstance(implementation, str) else implementation.supports(*tensors)
         if reason is None:
             if reasons:
                 _log_fallback(op, device, candidate, tuple(reasons))
-            return load(op, candidate)
+            return implementation
         reasons.append(f"{candidate}: {reason}")
     if name != "auto":
         raise BackendError(f"backend {name!r} was asked for by name and cannot run {op}: {reason}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+REDUCTIONS = ("mean", "sum", "none")
 LAYER_REDUCTIONS = ("sum", "mean", "none")
 
 
@@ -48,24 +49,30 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    if type(value) is float:  # nearly always, and much faster than what follows
-        return
     if isinstance(value, bool) or not isinstance(value, Real):  # NumPy's scalars are numbers, tensors are not
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def check_positive(name: str, value: float) -> None:
-    if type(value) is not float:
-        check_number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+def check_positive(caller: str = "", /, **numbers: float) -> None:
+    """Every number is positive and finite: ``check_positive(temperature=temperature)``."""
+    for name, value in numbers.items():
+        if type(value) is not float:  # nearly always it is one
+            check_number(_named(caller, name), value)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{_named(caller, name)} must be positive and finite, got {value}")
 
 
-def check_weight(name: str, value: float) -> None:
-    if type(value) is not float:
-        check_number(name, value)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be zero or positive and finite, got {value}")
+def check_weight(caller: str = "", /, **numbers: float) -> None:
+    """Every number is zero or positive, and finite."""
+    for name, value in numbers.items():
+        if type(value) is not float:
+            check_number(_named(caller, name), value)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{_named(caller, name)} must be zero or positive and finite, got {value}")
+
+
+def _named(caller: str, name: str) -> str:
+    return f"{caller}: {name}" if caller else name
 
 
 def check_reduction(reduction: object, caller: str, *, per_sample: bool = True, batchmean: bool = False) -> str:
@@ -103,16 +110,18 @@ def layer_pairs(
     student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], caller: str
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Two tensors, or two sequences of equally many, as two checked lists; the teacher's without gradient."""
-    kinds = [isinstance(x, Tensor) for x in (student, teacher)]
-    if kinds[0] != kinds[1] or not (kinds[0] or (isinstance(student, Iterable) and isinstance(teacher, Iterable))):
+    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        students, teachers = [student], [teacher]
+    elif _is_sequence(student) and _is_sequence(teacher):
+        students, teachers = list(student), list(teacher)
+    else:
         raise TypeError(
             f"{caller}: give two tensors or two sequences of tensors, got {type(student).__name__} "
             f"and {type(teacher).__name__}"
         )
-    students = [student] if isinstance(student, Tensor) else list(student)
-    teachers = [teacher] if isinstance(teacher, Tensor) else list(teacher)
     if len(students) != len(teachers) or not students:
         raise ValueError(f"{caller}: needs as many student as teacher layers, got {len(students)} and {len(teachers)}")
+    constants = []
     for s, t in zip(students, teachers, strict=True):
         check_pair(s, t, caller)
         if s.dim() < 2 or t.dim() < 2 or s.shape[0] != t.shape[0]:
@@ -120,9 +129,14 @@ def layer_pairs(
                 f"{caller}: student and teacher must be (B, ...) with the same B, "
                 f"got {tuple(s.shape)} and {tuple(t.shape)}"
             )
+        constants.append(t.detach())
     if len(students) > 1:
         _check_layers(students, teachers, caller)
-    return students, [t.detach() for t in teachers]
+    return students, constants
+
+
+def _is_sequence(x: object) -> bool:
+    return isinstance(x, Iterable) and not isinstance(x, Tensor)
 
 
 def _check_layers(students: list[Tensor], teachers: list[Tensor], caller: str) -> None:
@@ -139,15 +153,13 @@ def _check_layers(students: list[Tensor], teachers: list[Tensor], caller: str) -
             raise TypeError(f"{caller}: float64 and other layers cannot be mixed, got {first.dtype} and {s.dtype}")
 
 
-def layer_numbers(layer_weights: Sequence[float] | None, layers: int, caller: str) -> list[float]:
-    """One number per layer; None is 1 for each."""
-    if layer_weights is None:
-        return [1.0] * layers
+def layer_numbers(layer_weights: Sequence[float], layers: int, caller: str) -> list[float]:
+    """One number per layer, checked."""
     if isinstance(layer_weights, str) or not isinstance(layer_weights, Iterable):
         raise TypeError(f"{caller}: layer_weights must be numbers, one per layer, got {layer_weights!r}")
     weights = list(layer_weights)
     for weight in weights:
-        check_weight(f"{caller}: layer_weights", weight)
+        check_weight(caller, layer_weights=weight)
     if len(weights) != layers:
         raise ValueError(f"{caller}: layer_weights has {len(weights)} numbers for {layers} layers")
     return [float(weight) for weight in weights]

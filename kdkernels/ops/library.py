@@ -88,50 +88,58 @@ def register(name: str, signature: str, body: Callable[..., Any], fake: Callable
 
 
 class Differentiable:
-    """The op ``kdkernels::name``, called for its first output, which has gradients for the op's first argument(s).
+    """The op ``kdkernels::name`` of a record, called for its first output, which has gradients for the record's first
+    field(s). Its arguments are the record's and ``bool need_grad``.
 
     In eager mode a torch.autograd.Function calls the op, forward and backward, so that modes, profilers and tracers see
     it. Where torch.compile traces, a second op with the same body has its gradient by register_autograd, which
     AOTAutograd wants and whose bookkeeping would cost a small loss more than its kernels.
 
-        keep(args, outputs)          what ``backward`` takes behind the upstream gradient
-        backward(grad, *kept)        an op; the gradients of the first ``inputs`` arguments, tensors or lists of them
-        keeps_constants              whether other tensors among the arguments are kept too
+        keep(args)                which arguments the backward pass needs
+        backward(grad, *outputs, *kept)   an op: the gradients of the first ``inputs`` arguments
+        inputs                    how many arguments, tensors or lists of them, get gradients
+        keeps_loss                whether the backward pass needs the first output too
+        keeps_constants           whether ``keep`` takes tensors that get no gradients
     """
 
     def __init__(
         self,
         name: str,
-        signature: str,
+        record: type,
+        outputs: str,
         body: Callable[..., Any],
         fake: Callable[..., Any],
         *,
-        keep: Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Any]],
+        keep: Callable[[Sequence[Any]], Sequence[Any]],
         backward: Callable[..., Any],
         inputs: int = 1,
+        keeps_loss: bool = False,
         keeps_constants: bool = False,
     ) -> None:
-        def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:  # called by these names
-            if keeps_constants:
-                *output, copies = output
-                inputs = _replaced(inputs, copies)
-            _save(ctx, keep(inputs, output))
-            ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
-
-        count = self._inputs = inputs
-        self._node = _node(name, register(name, signature, body, fake), keep, backward)
+        first = 0 if keeps_loss else 1  # of the outputs that are kept
+        signature = f"({schema(record)}, bool need_grad) -> ({outputs}"
+        self._inputs = inputs
+        self._node = _node(name, register(name, f"{signature})", body, fake), keep, backward, first)
         if keeps_constants:
-            body, fake = _with_copies(body), _with_copies(fake)
-            signature = f"{signature.removesuffix(')')}, Tensor[] copies)"
-        self._traced = register(f"{name}_traced", signature, body, fake)
-        torch.library.register_autograd(
-            f"kdkernels::{name}_traced", _traced_backward(name, backward), setup_context=setup_context, lib=LIBRARY
-        )
+            body, fake, signature = _with_copies(body), _with_copies(fake), f"{signature}, Tensor[] copies"
+        self._traced = register(f"{name}_traced", f"{signature})", body, fake)
+        _register_traced_backward(name, keep, backward, first, inputs, keeps_constants)
 
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, record: tuple[Any, ...]) -> Tensor:
+        inputs = record[0] if isinstance(record[0], list) else record[: self._inputs]
+        need_grad = False
+        if torch.is_grad_enabled():
+            for x in inputs:
+                need_grad = need_grad or x.requires_grad
+        args: list[Any] = []
+        for value in record:  # ``flatten``, without the price of a call
+            if isinstance(value, tuple):
+                args += value
+            else:
+                args.append(value)
+        args.append(need_grad)
         if torch.compiler.is_compiling():
             return typing.cast(Tensor, self._traced(*args)[0])
-        inputs = args[0] if isinstance(args[0], list) else args[: self._inputs]
         return typing.cast(Tensor, self._node.apply(args, *inputs))
 
 
@@ -156,11 +164,11 @@ def _replaced(args: Sequence[Any], copies: Sequence[Tensor]) -> Sequence[Any]:
 
 
 def _node(
-    name: str, op: Callable[..., Any], keep: Callable[..., Sequence[Any]], backward: Callable[..., Any]
+    name: str, op: Callable[..., Any], keep: Callable[..., Sequence[Any]], backward: Callable[..., Any], first: int
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
         outputs = op(*args)
-        _save(ctx, keep(args, outputs))
+        _save(ctx, (*outputs[first:], *keep(args)))
         return outputs[0]
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -175,14 +183,29 @@ def _node(
     return type(f"kdkernels_{name}", (torch.autograd.Function,), methods)  # a loss's grad_fn is called so
 
 
-def _traced_backward(name: str, backward: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+def _register_traced_backward(
+    name: str,
+    keep: Callable[..., Sequence[Any]],
+    backward: Callable[..., Any],
+    first: int,
+    count: int,
+    keeps_constants: bool,
+) -> None:
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:  # called by these names
+        if keeps_constants:
+            *output, copies = output
+            inputs = _replaced(inputs, copies)
+        _save(ctx, (*output[first:], *keep(inputs)))
+        # a list of tensors wants a list of gradients, a list of numbers one None
+        ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
+
     def gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         _refuse_second_derivative(name)
         found = backward(grad, *_saved(ctx))
         own = found if isinstance(found, tuple) else (found,)
         return (*own, *ctx.constants)
 
-    return gradients
+    torch.library.register_autograd(f"kdkernels::{name}_traced", gradients, setup_context=setup_context, lib=LIBRARY)
 
 
 def _refuse_second_derivative(name: str) -> None:
@@ -190,8 +213,8 @@ def _refuse_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
 
 
-def _is_layers(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], Tensor)
+def _is_layers(x: Any) -> bool:
+    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Tensor)
 
 
 class _Layers(int):
@@ -208,14 +231,14 @@ def _save(ctx: Any, kept: Sequence[Any]) -> None:
     for value in kept:
         if isinstance(value, Tensor):
             plan.append(_TENSOR)
-            tensors.append(value)
-        elif _is_layers(value):
+            # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
+            tensors.append(value.clone() if value.is_inference() else value)
+        elif isinstance(value, (list, tuple)):
             plan.append(_Layers(len(value)))
             tensors += value
         else:
             plan.append(value)
-    # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
-    ctx.save_for_backward(*[t.clone() if t.is_inference() else t for t in tensors])
+    ctx.save_for_backward(*tensors)
     ctx.plan = plan
 
 

@@ -1,4 +1,4 @@
-"""How csrc/ is compiled: the one table of flags, for setup.py (ahead of time) and native.py (just in time).
+"""How ninja compiles csrc/: the one table of flags, for setup.py (ahead of time) and native.py (just in time).
 
 setup.py loads this file by its path, so it imports nothing of kdkernels and no torch.
 """
@@ -10,15 +10,14 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen, TimeoutExpired
 
-OPS = ("softmax_kl", "gram", "angular_margin")
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11
 ISA_FLAGS = {
     "base": [],
@@ -30,8 +29,8 @@ CXX_FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines
 KERNEL_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 ARCHITECTURES = ("80", "90")
-WORKERS = 2
-TIMEOUT = 600  # seconds that one compiler call may take
+LIBRARY = "native.so"
+TIMEOUT = 600.0  # seconds that a build may take
 
 
 class BuildError(RuntimeError):
@@ -44,10 +43,6 @@ class Torch:
 
     root: Path
     version: str
-
-    @property
-    def includes(self) -> list[str]:
-        return [f"-isystem{self.root / 'include'}"]
 
 
 def find_torch() -> Torch:
@@ -68,6 +63,15 @@ def find_compiler() -> str:
         if path:
             return path
     raise BuildError("no C++ compiler found: install g++ (or set CXX to one)")
+
+
+def find_ninja() -> str:
+    """The binary in the ninja package: a virtual environment that is not activated does not have it on PATH."""
+    try:
+        import ninja
+    except ImportError as error:
+        raise BuildError("ninja is not installed in this environment: pip install ninja") from error
+    return str(Path(ninja.BIN_DIR) / "ninja")
 
 
 def find_cuda() -> Path | None:
@@ -112,99 +116,136 @@ def host_isa() -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build: the commands are a function of these alone."""
+    """A build: what is made of the same sources is a function of these alone."""
 
     sources: Path
     torch: Torch
     compiler: str
+    ninja: str
     isas: tuple[str, ...]
     cuda: Path | None = None
     architectures: tuple[str, ...] = ARCHITECTURES
 
-    @property
-    def defines(self) -> list[str]:
-        only = [f"-DKD_ONLY={self.isas[0]}"] if len(self.isas) == 1 else []
-        return [*only, *(["-DKD_CUDA"] if self.cuda else [])]
+    def key(self) -> str:
+        """The name of a folder for this build, whatever the sources say."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
-    def nvcc(self, source: Path, output: Path) -> list[str]:
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
-        newest = self.architectures[-1]
-        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        return [f"{self.cuda}/bin/nvcc", *NVCC_FLAGS, *codes, "-c", str(source), "-o", str(output)]
+    def files(self) -> list[Path]:
+        """All of csrc/, the largest first: they take longest to compile."""
+        files = [path for path in self.sources.iterdir() if path.suffix in (".h", ".cuh", ".cpp", ".cu")]
+        return sorted(files, key=lambda path: (-path.stat().st_size, path.name))
 
-    def compile_commands(self, folder: Path) -> list[list[str]]:
-        commands = []
-        for op in OPS:  # the longest first
-            for isa in self.isas:
-                flags = [*CXX_FLAGS, *KERNEL_FLAGS, *ISA_FLAGS[isa], *self.defines, f"-DKD_ISA={isa}"]
-                source, output = self.sources / f"{op}.cpp", folder / f"{op}.{isa}.o"
-                commands.append([self.compiler, *flags, "-c", str(source), "-o", str(output)])
-            if self.cuda:
-                commands.append(self.nvcc(self.sources / f"{op}.cu", folder / f"{op}.cuda.o"))
-        flags = [*CXX_FLAGS, "-O2", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *self.torch.includes, *self.defines]
-        if self.cuda:
-            flags.append(f"-isystem{self.cuda / 'include'}")
-        commands.append(
-            [self.compiler, *flags, "-c", str(self.sources / "bindings.cpp"), "-o", str(folder / "bindings.o")]
-        )
-        return commands
-
-    def link_command(self, folder: Path, output: Path) -> list[str]:
-        objects = [command[-1] for command in self.compile_commands(folder)]
+    def calls(self) -> list[tuple[str, list[str], list[str]]]:
+        """What is made, what of and how, with paths in the build's folder: the objects, then the library."""
+        cxx = [self.compiler, *CXX_FLAGS, *([f"-DKD_ONLY={self.isas[0]}"] if len(self.isas) == 1 else [])]
+        torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem{self.torch.root / 'include'}"]
         libraries = [f"-L{self.torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if self.cuda:
+            cxx.append("-DKD_CUDA")
+            torch.append(f"-isystem{self.cuda / 'include'}")
             # static: the library must load where there is no CUDA runtime, or another one
             libraries += [f"-L{self.cuda / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        return [self.compiler, "-shared", *objects, *libraries, "-o", str(output)]
+        calls: list[tuple[str, list[str], list[str]]] = []
+
+        def add(path: Path, kind: str, *command: str) -> None:
+            source, output = f"csrc/{path.name}", f"{path.stem}.{kind}.o"
+            calls.append((output, [source], [*command, "-MMD", "-MF", f"{output}.d", "-c", source, "-o", output]))
+
+        for path in self.files():
+            if path.name == "bindings.cpp":
+                add(path, "torch", *cxx, "-O2", *torch)
+            elif path.suffix == ".cpp":
+                for isa in self.isas:
+                    add(path, isa, *cxx, *KERNEL_FLAGS, *ISA_FLAGS[isa], f"-DKD_ISA={isa}")
+            elif path.suffix == ".cu" and self.cuda:
+                codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.architectures]
+                codes.append(f"-gencode=arch=compute_{self.architectures[-1]},code=compute_{self.architectures[-1]}")
+                add(path, "cuda", f"{self.cuda}/bin/nvcc", *NVCC_FLAGS, *codes)
+        objects = [output for output, _, _ in calls]
+        calls.append((LIBRARY, objects, [self.compiler, "-shared", *objects, *libraries, "-o", LIBRARY]))
+        return calls
+
+    def tools(self) -> str:
+        """What neither the commands nor the sources tell: the versions of all that works on them."""
+        compilers = [self.compiler, *([f"{self.cuda}/bin/nvcc"] if self.cuda else [])]
+        versions = [_run([compiler, "--version"]) for compiler in compilers]
+        return "\n".join([f"torch {self.torch.version} {platform.machine()}", *versions])
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in sorted(self.sources.glob("*.*")):
-            if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
-                digest.update(path.name.encode() + b"\0" + path.read_bytes())
-        tools = [self.compiler, *([f"{self.cuda}/bin/nvcc"] if self.cuda else [])]
-        for tool in tools:
-            digest.update(_run([tool, "--version"]).encode())
-        commands = [*self.compile_commands(Path("o")), self.link_command(Path("o"), Path("so"))]
-        digest.update(repr([command[1:] for command in commands]).encode())
-        digest.update(f"{self.torch.version} {platform.machine()}".encode())
+        """Names the library that comes out: of these sources, by these commands and tools."""
+        digest = hashlib.sha256(repr([self.tools(), self.calls()]).encode())
+        for path in self.files():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
         return digest.hexdigest()[:32]
+
+    def ninja_file(self) -> str:
+        from ninja.ninja_syntax import Writer, escape
+
+        text = StringIO()
+        writer = Writer(text)  # type: ignore[arg-type]  # its stub asks for a str
+        writer.rule("compile", "$call", description="$out", depfile="$out.d", deps="gcc")
+        writer.rule("link", "$call", description="$out")
+        for output, inputs, call in self.calls():
+            rule, variables = "link" if output == LIBRARY else "compile", {"call": escape(shlex.join(call))}
+            writer.build([output], rule, inputs, implicit=["tools"], variables=variables)
+        return text.getvalue()
 
 
 def plan(package: Path, *, isas: Sequence[str], cuda: bool) -> Plan:
     """What to build here, or a BuildError that names what is missing."""
     toolkit = find_cuda() if cuda else None
-    return Plan(find_sources(package), find_torch(), find_compiler(), tuple(isas), toolkit)
+    return Plan(find_sources(package), find_torch(), find_compiler(), find_ninja(), tuple(isas), toolkit)
 
 
-def _first_error(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+def _first_error(tool: str, said: str) -> str:
+    """Who failed, and with what first. Under ninja it is the compiler whose call stands below FAILED."""
+    failed = re.search(r"^FAILED: .*\n(.*)\n((?s:.*))", said, re.M)
+    if failed:
+        tool, said = shlex.split(failed[1])[0], failed[2]
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\berror\b|cannot find|undefined reference", line)]
-    return (errors or lines or ["it said nothing"])[0][:300]
+    return f"{Path(tool).name} failed: {(errors or lines or ['it said nothing'])[0][:300]}"
 
 
 def _run(command: list[str]) -> str:
     """The command's output; a BuildError with the first error if it fails."""
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TIMEOUT
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        process = Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, errors="replace")
+        said, _ = process.communicate(timeout=TIMEOUT)
+    except OSError as error:
         raise BuildError(f"{command[0]} could not be run: {error}") from error
-    output = done.stdout.decode(errors="replace")
-    if done.returncode:
-        raise BuildError(f"{Path(command[0]).name} failed: {_first_error(output)}")
-    return output
+    except TimeoutExpired as error:
+        process.terminate()  # a kill would leave ninja's compilers at work
+        raise BuildError(f"{command[0]} was stopped: it took more than {TIMEOUT:.0f} s") from error
+    if process.returncode:
+        raise BuildError(_first_error(command[0], said))
+    return said
 
 
-def build(plan: Plan, output: Path) -> list[str]:
-    """Compile and link into ``output``, which appears whole or not at all. Returns what the compilers said."""
+def prepare(plan: Plan, folder: Path) -> list[str]:
+    """Lay out ``folder`` and return the call of ninja that builds there what has changed.
+
+    The sources are copied, each when its text changes: ninja goes by time, and installers give new files old times.
+    """
+    contents = {folder / "csrc" / path.name: path.read_bytes() for path in plan.files()}
+    contents[folder / "tools"] = plan.tools().encode()  # every object depends on these
+    contents[folder / "build.ninja"] = plan.ninja_file().encode()
+    (folder / "csrc").mkdir(parents=True, exist_ok=True)
+    for path in {*(folder / "csrc").iterdir()} - {*contents}:
+        path.unlink()
+    for path, content in contents.items():
+        if not path.exists() or path.read_bytes() != content:
+            path.write_bytes(content)
+    return [plan.ninja, "-C", str(folder)]
+
+
+def build(plan: Plan, folder: Path, output: Path) -> str:
+    """Build in ``folder`` and put the library at ``output``, whole or not at all. Returns what the compilers said."""
+    said = _run(prepare(plan, folder))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=output.parent) as name:
-        folder = Path(name)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            said = list(pool.map(_run, plan.compile_commands(folder)))
-        library = folder / output.name
-        said.append(_run(plan.link_command(folder, library)))
-        os.replace(library, output)
-    return [text for text in said if text.strip()]
+    temporary = output.with_name(f".{output.name}")
+    shutil.copyfile(folder / LIBRARY, temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())  # loading a library that a power failure has cut short can kill the process
+    os.replace(temporary, output)
+    return said

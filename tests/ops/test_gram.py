@@ -113,7 +113,7 @@ def test_opcheck() -> None:
     options = ([teacher, teacher], [1.0, 2.0], "mean", "none", "l2", 1e-12, False)
     torch.library.opcheck(ops.sp_gram_traced.default, ([student, student], *options, True))
     torch.library.opcheck(ops.sp_gram.default, ([student.detach(), teacher], *options, False))
-    torch.library.opcheck(ops.cosine_similarity_traced.default, (student, features(3, 6).requires_grad_()))
+    torch.library.opcheck(ops.cosine_similarity_traced.default, (student, features(3, 6).requires_grad_(), True))
     grams = torch.stack([features(2, 4, 4), features(2, 4, 4)])
     torch.library.opcheck(ops.sp_from_grams.default, (grams, *options[1:], True))
     torch.library.opcheck(ops.grams.default, ([student.detach(), teacher],))

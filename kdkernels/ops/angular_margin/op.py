@@ -8,14 +8,14 @@ All layers of a call are one op, so that a backend can run them in one launch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import compute_dtype, grad_like, need_grad
-from ..library import Differentiable, build, flatten, register, schema
+from ..checks import compute_dtype, grad_like
+from ..library import Differentiable, build, register
 
 
 class ActivationPairs(NamedTuple):
@@ -36,8 +36,11 @@ class ActivationPairs(NamedTuple):
         batch, *_ = self.student[0].shape
         over = max(batch, 1) if self.reduction == "mean" else 1
         over *= len(self.student) if self.layer_reduction == "mean" else 1
-        areas = [float(s.shape[2] * s.shape[3]) ** 2 if self.area_weights else 1.0 for s in self.student]
-        return [weight * area / over for weight, area in zip(self.layer_weights, areas, strict=True)]
+        factors = []
+        for s, weight in zip(self.student, self.layer_weights, strict=True):
+            area = float(s.shape[2] * s.shape[3]) ** 2 if self.area_weights else 1.0
+            factors.append(weight * area / over)
+        return factors
 
     @property
     def per_layer(self) -> bool:
@@ -75,33 +78,27 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     return like.new_empty(shape), like.new_empty(pixels)
 
 
-def _backward(grad: Tensor, student: list[Tensor], kappa: Tensor, per_sample: bool) -> list[Tensor]:
+def _backward(grad: Tensor, kappa: Tensor, student: list[Tensor], reduction: str) -> list[Tensor]:
     implementation: AngularMargin = choose("angular_margin", *student)
-    grad = grad if per_sample else grad[..., None]
+    grad = grad if reduction == "none" else grad[..., None]
     return implementation.backward(grad.expand(len(student), student[0].shape[0]), student, kappa)
 
 
 backward_op = register(
     "angular_margin_backward",
-    "(Tensor grad, Tensor[] student, Tensor kappa, bool per_sample) -> Tensor[]",
+    "(Tensor grad, Tensor kappa, Tensor[] student, str reduction) -> Tensor[]",
     _backward,
-    lambda grad, student, kappa, per_sample: [grad_like(s) for s in student],
+    lambda grad, kappa, student, reduction: [grad_like(s) for s in student],
 )
-
-
-_REDUCTION = ActivationPairs._fields.index("reduction")
-
-
-def _keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
-    return args[0], outputs[1], args[_REDUCTION] == "none"
 
 
 _op = Differentiable(
     "angular_margin",
-    f"({schema(ActivationPairs)}, bool need_grad) -> (Tensor loss, Tensor kappa)",
+    ActivationPairs,
+    "Tensor loss, Tensor kappa",
     _forward,
     _fake,
-    keep=_keep,
+    keep=itemgetter(0, ActivationPairs._fields.index("reduction")),
     backward=backward_op,
 )
 
@@ -111,4 +108,4 @@ def angular_margin(x: ActivationPairs) -> Tensor:
 
     Arguments are the caller's to check: amd_loss.py does.
     """
-    return _op(*flatten(x), need_grad(*x.student))
+    return _op(x)

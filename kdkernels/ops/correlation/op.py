@@ -11,15 +11,16 @@ way to compute it: where the batch is spread over ranks, distributed.py calls th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import compute_dtype, need_grad
+from ..checks import compute_dtype
 from ..gram.op import Gram
-from ..library import Differentiable, build, flatten, register, schema
+from ..library import Differentiable, build, register, schema
 from ..softmax_kl.op import STATS, Rows, SoftmaxKL
 
 Cosine = Callable[
@@ -140,29 +141,28 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     return loss, *cosines, of_teacher, empty(STATS, rows) if need_grad else empty(0), empty()
 
 
-def _backward(grad: Tensor, student: Tensor, *args: Any) -> Tensor:
-    return backward(*_implementations(student, args[0]), grad, student, args[:6], CorrelationOptions(*args[6:]))
+def _backward(grad: Tensor, *args: Any) -> Tensor:
+    *saved, student, views, temperature, reduction = args
+    options = CorrelationOptions(views, temperature, reduction)
+    return backward(*_implementations(student, saved[0]), grad, student, saved, options)
 
 
 _SAVED = "Tensor s, Tensor inverse_a, Tensor inverse_b, Tensor t, Tensor stats, Tensor scale"
 backward_op = register(
     "correlation_backward",
-    f"(Tensor grad, Tensor student, {_SAVED}, {schema(CorrelationOptions)}) -> Tensor",
+    f"(Tensor grad, {_SAVED}, Tensor student, {schema(CorrelationOptions)}) -> Tensor",
     _backward,
-    lambda grad, student, *rest: student.new_empty(student.shape),
+    lambda grad, *args: args[6].new_empty(args[6].shape),
 )
-
-
-def _keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
-    return args[0], *outputs[1:], *args[2:-1]
 
 
 _op = Differentiable(
     "correlation",
-    f"({schema(ViewRows)}, bool need_grad) -> (Tensor loss, {_SAVED})",
+    ViewRows,
+    f"Tensor loss, {_SAVED}",
     _forward,
     _fake,
-    keep=_keep,
+    keep=itemgetter(0, 2, 3, 4),
     backward=backward_op,
 )
 
@@ -175,4 +175,4 @@ def correlation(x: ViewRows) -> Tensor:
     rows = x.student.shape[0]
     if not comparable(rows, x.options.views):
         return nothing(x.student, x.teacher, rows, x.options)
-    return _op(*flatten(x), need_grad(x.student))
+    return _op(x)

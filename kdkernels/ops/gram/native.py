@@ -14,7 +14,8 @@ _native = torch.ops.kdkernels_native
 
 
 def _arguments(options: SPOptions, batch: int) -> tuple[Any, ...]:
-    return options.row_norm, options.scales(batch), options.eps, options.zero_row_grad, options.per_layer
+    per_layer = options.layer_reduction == "none"
+    return options.row_norm, options.scales(batch), options.eps, options.zero_row_grad, per_layer
 
 
 def sp_forward(x: LayerPairs, need_grad: bool) -> tuple[Tensor, Tensor]:

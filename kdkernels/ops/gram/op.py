@@ -10,14 +10,14 @@ one op, so that a backend can run them in one launch. Only B x B matrices are sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import compute_dtype, grad_like, need_grad
-from ..library import Differentiable, build, flatten, register, schema
+from ..checks import compute_dtype, grad_like
+from ..library import Differentiable, build, register, schema
 
 ROW_NORMS = ("l2", "l1")
 COSINE_EPS = 1e-8  # a row that is shorter counts as that long
@@ -35,9 +35,12 @@ class SPOptions(NamedTuple):
 
     def scales(self, batch: int) -> list[float]:
         """What each layer's ||G_t - G_s||_F^2 is multiplied by. Read inside the op, where sizes are plain numbers."""
-        pairs = max(batch, 1) ** 2 if self.reduction == "mean" else 1
-        layers = len(self.layer_weights) if self.layer_reduction == "mean" else 1
-        return [weight / (pairs * layers) for weight in self.layer_weights]
+        over = max(batch, 1) ** 2 if self.reduction == "mean" else 1
+        over *= len(self.layer_weights) if self.layer_reduction == "mean" else 1
+        scales = []
+        for weight in self.layer_weights:
+            scales.append(weight / over)
+        return scales
 
     @property
     def per_layer(self) -> bool:
@@ -50,6 +53,13 @@ class LayerPairs(NamedTuple):
     student: list[Tensor]  # (B, ...) each, any strides
     teacher: list[Tensor]  # (B, ...); constants
     options: SPOptions
+
+
+class RowPair(NamedTuple):
+    """What cosine_similarity computes."""
+
+    a: Tensor  # (N, D)
+    b: Tensor  # (M, D)
 
 
 class Gram(Protocol):
@@ -82,11 +92,6 @@ class Gram(Protocol):
         """dloss/da and dloss/db. Columns may be any part of a's and b's: a row's gradient needs no other columns."""
 
 
-def _implementation(*tensors: Tensor) -> Gram:
-    implementation: Gram = choose("gram", *tensors)
-    return implementation
-
-
 def _sp_outputs(like: Tensor, batch: int, options: SPOptions, need_grad: bool) -> tuple[Tensor, Tensor]:
     layers = len(options.layer_weights)
     loss = like.new_empty((layers,) if options.per_layer else ())
@@ -95,7 +100,8 @@ def _sp_outputs(like: Tensor, batch: int, options: SPOptions, need_grad: bool) -
 
 def _sp_forward(*args: Any) -> tuple[Tensor, Tensor]:
     x = build(LayerPairs, args)
-    return _implementation(*x.student, *x.teacher).sp_forward(x, args[-1])
+    implementation: Gram = choose("gram", *x.student, *x.teacher)
+    return implementation.sp_forward(x, args[-1])
 
 
 def _sp_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -104,28 +110,26 @@ def _sp_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return _sp_outputs(like, x.student[0].shape[0], x.options, args[-1])
 
 
-def _sp_backward(grad: Tensor, student: list[Tensor], gradient_matrix: Tensor) -> list[Tensor]:
-    return _implementation(*student).sp_backward(grad, student, gradient_matrix)
+def _sp_backward(grad: Tensor, gradient_matrix: Tensor, student: list[Tensor]) -> list[Tensor]:
+    implementation: Gram = choose("gram", *student)
+    return implementation.sp_backward(grad, student, gradient_matrix)
 
 
 sp_backward_op = register(
     "sp_gram_backward",
-    "(Tensor grad, Tensor[] student, Tensor gradient_matrix) -> Tensor[]",
+    "(Tensor grad, Tensor gradient_matrix, Tensor[] student) -> Tensor[]",
     _sp_backward,
-    lambda grad, student, gradient_matrix: [grad_like(s) for s in student],
+    lambda grad, gradient_matrix, student: [grad_like(s) for s in student],
 )
-
-
-def _sp_keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
-    return args[0], outputs[1]
 
 
 _sp_op = Differentiable(
     "sp_gram",
-    f"({schema(LayerPairs)}, bool need_grad) -> (Tensor loss, Tensor gradient_matrix)",
+    LayerPairs,
+    "Tensor loss, Tensor gradient_matrix",
     _sp_forward,
     _sp_fake,
-    keep=_sp_keep,
+    keep=itemgetter(slice(0, 1)),
     backward=sp_backward_op,
 )
 
@@ -135,11 +139,12 @@ def sp_gram(x: LayerPairs) -> Tensor:
 
     Arguments are the caller's to check: sp_loss.py does.
     """
-    return _sp_op(*flatten(x), need_grad(*x.student))
+    return _sp_op(x)
 
 
 def _sp_from_grams(grams: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _implementation(grams).sp_from_grams(grams, SPOptions(*args[:-1]), args[-1])
+    implementation: Gram = choose("gram", grams)
+    return implementation.sp_from_grams(grams, SPOptions(*args[:-1]), args[-1])
 
 
 def _sp_from_grams_fake(grams: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -155,7 +160,7 @@ sp_from_grams_op = register(
 grams_op = register(
     "grams",
     "(Tensor[] features) -> Tensor",
-    lambda features: _implementation(*features).grams(features),
+    lambda features: choose("gram", *features).grams(features),
     lambda features: features[0].new_empty(
         (len(features), len(features[0]), len(features[0])), dtype=compute_dtype(*features)
     ),
@@ -170,29 +175,29 @@ def _cosine_fake(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 products_op = register(
     "products",
     "(Tensor a, Tensor b) -> (Tensor products, Tensor squares_a, Tensor squares_b)",
-    lambda a, b: _implementation(a, b).products(a, b),
+    lambda a, b: choose("gram", a, b).products(a, b),
     _cosine_fake,
 )
 cosine_backward_op = register(
     "cosine_similarity_backward",
-    "(Tensor grad, Tensor a, Tensor b, Tensor similarity, Tensor inverse_a, Tensor inverse_b) -> (Tensor, Tensor)",
-    lambda grad, a, b, *saved: _implementation(a, b).cosine_backward(grad, a, b, *saved),
-    lambda grad, a, b, *saved: (a.new_empty(a.shape), b.new_empty(b.shape)),
+    "(Tensor grad, Tensor similarity, Tensor inverse_a, Tensor inverse_b, Tensor a, Tensor b) -> (Tensor, Tensor)",
+    lambda grad, s, inverse_a, inverse_b, a, b: choose("gram", a, b).cosine_backward(
+        grad, a, b, s, inverse_a, inverse_b
+    ),
+    lambda grad, s, inverse_a, inverse_b, a, b: (a.new_empty(a.shape), b.new_empty(b.shape)),
 )
-
-
-def _cosine_keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
-    return *args, *outputs
 
 
 _cosine_op = Differentiable(
     "cosine_similarity",
-    "(Tensor a, Tensor b) -> (Tensor similarity, Tensor inverse_a, Tensor inverse_b)",
-    lambda a, b: _implementation(a, b).cosine_forward(a, b),
-    _cosine_fake,
-    keep=_cosine_keep,
+    RowPair,
+    "Tensor similarity, Tensor inverse_a, Tensor inverse_b",
+    lambda a, b, need_grad: choose("gram", a, b).cosine_forward(a, b),
+    lambda a, b, need_grad: _cosine_fake(a, b),
+    keep=itemgetter(slice(0, 2)),
     backward=cosine_backward_op,
     inputs=2,
+    keeps_loss=True,
 )
 
 
@@ -201,4 +206,4 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
 
     Arguments are the caller's to check.
     """
-    return _cosine_op(a, b)
+    return _cosine_op(RowPair(a, b))

@@ -7,15 +7,15 @@ and its gradient another.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..backend import choose
-from ..checks import compute_dtype, need_grad
-from ..library import Differentiable, build, flatten, register, schema
+from ..checks import compute_dtype
+from ..library import Differentiable, build, register, schema
 
 STATS, STATS_DECOUPLED = 5, 9  # saved numbers per row: two maxima and three log-sums; four more for non-target classes
 
@@ -110,31 +110,27 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return loss, x.student.new_empty(stats, dtype=dtype), x.student.new_empty((), dtype=dtype)
 
 
-def _backward(grad: Tensor, *args: Any) -> Tensor:
+def _backward(grad: Tensor, stats: Tensor, scale: Tensor, *args: Any) -> Tensor:
     x = build(Rows, args)
     implementation: SoftmaxKL = choose("softmax_kl", x.student, x.teacher)
-    return implementation.backward(grad, x, *args[-2:])
+    return implementation.backward(grad, x, stats, scale)
 
 
-_ROWS = schema(Rows)
 backward_op = register(
     "softmax_kl_backward",
-    f"(Tensor grad, {_ROWS}, Tensor stats, Tensor scale) -> Tensor",
+    f"(Tensor grad, Tensor stats, Tensor scale, {schema(Rows)}) -> Tensor",
     _backward,
-    lambda grad, student, *_: torch.empty_like(student, memory_format=torch.contiguous_format),
+    lambda grad, stats, scale, student, *_: torch.empty_like(student, memory_format=torch.contiguous_format),
 )
-
-
-def _keep(args: Sequence[Any], outputs: Sequence[Tensor]) -> Sequence[Any]:
-    return *args[:-1], *outputs[1:]
 
 
 _op = Differentiable(
     "softmax_kl",
-    f"({_ROWS}, bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
+    Rows,
+    "Tensor loss, Tensor stats, Tensor scale",
     _forward,
     _fake,
-    keep=_keep,
+    keep=itemgetter(slice(0, -1)),
     backward=backward_op,
     keeps_constants=True,
 )
@@ -145,4 +141,4 @@ def softmax_kl(x: Rows) -> Tensor:
 
     Arguments are the caller's to check: kd_loss.py and stkd_loss.py do.
     """
-    return _op(*flatten(x), need_grad(x.student))
+    return _op(x)

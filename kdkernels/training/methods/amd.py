@@ -26,9 +26,9 @@ class AMD(Method):
         layer_reduction: str = "sum",
     ) -> None:
         super().__init__()
-        check_weight("AMD: weight", weight)
+        check_weight("AMD", weight=weight)
         check_share("AMD: kd_weight", kd_weight)
-        check_weight("AMD: local_weight", local_weight)
+        check_weight("AMD", local_weight=local_weight)
         self.weight, self.kd_weight, self.temperature = weight, kd_weight, temperature
         self.local_weight, self.layer_weights, self.layer_reduction = local_weight, layer_weights, layer_reduction
 

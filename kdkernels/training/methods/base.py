@@ -13,7 +13,8 @@ from ...ops.checks import check_weight
 
 def check_share(name: str, value: float) -> None:
     """A weight whose rest, 1 - value, is another term's."""
-    check_weight(name, value)
+    caller, _, option = name.partition(": ")
+    check_weight(caller, **{option: value})
     if value > 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 

@@ -34,8 +34,7 @@ class MLKD(Method):
             "supervised_weight": supervised_weight,
             "alignment_weight": alignment_weight,
         }
-        for name, weight in self.weights.items():
-            check_weight(f"MLKD: {name}", weight)
+        check_weight("MLKD", **self.weights)
         self.views = views
         self.loss: MLKDLoss | None = None
 

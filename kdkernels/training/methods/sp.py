@@ -18,7 +18,7 @@ class SP(Method):
 
     def __init__(self, weight: float = 3000.0) -> None:
         super().__init__()
-        check_weight("SP: weight", weight)
+        check_weight("SP", weight=weight)
         self.weight = weight
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:

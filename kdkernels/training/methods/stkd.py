@@ -22,8 +22,8 @@ class STKD(Method):
         decouple: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        check_weight("STKD: ce_weight", ce_weight)
-        check_weight("STKD: kd_weight", kd_weight)
+        check_weight("STKD", ce_weight=ce_weight)
+        check_weight("STKD", kd_weight=kd_weight)
         self.alpha, self.ce_weight, self.kd_weight = alpha, ce_weight, kd_weight
         self.temperature, self.decouple = temperature, decouple
 
