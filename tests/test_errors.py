@@ -129,11 +129,11 @@ OPTIONS: dict[str, Case] = {
     "temperature nan": (ValueError, "nan", lambda: KDLoss(math.nan)),
     "temperature tensor": (TypeError, "temperature must be a number, got Tensor", lambda: KDLoss(torch.ones(()))),
     "temperature bool": (TypeError, "got bool", lambda: SupervisedContrastiveLoss(True)),
-    "sp row norm": (ValueError, "row_norm must be one of 'l2', 'l1', got 'max'", lambda: SPLoss(row_norm="max")),
+    "sp row norm": (ValueError, "row_norm must be one of .'l2', 'l1'., got 'max'", lambda: SPLoss(row_norm="max")),
     "sp eps": (ValueError, "eps must be positive", lambda: sp_loss(X, X, eps=0)),
     "sp layer reduction": (
         ValueError,
-        "layer_reduction must be one of 'sum', 'mean', 'none'",
+        "layer_reduction must be one of .'sum', 'mean', 'none'., got 'max'",
         lambda: SPLoss(layer_reduction="max"),
     ),
     "sp weights": (
@@ -161,7 +161,7 @@ OPTIONS: dict[str, Case] = {
     "amd weights": (ValueError, "amd_loss: layer_weights has 2", lambda: amd_loss(MAPS, MAPS, layer_weights=[1, 2])),
     "amd weights name": (
         ValueError,
-        "must be one of 'area', got 'height'",
+        "must be numbers, 'area' or None, got 'height'",
         lambda: amd_loss(MAPS, MAPS, layer_weights="height"),
     ),
     "amd weights number": (TypeError, "one per layer, got 2.0", lambda: amd_loss(MAPS, MAPS, layer_weights=2.0)),
