@@ -5,19 +5,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test lint docs bench wheel clean
+.PHONY: demo test faults lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo
 
-# the Triton kernels run through Triton's interpreter, which has to be chosen before they are imported
+# the Triton kernels run through Triton's interpreter, which has to be chosen before they are imported; the CUDA kernels
+# on a CPU (tests/cuda_on_cpu), in place of the native ones, once as they are and once with every access checked
+OPS := $(addprefix tests/ops/test_,softmax_kl.py gram.py angular_margin.py correlation.py) tests/test_golden.py
 test: .venv/installed
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/test_golden.py
+	KDKERNELS_TEST_CUDA=plain $(PYTEST) $(OPS) tests/test_losses.py
+	KDKERNELS_TEST_CUDA=checked $(PYTEST) $(OPS) -k "not compiled and not many_columns"
+
+# each seeded fault must be caught by the checks; two minutes
+faults: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m cuda_on_cpu.faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 	$(BIN)/mypy
 
 docs: .venv/installed

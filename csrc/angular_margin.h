@@ -39,16 +39,6 @@ struct AngularMarginBackward : AngularMargin {
   int64_t layer_stride, sample_stride;
 };
 
-constexpr double kUnitEps = 1e-12;
-
-// <x, D> of x = v_s / |v_s| and D = x - v_t / |v_t|, given e = |D|^2: e / 2 for unit vectors. Under the clamp of the norms (a
-// region of one bright pixel) a vector is shorter than 1, and the student's norm is a constant.
-KD_BOTH inline double along_unit(double e, double norm_s, double norm_t) {
-  if (norm_s < kUnitEps) return 0;
-  const double of_1 = norm_t < kUnitEps ? norm_t / kUnitEps : 1;
-  return (e + 1 - of_1 * of_1) / 2;
-}
-
 template <Isa>
 void compute(const AngularMarginForward&, const Pool&);
 template <Isa>

@@ -1,5 +1,5 @@
-// The ops as torch sees them: schemas, and by way of the bindings_*.h checks, allocation, and calls of the kernels. The only
-// file that is compiled with torch's headers.
+// The ops as torch sees them: schemas, and by way of the bindings_*.h checks, allocation, and calls of the kernels. The
+// only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
 #include "bindings_gram.h"
 #include "bindings_softmax_kl.h"
@@ -39,23 +39,23 @@ using torch::stable::detail::StableLibrary;
 
 void define(StableLibrary& m) {
   const std::string softmax_kl =
-      "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, float ce, float kl, "
-      "float target_kl, float non_target_kl, float temperature, str reduction";
+      "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, "
+      "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction";
   const std::string sp = "str row_norm, float[] scales, float eps, bool zero_row_grad, bool per_layer, bool need_grad";
   const std::string schemas[] = {
-           "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
-           "softmax_kl_backward(Tensor grad, " + softmax_kl + ", Tensor stats, Tensor scale) -> Tensor",
-           "gram_grams(Tensor[] features) -> Tensor",
-           "gram_sp_forward(Tensor[] student, Tensor[] teacher, " + sp + ") -> (Tensor loss, Tensor gradient_matrix)",
-           "gram_sp_from_grams(Tensor grams, " + sp + ") -> (Tensor loss, Tensor gradient_matrix)",
-           "gram_sp_backward(Tensor grad, Tensor[] student, Tensor gradient_matrix) -> Tensor[]",
-           "gram_products(Tensor a, Tensor b) -> (Tensor products, Tensor squares_a, Tensor squares_b)",
-           "gram_cosine_forward(Tensor a, Tensor b) -> (Tensor similarity, Tensor inverse_a, Tensor inverse_b)",
-           "gram_cosine_backward(Tensor grad, Tensor a, Tensor b, Tensor similarity, Tensor inverse_a, Tensor inverse_b) "
-           "-> (Tensor, Tensor)",
-           "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
-           "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
-           "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
+      "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
+      "softmax_kl_backward(Tensor grad, " + softmax_kl + ", Tensor stats, Tensor scale) -> Tensor",
+      "gram_grams(Tensor[] features) -> Tensor",
+      "gram_sp_forward(Tensor[] student, Tensor[] teacher, " + sp + ") -> (Tensor loss, Tensor gradient_matrix)",
+      "gram_sp_from_grams(Tensor grams, " + sp + ") -> (Tensor loss, Tensor gradient_matrix)",
+      "gram_sp_backward(Tensor grad, Tensor[] student, Tensor gradient_matrix) -> Tensor[]",
+      "gram_products(Tensor a, Tensor b) -> (Tensor products, Tensor squares_a, Tensor squares_b)",
+      "gram_cosine_forward(Tensor a, Tensor b) -> (Tensor similarity, Tensor inverse_a, Tensor inverse_b)",
+      "gram_cosine_backward(Tensor grad, Tensor a, Tensor b, Tensor similarity, Tensor inverse_a, Tensor inverse_b) "
+      "-> (Tensor, Tensor)",
+      "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
+      "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
+      "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -76,7 +76,12 @@ void implement(StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(kdkernels_native, m) { define(m); }
+STABLE_TORCH_LIBRARY(kdkernels_native, m) {
+  define(m);
+#ifdef KD_CUDA
+  m.def("has_cuda() -> bool");  // never called: that it exists says that there are CUDA kernels
+#endif
+}
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) { implement(m); }
 #ifdef KD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) { implement(m); }

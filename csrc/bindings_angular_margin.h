@@ -15,9 +15,9 @@ struct AngularLayers {
   int64_t pixels = 0;
 
   void add(const Tensor& s, const Tensor& t, double factor, void* out) {
-    STD_TORCH_CHECK(s.dim() == 4 && t.dim() == 4 && s.size(0) == t.size(0) && s.size(2) == t.size(2) &&
-                        s.size(3) == t.size(3),
-                    "kdkernels: activations must be (B, C, H, W) with the same B, H and W");
+    STD_TORCH_CHECK(
+        s.dim() == 4 && t.dim() == 4 && s.size(0) == t.size(0) && s.size(2) == t.size(2) && s.size(3) == t.size(3),
+        "kdkernels: activations must be (B, C, H, W) with the same B, H and W");
     check_device(t, s);
     AngularLayer layer{};
     layer.student = activation(s);

@@ -29,8 +29,8 @@ struct SoftmaxKlArguments {
         target(in.next<std::optional<Tensor>>()),
         mixed(in.next<std::optional<Tensor>>()),
         lam(in.next<std::optional<Tensor>>()),
-        options{in.next<int64_t>(), in.next<double>(), in.next<double>(), in.next<double>(), in.next<double>(),
-                in.next<double>(), reduction_of(in.next<std::string>())} {}
+        options{in.next<int64_t>(), in.next<double>(), in.next<double>(), in.next<double>(),
+                in.next<double>(),  in.next<double>(), in.next<double>(), reduction_of(in.next<std::string>())} {}
 };
 
 // Fills a record with the tensors of `arguments`; owns the copies that were needed.

@@ -3,10 +3,15 @@
 
 #include <cstdint>
 
+// The namespace of the kernels that are being compiled: a CPU's instruction set, or cuda.
 #ifdef __CUDACC__
 #define KD_BOTH __host__ __device__
+#define KD_ISA cuda
 #else
 #define KD_BOTH
+#ifndef KD_ISA
+#define KD_ISA base
+#endif
 #endif
 
 namespace kd {
@@ -22,7 +27,7 @@ struct Pool {
   int threads;
 };
 
-// Each CPU kernel file is compiled once per instruction set, with KD_ISA its name, and specialises compute<> for it.
+// Each CPU kernel file is compiled once per instruction set and specialises compute<> for it.
 enum class Isa : int { base, avx2, avx512 };
 
 // The record of one kernel call: all arguments that the bindings hand over. In such a record T is float, or double

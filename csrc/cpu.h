@@ -1,48 +1,17 @@
-// Helpers of the CPU kernels. Everything is static and inside the instruction set's own namespace: a function that the
-// linker could merge across instruction sets would run AVX-512 code on a machine that has none. For the same reason
-// nothing here instantiates templates of the standard library.
+// Helpers of the CPU kernels: scratch memory, threads, rows of any type.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 
-#include "common.h"
-
-#ifndef KD_ISA
-#define KD_ISA base
-#endif
-
-#ifdef __FMA__
-#define KD_FMA(a, b, c) __builtin_fmaf(a, b, c)
-#else
-#define KD_FMA(a, b, c) ((a) * (b) + (c))
-#endif
+#include "arithmetic.h"
 
 namespace kd {
 namespace KD_ISA {
 namespace {
 
 constexpr int64_t kChunk = 512;  // numbers that are summed in their own precision before the sum goes on in double
-
-template <typename T>
-inline T min(T a, T b) {
-  return b < a ? b : a;
-}
-template <typename T>
-inline T max(T a, T b) {
-  return a < b ? b : a;
-}
-
-template <typename To, typename From>
-inline To bits(From x) {
-  static_assert(sizeof(To) == sizeof(From), "sizes differ");
-  To y;
-  std::memcpy(&y, &x, sizeof(y));
-  return y;
-}
 
 // Uninitialised, cache-line aligned scratch memory.
 template <typename T>
@@ -65,36 +34,10 @@ class Buffer {
 template <typename F>
 inline void parallel(const Pool& pool, int64_t count, int64_t grain, const F& f) {
   if (count <= 0) return;
-  pool.run(count, max<int64_t>(grain, 1),
-           [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
-           const_cast<void*>(static_cast<const void*>(&f)));
-}
-
-// ---- 16-bit formats, by integer arithmetic that every instruction set can vectorise ----
-
-inline float from_bf16(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
-
-inline float from_f16(uint16_t x) {
-  const uint32_t magnitude = x & 0x7fffu;
-  const uint32_t finite = bits<uint32_t>(bits<float>(magnitude << 13) * 0x1p112f);  // exact for subnormals too
-  const uint32_t value = magnitude >= 0x7c00u ? finite | 0x7f800000u : finite;
-  return bits<float>(value | static_cast<uint32_t>(x & 0x8000u) << 16);
-}
-
-inline uint16_t to_bf16(float x) {  // to nearest, ties to even
-  const uint32_t b = bits<uint32_t>(x);
-  const uint32_t rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
-  return static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
-inline uint16_t to_f16(float x) {  // to nearest, ties to even
-  const uint32_t b = bits<uint32_t>(x), magnitude = b & 0x7fffffffu;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-  const uint32_t subnormal = bits<uint32_t>(bits<float>(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t value = magnitude < 0x38800000u ? subnormal : normal;
-  value = magnitude >= 0x47800000u ? 0x7c00u : value;
-  value = magnitude > 0x7f800000u ? 0x7e00u : value;
-  return static_cast<uint16_t>(value | (b >> 16 & 0x8000u));
+  pool.run(
+      count, max<int64_t>(grain, 1),
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
 }
 
 template <typename T>
@@ -157,35 +100,6 @@ inline void store(DType dtype, void* base, int64_t offset, int64_t n, const T* f
       for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(static_cast<float>(from[i]));
     }
   }
-}
-
-template <typename T>
-inline double read(DType dtype, const void* base, int64_t index) {
-  T buffer;
-  return static_cast<double>(*load<T>(dtype, base, index, 1, &buffer));
-}
-
-// ---- functions that loops over float vectorise; over double they are the library's ----
-
-inline double fast_exp(double x) { return std::exp(x); }
-
-// exp of x <= 0 to 1 ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Results below 2^-126 are 0, NaN stays
-// NaN, and x > 88 gives nonsense: every caller has its maximum subtracted, or throws such a result away.
-inline float fast_exp(float x) {
-  const float shifted = KD_FMA(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23 rounds to an integer
-  const float n = shifted - 12582912.0f;
-  float r = KD_FMA(n, -0.693359375f, x);
-  r = KD_FMA(n, 2.12194440e-4f, r);
-  float p = 1.9875691500e-4f;
-  p = KD_FMA(p, r, 1.3981999507e-3f);
-  p = KD_FMA(p, r, 8.3334519073e-3f);
-  p = KD_FMA(p, r, 4.1665795894e-2f);
-  p = KD_FMA(p, r, 1.6666665459e-1f);
-  p = KD_FMA(p, r, 5.0000001201e-1f);
-  p = KD_FMA(p, r * r, r) + 1.0f;
-  const float power = bits<float>((bits<uint32_t>(shifted) + 127u) << 23);
-  p *= power;
-  return x < -87.33654f ? 0.0f : p;
 }
 
 template <typename T>

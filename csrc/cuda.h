@@ -1,5 +1,5 @@
-// The CUDA kernels' entry points, on raw pointers and a stream. They never allocate or synchronise: scratch memory comes
-// from the caller, so that a CUDA graph can capture every call.
+// The CUDA kernels' entry points, on raw pointers and a stream. They never allocate or synchronise: scratch memory
+// comes from the caller, so that a CUDA graph can capture every call.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,5 @@
-// Helpers of the CUDA kernels: reading any input type as T, block reductions in a fixed order, checked calls.
+// Helpers of the CUDA kernels: reading any input type as T, block reductions in a fixed order, checked calls. numbers.h
+// has on the CPU what arithmetic.h needs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,13 +21,9 @@ inline void check(cudaError_t status, const char* what) {
 
 inline void check_launch(const char* kernel) { check(cudaGetLastError(), kernel); }
 
-__host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-__host__ __device__ inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// One element as T. The type is the same for a whole launch, so the branch never diverges.
+// Number `index` of an array as T. The type is the same for a whole launch, so the branch never diverges.
 template <typename T>
-__device__ inline T load(DType type, const void* data, int64_t i) {
+__device__ inline T element(DType type, const void* data, int64_t i) {
   switch (type) {
     case DType::f16: return static_cast<T>(__half2float(static_cast<const __half*>(data)[i]));
     case DType::bf16: return static_cast<T>(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]));
@@ -43,6 +40,15 @@ __device__ inline void store(DType type, void* data, int64_t i, T x) {
     case DType::f32: static_cast<float*>(data)[i] = static_cast<float>(x); break;
     default: static_cast<double*>(data)[i] = static_cast<double>(x);
   }
+}
+
+template <typename T>
+__device__ inline T fast_exp(T x) {
+  return exp(x);
+}
+template <typename T>
+__device__ inline T unit_log1p(T y) {
+  return log1p(y);
 }
 
 template <typename T>

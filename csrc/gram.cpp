@@ -1,16 +1,12 @@
-// gram on the CPU: products from matrix.h; everything on B x B matrices is done in double, since it costs next to nothing.
+// gram on the CPU: products from matrix.h; all work on B x B matrices is in double, since it costs next to nothing.
 #include "gram.h"
 
-#include "cpu.h"
-#include "matrix.h"
+#include "cosine.h"
 
 namespace kd {
 namespace KD_ISA {
 namespace {
 
-constexpr double kCosineEps = 1e-8;
-constexpr int64_t kSmall = 1 << 17;  // simple operations that are not worth a second thread
-constexpr int64_t kProducts = 1 << 22;  // the same for multiply-adds of a matrix product
 constexpr int64_t kPartMemory = int64_t(1) << 26;  // bytes of partial Gram matrices at most
 
 // ---- Gram matrices ----
@@ -19,9 +15,9 @@ constexpr int64_t kPartMemory = int64_t(1) << 26;  // bytes of partial Gram matr
 inline int64_t column_parts(const Rows* features, int64_t count, int64_t stride, const Pool& pool) {
   int64_t width = 1;
   for (int64_t i = 0; i < count; ++i) width = max(width, features[i].width);
-  const int64_t wanted = (4 * pool.threads + count - 1) / count;
+  const int64_t wanted = ceil_div(4 * pool.threads, count);
   const int64_t room = kPartMemory / (count * stride * stride * 8 + 1);
-  return max<int64_t>(1, min(min(wanted, room), (width + 255) / 256));
+  return max<int64_t>(1, min(min(wanted, room), ceil_div(width, 256)));
 }
 
 // K = Q Q^T of every matrix: [count, batch, batch]
@@ -36,7 +32,7 @@ void raw_grams(const Rows* features, int64_t count, int64_t batch, const Pool& p
     for (int64_t task = begin; task < end; ++task) {
       const int64_t matrix = task % count, part = task / count;  // every thread gets some of every matrix
       const Rows& q = features[matrix];
-      const int64_t step = round_up((q.width + parts - 1) / parts, 64);
+      const int64_t step = round_up(ceil_div(q.width, parts), 64);
       inner_products<T>(q, 0, batch, q, true, min(q.width, part * step), min(q.width, (part + 1) * step),
                         k + (matrix * parts + part) * size, stride);
     }
@@ -62,13 +58,9 @@ void grams(const Grams& x, const Pool& pool) {
 
 // ---- similarity-preserving loss ----
 
-struct Normalised {
-  double norm, divisor;
-};
-
 // ||K_i||, by way of K / max |K|: squares of large features overflow
 template <typename K>
-inline Normalised row_norm(const K* k, int64_t n, const SpOptions& options) {
+inline RowNorm row_norm(const K* k, int64_t n, const SpOptions& options) {
   const bool l1 = options.l1;
   double top = 0, sum = 0;
 #pragma omp simd reduction(max : top)
@@ -76,14 +68,13 @@ inline Normalised row_norm(const K* k, int64_t n, const SpOptions& options) {
   const double by = l1 || top == 0 ? 1 : 1 / top;  // NaN does not count in the maximum; it shows in the sum
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += l1 ? std::fabs(double(k[j])) : (k[j] * by) * (k[j] * by);
-  const double norm = l1 ? sum : std::sqrt(sum) / by;
-  return {norm, norm < options.eps ? options.eps : norm};
+  return RowNorm(l1 ? sum : std::sqrt(sum) / by, options.eps);
 }
 
-// A row of a layer's Gram matrices: returns ||G_t - G_s||^2 of it, and makes the specification's H_i unless h is null.
+// A row of a layer's Gram matrices: returns ||G_t - G_s||^2 of it, and makes the row's gradient by K unless h is null.
 template <typename K>
 double sp_row(const SpOptions& options, double scale, const K* k_s, const K* k_t, int64_t n, double* h) {
-  const Normalised s = row_norm(k_s, n, options), t = row_norm(k_t, n, options);
+  const RowNorm s = row_norm(k_s, n, options), t = row_norm(k_t, n, options);
   double loss = 0, inner = 0;
 #pragma omp simd reduction(+ : loss, inner)
   for (int64_t j = 0; j < n; ++j) {
@@ -93,12 +84,8 @@ double sp_row(const SpOptions& options, double scale, const K* k_s, const K* k_t
     if (h) h[j] = 2 * scale * difference;
   }
   if (!h) return loss;
-  if (s.norm < options.eps) inner = 0;  // below eps the norm is a constant
-  const bool dead = s.norm == 0 && !options.zero_row_grad;  // an all-zero row has no direction to normalise
-  for (int64_t j = 0; j < n; ++j) {
-    const double direction = options.l1 ? (k_s[j] > 0) - (k_s[j] < 0) : k_s[j] / s.divisor;
-    h[j] = dead ? 0 : (h[j] - inner * direction) / s.divisor;
-  }
+  const ThroughRowNorm through(s, inner, options);
+  for (int64_t j = 0; j < n; ++j) h[j] = through(h[j], k_s[j]);
   return loss;
 }
 
@@ -139,7 +126,6 @@ void sp_loss(const SpLoss& x, const K* grams, const Pool& pool) {
   if (!x.per_layer) *loss = static_cast<T>(total);
 }
 
-// In double throughout, since that costs next to nothing: a B x B matrix is small beside the features.
 template <typename T>
 void sp_forward(const SpForward& x, const Pool& pool) {
   Buffer<double> k(2 * x.layers * x.batch * x.batch);
@@ -151,17 +137,6 @@ void sp_forward(const SpForward& x, const Pool& pool) {
 template <typename T>
 void sp_from_grams(const SpFromGrams& x, const Pool& pool) {
   sp_loss<T>(x, static_cast<const T*>(x.grams), pool);
-}
-
-// out = finish(W Q) for all columns, in parallel
-template <typename T, typename F>
-void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Rows& q, const F& finish) {
-  const int64_t slice = weighted_slice(q.count + count), tasks = (q.width + slice - 1) / slice;
-  parallel(pool, tasks, kProducts / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
-    Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
-    for (int64_t task = begin; task < end; ++task)
-      weighted_sum<T>(packed_w, count, q, task * slice, min(slice, q.width - task * slice), scratch, finish);
-  });
 }
 
 template <typename T>
@@ -177,101 +152,6 @@ void sp_backward(const SpBackward& x, const Pool& pool) {
       store<T>(q.type, x.out[i], row * q.width + column, width, values);
     });
   }
-}
-
-// ---- products and cosines of rows ----
-
-// out_i = finish(||q_i||^2)
-template <typename T, typename F>
-void row_squares(const Rows& q, const Pool& pool, const F& finish, T* out) {
-  parallel(pool, q.count, kSmall / (q.width + 1), [&](int64_t begin, int64_t end) {
-    Buffer<T> buffer(q.width);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* x = load<T>(q.type, q.data, i * q.stride, q.width, buffer);
-      double sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t k = 0; k < q.width; ++k) sum += double(x[k]) * double(x[k]);
-      out[i] = static_cast<T>(finish(sum));
-    }
-  });
-}
-
-// out_ij = finish(i, j, <a_i, b_j>)
-template <typename T, typename F>
-void row_products(const Rows& a, const Rows& b, const Pool& pool, const F& finish, T* out) {
-  const int64_t n = a.count, m = b.count, stride = round_up(m, kTile);
-  if (n == 0 || m == 0) return;
-  const int64_t threads = n * m * a.width < 2 * kProducts ? 1 : pool.threads;
-  const int64_t step = round_up((n + threads - 1) / threads, kTile);
-  parallel(pool, (n + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
-    Buffer<double> products(step * stride);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task * step, count = min(step, n - first);
-      inner_products<T>(a, first, count, b, false, 0, a.width, products, stride);
-      for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = 0; j < m; ++j)
-          out[(first + i) * m + j] = static_cast<T>(finish(first + i, j, products[i * stride + j]));
-    }
-  });
-}
-
-template <typename T>
-void products(const Products& x, const Pool& pool) {
-  const auto same = [](double square) { return square; };
-  row_squares(x.a, pool, same, static_cast<T*>(x.squares_a));
-  row_squares(x.b, pool, same, static_cast<T*>(x.squares_b));
-  row_products(
-      x.a, x.b, pool, [](int64_t, int64_t, double product) { return product; }, static_cast<T*>(x.products));
-}
-
-template <typename T>
-void cosine_forward(const CosineForward& x, const Pool& pool) {
-  const auto inverse = [](double square) { return 1 / max(std::sqrt(square), kCosineEps); };
-  T *inverse_a = static_cast<T*>(x.inverse_a), *inverse_b = static_cast<T*>(x.inverse_b);
-  row_squares(x.a, pool, inverse, inverse_a);
-  row_squares(x.b, pool, inverse, inverse_b);
-  row_products(
-      x.a, x.b, pool,
-      [&](int64_t i, int64_t j, double product) { return product * double(inverse_a[i]) * double(inverse_b[j]); },
-      static_cast<T*>(x.similarity));
-}
-
-// One side of the backward pass: out_i = inverse_i (sum_k W_ik q_k - inner_i inverse_i x_i)
-template <typename T, typename F>
-void cosine_side(const Pool& pool, const F& weight, const Rows& q, const Rows& x, const T* inverse, const double* inner,
-                 void* out) {
-  Buffer<T> packed(round_up(x.count, kTall) * q.count);
-  pack_weights<T>(x.count, q.count, weight, packed);
-  const T* w = packed;
-  weighted_rows<T>(pool, w, x.count, q, [&](int64_t row, int64_t column, int64_t width, T* values) {
-    T buffer[512];  // weighted_slice() is no more
-    const T* own = load<T>(x.type, x.data, row * x.stride + column, width, buffer);
-    // below the eps the norm is a constant, so nothing is projected out
-    const T i = inverse[row], along = i >= T(1 / kCosineEps) ? T(0) : static_cast<T>(inner[row]) * i;
-#pragma omp simd
-    for (int64_t k = 0; k < width; ++k) values[k] = (values[k] - along * own[k]) * i;
-    store<T>(x.type, out, row * x.width + column, width, values);
-  });
-}
-
-template <typename T>
-void cosine_backward(const CosineBackward& x, const Pool& pool) {
-  const int64_t n = x.a.count, m = x.b.count;
-  const T *grad = static_cast<const T*>(x.grad), *similarity = static_cast<const T*>(x.similarity);
-  const T *inverse_a = static_cast<const T*>(x.inverse_a), *inverse_b = static_cast<const T*>(x.inverse_b);
-  Buffer<double> inner(n + m);
-  double *inner_a = inner, *inner_b = inner_a + n;
-  for (int64_t i = 0; i < n + m; ++i) inner_a[i] = 0;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < m; ++j) {
-      const double product = double(grad[i * m + j]) * double(similarity[i * m + j]);
-      inner_a[i] += product;
-      inner_b[j] += product;
-    }
-  cosine_side<T>(
-      pool, [&](int64_t i, int64_t j) { return grad[i * m + j] * inverse_b[j]; }, x.b, x.a, inverse_a, inner_a, x.grad_a);
-  cosine_side<T>(
-      pool, [&](int64_t j, int64_t i) { return grad[i * m + j] * inverse_a[i]; }, x.a, x.b, inverse_b, inner_b, x.grad_b);
 }
 
 }  // namespace

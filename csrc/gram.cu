@@ -1,217 +1,15 @@
 // gram on CUDA. The Gram matrices of a training batch are few output tiles from many columns, so the columns are split:
-//   product   a block per (matrix, 64 x 64 tile, split): partial inner products; only the lower half of a symmetric matrix
-//   row       a block per row: sums the splits, normalises, forms the loss and H
-//   symmetrise  H + H^T;  sum: the rows' losses in a fixed order
-//   weighted  backward: W Q in 64 x 64 tiles, for all layers in one launch
-#include "cuda.h"
-#include "device.cuh"
+//   product     a block per (matrix, 64 x 64 tile, split): partial inner products, of a symmetric matrix the lower half
+//   row         a block per row: sums the splits, normalises, forms the loss and H
+//   symmetrise  H + H^T
+//   sum         the rows' losses in a fixed order
+//   weighted    backward: W Q in 64 x 64 tiles, for all layers in one launch
+#include "cosine.cuh"
+#include "products.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
-
-constexpr int kTables = 16;                            // matrices or layers of a launch; their table is passed by value
-constexpr int kTile = 64, kDepth = 16, kThreads = 256;  // each thread makes 4 x 4 of a tile's numbers
-constexpr int kRowThreads = 128;
-constexpr int kWantedBlocks = 1056;  // eight per multiprocessor of an H100: a constant, so that sums do not depend on the GPU
-
-// ---- inner products of rows ----
-
-struct Factors {
-  Rows a, b;
-  bool symmetric;
-  int64_t partial;  // where the [splits, a.count, b.count] partial products start
-};
-
-struct ProductTable {
-  Factors items[kTables];
-  int64_t first_block[kTables + 1];
-  int count, splits;
-};
-
-template <typename Table>
-__device__ inline int item_of(const Table& table, int64_t block) {
-  int i = 0;
-  while (i + 1 < table.count && block >= table.first_block[i + 1]) ++i;
-  return i;
-}
-
-__host__ __device__ inline int64_t tiles_of(const Factors& p) {
-  const int64_t rows = ceil_div(p.a.count, kTile), columns = ceil_div(p.b.count, kTile);
-  return p.symmetric ? rows * (rows + 1) / 2 : rows * columns;
-}
-
-template <typename T>
-__device__ inline T element(const Rows& q, int64_t row, int64_t column, int64_t end) {
-  return row < q.count && column < end ? load<T>(q.type, q.data, row * q.stride + column) : T(0);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductTable table, T* partial) {
-  __shared__ T tile_a[kDepth][kTile + 1], tile_b[kDepth][kTile + 1];
-  const int i = item_of(table, blockIdx.x);
-  const Factors& p = table.items[i];
-  const int64_t block = blockIdx.x - table.first_block[i], split = block % table.splits;
-  int64_t tile = block / table.splits, row = 0, column = 0;
-  if (p.symmetric) {
-    while (tile > row) tile -= ++row;  // row r of the lower triangle has r + 1 tiles
-    column = tile;
-  } else {
-    const int64_t columns = ceil_div(p.b.count, kTile);
-    row = tile / columns;
-    column = tile % columns;
-  }
-  row *= kTile;
-  column *= kTile;
-  const int64_t step = ceil_div(ceil_div(p.a.width, table.splits), kDepth) * kDepth;
-  const int64_t begin = split * step, end = min(p.a.width, begin + step);
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;  // also the column and the row of what a thread reads
-  T sum[4][4] = {};
-  for (int64_t k = begin; k < end; k += kDepth) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      tile_a[x][y + 16 * r] = element<T>(p.a, row + y + 16 * r, k + x, end);
-      tile_b[x][y + 16 * r] = element<T>(p.b, column + y + 16 * r, k + x, end);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      T a[4], b[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        a[r] = tile_a[d][y + 16 * r];
-        b[r] = tile_b[d][x + 16 * r];
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] += a[r] * b[c];
-    }
-    __syncthreads();
-  }
-  T* out = partial + p.partial + split * p.a.count * p.b.count;
-#pragma unroll
-  for (int r = 0; r < 4; ++r)
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-      if (row + y + 16 * r < p.a.count && column + x + 16 * c < p.b.count)
-        out[(row + y + 16 * r) * p.b.count + column + x + 16 * c] = sum[r][c];
-}
-
-// How many parts the columns are cut into: enough blocks for a large GPU, of 128 columns at least, and of 4096 at most, as
-// what two Grams differ by would drown in the rounding of longer fp32 sums.
-inline int splits_for(int64_t tiles, int64_t width) {
-  const int64_t wanted = ceil_div(kWantedBlocks, max(tiles, 1)), room = ceil_div(width, 128);
-  return static_cast<int>(max(ceil_div(width, 4096), max(1, min(min(wanted, room), 64))));
-}
-
-template <typename T>
-void start_products(ProductTable& table, T* partial, cudaStream_t stream) {
-  for (int i = 0; i < table.count; ++i)
-    table.first_block[i + 1] = table.first_block[i] + tiles_of(table.items[i]) * table.splits;
-  if (table.first_block[table.count] == 0) return;
-  product_kernel<T><<<table.first_block[table.count], kThreads, 0, stream>>>(table, partial);
-  check_launch("gram product");
-}
-
-// Entry (i, j) of a product: its splits, summed.
-template <typename T>
-__device__ inline double product_at(const T* partial, int64_t size, int splits, int64_t at) {
-  double sum = 0;
-  for (int k = 0; k < splits; ++k) sum += static_cast<double>(partial[k * size + at]);
-  return sum;
-}
-
-// ---- weighted sums of rows ----
-
-// out_i = sum_k W_ik q_k; with `inverse`, out_i = inverse_i (that - inner_i inverse_i own_i)
-template <typename T>
-struct Weighted {
-  const T* w;  // W_ik = w[i * row_stride + k * column_stride] (* column_scale[k]) (* *factor)
-  int64_t row_stride, column_stride;
-  const T *column_scale, *factor;
-  Rows q, own;
-  const T* inverse;
-  const double* inner;
-  void* out;  // dense rows of own's dtype
-};
-
-template <typename T>
-struct WeightedTable {
-  Weighted<T> items[kTables];
-  int64_t first_block[kTables + 1];
-  int count;
-};
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) weighted_kernel(const __grid_constant__ WeightedTable<T> table) {
-  __shared__ T tile_w[kDepth][kTile + 1], tile_q[kDepth][kTile];
-  const int i = item_of(table, blockIdx.x);
-  const Weighted<T>& p = table.items[i];
-  const int64_t block = blockIdx.x - table.first_block[i], rows = ceil_div(p.own.count, kTile);
-  const int64_t row = block % rows * kTile, column = block / rows * kTile;
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  const T factor = p.factor ? *p.factor : T(1);
-  T sum[4][4] = {};
-  for (int64_t k = 0; k < p.q.count; k += kDepth) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int64_t at = row + y + 16 * r;
-      T w = 0;
-      if (at < p.own.count && k + x < p.q.count) {
-        w = p.w[at * p.row_stride + (k + x) * p.column_stride] * factor;
-        if (p.column_scale) w *= p.column_scale[k + x];
-      }
-      tile_w[x][y + 16 * r] = w;
-      tile_q[y][x + 16 * r] = element<T>(p.q, k + y, column + x + 16 * r, p.q.width);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      T w[4], q[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        w[r] = tile_w[d][y + 16 * r];
-        q[r] = tile_q[d][x + 16 * r];
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] += w[r] * q[c];
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t at = row + y + 16 * r;
-    if (at >= p.own.count) continue;
-    T scale = 1, along = 0;
-    if (p.inverse) {
-      scale = p.inverse[at];
-      // below the eps the norm is a constant, so nothing is projected out
-      along = scale >= T(1e8) ? T(0) : static_cast<T>(p.inner[at]) * scale;
-    }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t to = column + x + 16 * c;
-      if (to >= p.own.width) continue;
-      T value = sum[r][c];
-      if (p.inverse) value = (value - along * load<T>(p.own.type, p.own.data, at * p.own.stride + to)) * scale;
-      store<T>(p.own.type, p.out, at * p.own.width + to, value);
-    }
-  }
-}
-
-template <typename T>
-void start_weighted(WeightedTable<T>& table, cudaStream_t stream) {
-  for (int i = 0; i < table.count; ++i) {
-    const Rows& own = table.items[i].own;
-    table.first_block[i + 1] = table.first_block[i] + ceil_div(own.count, kTile) * ceil_div(own.width, kTile);
-  }
-  if (table.first_block[table.count] == 0) return;
-  weighted_kernel<T><<<table.first_block[table.count], kThreads, 0, stream>>>(table);
-  check_launch("gram weighted sum");
-}
 
 // ---- Gram matrices ----
 
@@ -264,7 +62,8 @@ void grams(const Grams& x, cudaStream_t stream) {
   if (x.count * x.batch == 0) return;
   T* partial = static_cast<T*>(x.workspace);
   start_grams(x.features, layout, partial, stream);
-  gram_kernel<T><<<x.count * x.batch, kRowThreads, 0, stream>>>(partial, x.batch, layout.splits, static_cast<T*>(x.grams));
+  gram_kernel<T>
+      <<<x.count * x.batch, kRowThreads, 0, stream>>>(partial, x.batch, layout.splits, static_cast<T*>(x.grams));
   check_launch("gram");
 }
 
@@ -272,9 +71,8 @@ void grams(const Grams& x, cudaStream_t stream) {
 
 struct SpConstants {
   double scales[kTables];  // of this launch's layers
+  SpOptions options;       // its own scales are on the host
   int64_t first_layer, layers, batch;
-  double eps;
-  bool l1, zero_row_grad;
   int splits;
 };
 
@@ -305,11 +103,11 @@ __global__ void sp_row_kernel(const __grid_constant__ SpConstants c, const T* pa
     gram_row(partial + layer * c.splits * size, n, c.splits, i, k_s);
     gram_row(partial + teacher * c.splits * size, n, c.splits, i, k_t);
   }
-  const double norm_s = row_norm(k_s, n, c.l1, shared), norm_t = row_norm(k_t, n, c.l1, shared);
-  const double by_s = norm_s < c.eps ? c.eps : norm_s, by_t = norm_t < c.eps ? c.eps : norm_t;
+  const RowNorm s(row_norm(k_s, n, c.options.l1, shared), c.options.eps);
+  const RowNorm t(row_norm(k_t, n, c.options.l1, shared), c.options.eps);
   double loss = 0, inner = 0;
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const double g = k_s[j] / by_s, difference = g - k_t[j] / by_t;
+    const double g = k_s[j] / s.divisor, difference = g - k_t[j] / t.divisor;
     loss += difference * difference;
     inner += 2 * scale * difference * g;
   }
@@ -317,12 +115,10 @@ __global__ void sp_row_kernel(const __grid_constant__ SpConstants c, const T* pa
   inner = reduce_block(inner, shared, 0.0, Add());
   if (threadIdx.x == 0) losses[layer * n + i] = scale * loss;
   if (!h) return;
-  if (norm_s < c.eps) inner = 0;                      // below eps the norm is a constant
-  const bool dead = norm_s == 0 && !c.zero_row_grad;  // an all-zero row has no direction to normalise
+  const ThroughRowNorm through(s, inner, c.options);
   for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const double g = k_s[j] / by_s, r = 2 * scale * (g - k_t[j] / by_t);
-    const double direction = c.l1 ? (k_s[j] > T(0)) - (k_s[j] < T(0)) : g;
-    h[layer * size + i * n + j] = dead ? T(0) : static_cast<T>((r - inner * direction) / by_s);
+    const double r = 2 * scale * (k_s[j] / s.divisor - k_t[j] / t.divisor);
+    h[layer * size + i * n + j] = static_cast<T>(through(r, k_s[j]));
   }
 }
 
@@ -357,7 +153,7 @@ void start_loss(const SpLoss& x, const T* partial, int splits, T* grams, void* s
   T* h = x.gradient_matrix ? reinterpret_cast<T*>(losses + rows) : nullptr;
   if (x.batch > 0)
     for (int64_t begin = 0; begin < x.layers; begin += kTables) {
-      SpConstants c{{}, begin, x.layers, x.batch, x.eps, x.l1, x.zero_row_grad, splits};
+      SpConstants c{{}, x, begin, x.layers, x.batch, splits};
       const int64_t count = min(kTables, x.layers - begin);
       for (int64_t i = 0; i < count; ++i) c.scales[i] = x.scales[begin + i];
       sp_row_kernel<T><<<count * x.batch, kRowThreads, 0, stream>>>(c, partial, grams, h, losses);
@@ -410,107 +206,9 @@ void sp_backward(const SpBackward& x, cudaStream_t stream) {
   }
 }
 
-// ---- products and cosines of rows ----
-
-// A block per row of a, then of b: its squared norm, or 1 / max(|row|, 1e-8)
-template <typename T>
-__global__ void square_kernel(const Rows a, const Rows b, bool inverse, T* out_a, T* out_b) {
-  __shared__ double shared[32];
-  const bool second = blockIdx.x >= a.count;
-  const Rows& q = second ? b : a;
-  const int64_t i = second ? blockIdx.x - a.count : blockIdx.x;
-  double sum = 0;
-  for (int64_t k = threadIdx.x; k < q.width; k += blockDim.x) {
-    const double v = static_cast<double>(load<T>(q.type, q.data, i * q.stride + k));
-    sum += v * v;
-  }
-  sum = reduce_block(sum, shared, 0.0, Add());
-  if (threadIdx.x) return;
-  const double norm = sqrt(sum);
-  (second ? out_b : out_a)[i] = static_cast<T>(inverse ? 1 / (norm < 1e-8 ? 1e-8 : norm) : sum);
-}
-
-// The splits summed, and times the inverse norms unless these are null
-template <typename T>
-__global__ void product_sum_kernel(const T* partial, int splits, int64_t n, int64_t m, const T* inverse_a,
-                                   const T* inverse_b, T* out) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= n * m) return;
-  double value = product_at(partial, n * m, splits, at);
-  if (inverse_a) value *= double(inverse_a[at / m]) * double(inverse_b[at % m]);
-  out[at] = static_cast<T>(value);
-}
-
-inline int product_splits(const Rows& a, const Rows& b) { return splits_for(tiles_of({a, b, false, 0}), a.width); }
-
-template <typename T>
-void start_row_products(const Rows& a, const Rows& b, bool cosines, void* workspace, void* of_a, void* of_b, void* out,
-                        cudaStream_t stream) {
-  const int64_t n = a.count, m = b.count;
-  if (n + m == 0) return;
-  T *row_a = static_cast<T*>(of_a), *row_b = static_cast<T*>(of_b), *partial = static_cast<T*>(workspace);
-  square_kernel<T><<<n + m, kRowThreads, 0, stream>>>(a, b, cosines, row_a, row_b);
-  check_launch("gram squares");
-  if (n * m == 0) return;
-  ProductTable table{};
-  table.count = 1;
-  table.splits = product_splits(a, b);
-  table.items[0] = {a, b, false, 0};
-  start_products(table, partial, stream);
-  product_sum_kernel<T><<<ceil_div(n * m, kThreads), kThreads, 0, stream>>>(
-      partial, table.splits, n, m, cosines ? row_a : nullptr, cosines ? row_b : nullptr, static_cast<T*>(out));
-  check_launch("gram product sum");
-}
-
-template <typename T>
-void products(const Products& x, cudaStream_t stream) {
-  start_row_products<T>(x.a, x.b, false, x.workspace, x.squares_a, x.squares_b, x.products, stream);
-}
-
-template <typename T>
-void cosine_forward(const CosineForward& x, cudaStream_t stream) {
-  start_row_products<T>(x.a, x.b, true, x.workspace, x.inverse_a, x.inverse_b, x.similarity, stream);
-}
-
-// A block per row, then per column, of dS * S: its sum
-template <typename T>
-__global__ void inner_kernel(const T* grad, const T* similarity, int64_t n, int64_t m, double* inner) {
-  __shared__ double shared[32];
-  const bool column = blockIdx.x >= n;
-  const int64_t first = column ? blockIdx.x - n : blockIdx.x * m, step = column ? m : 1, count = column ? n : m;
-  double sum = 0;
-  for (int64_t k = threadIdx.x; k < count; k += blockDim.x)
-    sum += double(grad[first + k * step]) * double(similarity[first + k * step]);
-  sum = reduce_block(sum, shared, 0.0, Add());
-  if (threadIdx.x == 0) inner[blockIdx.x] = sum;
-}
-
-template <typename T>
-const T* numbers(const void* data) {
-  return static_cast<const T*>(data);
-}
-
-template <typename T>
-void cosine_backward(const CosineBackward& x, cudaStream_t stream) {
-  const int64_t n = x.a.count, m = x.b.count;
-  if (n + m == 0) return;
-  double* inner = static_cast<double*>(x.workspace);
-  inner_kernel<T><<<n + m, kRowThreads, 0, stream>>>(numbers<T>(x.grad), numbers<T>(x.similarity), n, m, inner);
-  check_launch("cosine inner products");
-  WeightedTable<T> table{};
-  table.count = 2;
-  table.items[0] = {numbers<T>(x.grad), m,   1,   numbers<T>(x.inverse_b), nullptr,
-                    x.b,                x.a, numbers<T>(x.inverse_a), inner, x.grad_a};
-  table.items[1] = {numbers<T>(x.grad), 1,   m,   numbers<T>(x.inverse_a), nullptr,
-                    x.a,                x.b, numbers<T>(x.inverse_b), inner + n, x.grad_b};
-  start_weighted(table, stream);
-}
-
 }  // namespace
 
-int64_t workspace(const Grams& x) {
-  return Partial(x.features, x.count, x.batch).numbers() * (x.fp64 ? 8 : 4);
-}
+int64_t workspace(const Grams& x) { return Partial(x.features, x.count, x.batch).numbers() * (x.fp64 ? 8 : 4); }
 
 int64_t workspace(const SpForward& x) {
   const Partial layout(x.features, 2 * x.layers, x.batch);

@@ -1,6 +1,6 @@
-// The two matrix products of gram.cpp: inner products of rows (A B^T, or half of A A^T) and weighted sums of rows (W Q).
-// Both copy a slice of the rows that fits the core's cache into a packed buffer first: rows are often a power of two
-// apart, which would put all of them into the same few lines of the cache.
+// The two matrix products of gram.cpp: inner products of rows (A B^T, or half of A A^T) and weighted sums of rows (W
+// Q). Both copy a slice of the rows that fits the core's cache into a packed buffer first: rows are often a power of
+// two apart, which would put all of them into the same few lines of the cache.
 #pragma once
 
 #include "cpu.h"
@@ -48,7 +48,8 @@ struct LaneSum<double, 16> {
   static inline double of(Vector<double, 16>::type v) { return v[0] + v[1]; }
 };
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+constexpr int64_t kSmall = 1 << 17;     // simple operations that are not worth a second thread
+constexpr int64_t kProducts = 1 << 22;  // the same for multiply-adds of a matrix product
 
 // ---- inner products ----
 
@@ -73,8 +74,8 @@ inline void inner_tile(const T* a, const T* b, int64_t stride, int64_t width, do
     for (int j = 0; j < kTile; ++j) out[i * out_stride + j] += LaneSum<T, kVectorBytes>::of(sum[i][j]);
 }
 
-// bf16 rows as they are: the processor multiplies pairs of them exactly and adds to fp32, 2.5 times as fast as fp32 FMA. It
-// takes products below 1e-38 for 0: rows of features below 1e-19 count as zero rows.
+// bf16 rows as they are: the processor multiplies pairs of them exactly and adds to fp32, 2.5 times as fast as fp32
+// FMA. It takes products below 1e-38 for 0: rows of features below 1e-19 count as zero rows.
 typedef uint16_t Bf16;
 
 #if KD_BF16_PRODUCTS
@@ -83,8 +84,8 @@ inline bool multiplies_bf16() {
   return found;
 }
 
-__attribute__((target("avx512bf16"))) inline void inner_tile(const Bf16* a, const Bf16* b, int64_t stride, int64_t width,
-                                                             double* out, int64_t out_stride) {
+__attribute__((target("avx512bf16"))) inline void inner_tile(const Bf16* a, const Bf16* b, int64_t stride,
+                                                             int64_t width, double* out, int64_t out_stride) {
   __m512 sum[kTile][kTile] = {};
   for (int64_t k = 0; k < width; k += 32) {
     __m512bh x[kTile];
@@ -177,7 +178,8 @@ inline void weighted_tile(const T* w, const T* q, int64_t m, T* out, int64_t out
   constexpr int lanes = Vector<T>::lanes;
   V sum[kTall][2] = {};
   for (int64_t k = 0; k < m; ++k) {
-    const V q0 = *reinterpret_cast<const V*>(q + k * 2 * lanes), q1 = *reinterpret_cast<const V*>(q + (2 * k + 1) * lanes);
+    const V q0 = *reinterpret_cast<const V*>(q + 2 * k * lanes);
+    const V q1 = *reinterpret_cast<const V*>(q + (2 * k + 1) * lanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kTall; ++i) {
       const T x = w[k * kTall + i];
@@ -196,7 +198,7 @@ inline int64_t weighted_slice(int64_t rows) {  // columns per task
   return min<int64_t>(512, max<int64_t>(64, (1 << 16) / (rows + 1) / 64 * 64));
 }
 
-// Columns [begin, begin + n) of W Q, n <= weighted_slice(q.count + count); finish(row, column, n, values) takes each row.
+// Columns [begin, begin + n) of W Q, n <= weighted_slice(q.count + count); rows go to finish(row, column, n, values).
 template <typename T, typename F>
 void weighted_sum(const T* packed_w, int64_t count, const Rows& q, int64_t begin, int64_t n, T* scratch,
                   const F& finish) {
@@ -222,6 +224,17 @@ template <typename T>
 int64_t weighted_scratch(int64_t count, int64_t m, int64_t slice) {
   const int64_t width = slice + 2 * Vector<T>::lanes;
   return width + m * width + round_up(count, kTall) * (width + 2 * Vector<T>::lanes);
+}
+
+// out = finish(W Q) for all columns, in parallel
+template <typename T, typename F>
+void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Rows& q, const F& finish) {
+  const int64_t slice = weighted_slice(q.count + count), tasks = ceil_div(q.width, slice);
+  parallel(pool, tasks, kProducts / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
+    Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
+    for (int64_t task = begin; task < end; ++task)
+      weighted_sum<T>(packed_w, count, q, task * slice, min(slice, q.width - task * slice), scratch, finish);
+  });
 }
 
 }  // namespace

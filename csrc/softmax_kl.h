@@ -5,20 +5,11 @@
 
 namespace kd {
 
-// d + expm1(-d), times e_t, where e_s = e_t exp(-d): a class's part of a divergence, with nothing cancelling for small d.
-template <typename T>
-KD_BOTH inline T divergence_term(T d, T es, T et) {
-  const T small = sizeof(T) == 4 ? T(0.25) : T(0.02);
-  const T series =
-      T(0.5) - d * (T(1) / 6 - d * (T(1) / 24 - d * (T(1) / 120 - d * (T(1) / 720 - d * (T(1) / 5040)))));
-  const T term = d < small && -d < small ? et * (d * d) * series : et * (d - 1) + es;
-  return et == 0 ? es : term;
-}
-
 enum class Reduction : int { mean, sum, none };
 
 struct SoftmaxKlOptions {  // in the order of the op's arguments
   int64_t ignore_index;
+  double smoothing;                         // e: CE is with (1 - e) y + e / C
   double ce, kl, target_kl, non_target_kl;  // the terms' weights
   double temperature;
   Reduction reduction;
@@ -47,8 +38,9 @@ struct SoftmaxKl : Call, SoftmaxKlOptions {
 };
 
 struct SoftmaxKlForward : SoftmaxKl {
-  void* loss;   // T [] or [rows]
-  void* stats;  // T [stats_count(), rows] or null: max s, max t, log Z of p, q_s, q_t; non-target: max s, max t, log Z s, log Z t
+  void* loss;  // T [] or [rows]
+  // T [stats_count(), rows] or null: max s, max t, log Z of p, q_s, q_t; non-target: max s, max t, log Z s, log Z t
+  void* stats;
   void* scale;  // T []
 };
 

@@ -53,7 +53,8 @@ inline void check_device(const Tensor& x, const Tensor& first) {
 }
 
 // Dense and uninitialised. Through the C shim: the dispatcher's boxed way would cost a small loss a tenth of its time.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like, bool channels_last = false) {
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Tensor& like,
+                    bool channels_last = false) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   const auto place = [&](size_t d) {
@@ -68,8 +69,8 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, const Te
   int32_t device = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         static_cast<int32_t>(type), device,
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), static_cast<int32_t>(type), device,
                                                          like.get_device_index(), &out));
   return Tensor(out);
 }
@@ -91,7 +92,9 @@ inline bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-inline Tensor dense(const Tensor& x) { return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x); }
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() || is_channels_last(x) ? x : torch::stable::contiguous(x);
+}
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) {
   std::vector<int64_t> sizes;
@@ -99,15 +102,17 @@ inline std::vector<int64_t> sizes_of(const Tensor& x) {
   return sizes;
 }
 
-// A large gradient on the CPU is fresh memory, whose page faults can cost more than the kernel that fills it: 4096 for 16 MB,
-// 8 with huge pages, which Linux gives to those who ask.
+// A large gradient on the CPU is fresh memory, whose page faults can cost more than the kernel that fills it: 4096 for
+// 16 MB, 8 with huge pages, which Linux gives to those who ask.
 inline void ask_for_huge_pages(const Tensor& x) {
 #ifdef __linux__
-  constexpr uintptr_t kHuge = uintptr_t(1) << 21, kMost = uintptr_t(1) << 28;  // of more, Linux may have to make them first
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  constexpr uintptr_t kMost = uintptr_t(1) << 28;  // of more, Linux may have to make them first
   const uintptr_t begin = reinterpret_cast<uintptr_t>(x.mutable_data_ptr());
   const uintptr_t end = begin + static_cast<uintptr_t>(x.numel()) * x.element_size();
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
-  if (last > first && last - first <= kMost) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
+  if (last > first && last - first <= kMost)
+    (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: may fail
 #else
   (void)x;
 #endif

@@ -32,6 +32,7 @@ def stkd_loss(
     ce_weight: float = 0.1,
     kd_weight: float = 0.9,
     decouple: tuple[float, float] | None = None,
+    label_smoothing: float = 0.0,
     reduction: str = "mean",
     class_dim: int = -1,
     ignore_index: int = -100,
@@ -51,6 +52,7 @@ def stkd_loss(
         decouple: (w_target, w_non_target) weights the KL over the labelled classes and that among the others apart;
             (1, 8) is DKD's recipe for CIFAR-100. Needs integer labels. In fp32, where both networks put a label's logit
             far above the others, their rounding beside it shows in the gradient: 2e-5 at a distance of 600.
+        label_smoothing: e in [0, 1]; the cross entropy is with (1 - e) y + e / C, as in ``F.cross_entropy``.
         reduction: "mean" over the positions that count, "sum", or "none": one value per position, in the logits' shape
             without the classes. For (N, C) logits "batchmean" is taken for "mean".
         class_dim: where the classes are.
@@ -65,11 +67,11 @@ def stkd_loss(
 
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """
-    _check_options(temperature, ce_weight, kd_weight, decouple, ignore_index)
+    _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "stkd_loss")
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, "stkd_loss", batchmean=student_logits.dim() == 2)
-    labels = _flatten_labels(target, target_mixed, lam, ignore_index, student_logits, class_dim)
+    labels = _flatten_labels(target, target_mixed, lam, ignore_index, label_smoothing, student_logits, class_dim)
     if decouple is not None and labels.dense:
         raise ValueError("stkd_loss: decouple needs integer labels, got a dense floating-point target")
     kd = kd_weight * temperature**2
@@ -79,10 +81,17 @@ def stkd_loss(
 
 
 def _check_options(
-    temperature: float, ce_weight: float, kd_weight: float, decouple: tuple[float, float] | None, ignore_index: int
+    temperature: float,
+    ce_weight: float,
+    kd_weight: float,
+    decouple: tuple[float, float] | None,
+    label_smoothing: float,
+    ignore_index: int,
 ) -> None:
     check_positive(temperature=temperature)
-    check_weight(ce_weight=ce_weight, kd_weight=kd_weight)
+    check_weight(ce_weight=ce_weight, kd_weight=kd_weight, label_smoothing=label_smoothing)
+    if label_smoothing > 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
     if decouple is None:
@@ -104,6 +113,7 @@ def _flatten_labels(
     mixed: Tensor | None,
     lam: Tensor | float | None,
     ignore_index: int,
+    label_smoothing: float,
     logits: Tensor,
     class_dim: int,
 ) -> Labels:
@@ -114,7 +124,7 @@ def _flatten_labels(
     if mixed is not None and lam is not None:
         mixed = _flatten_target("target_mixed", mixed, logits, class_dim, dense_allowed=False)
         lam = _flatten_lam(lam, logits, target.shape[0])
-    return Labels(target, mixed, lam, ignore_index)  # type: ignore[arg-type]  # lam is a tensor or None by now
+    return Labels(target, mixed, lam, ignore_index, float(label_smoothing))  # type: ignore[arg-type]  # lam is a tensor or None by now
 
 
 def _flatten_target(name: str, target: Tensor, logits: Tensor, class_dim: int, dense_allowed: bool) -> Tensor:
@@ -172,15 +182,16 @@ class STKDLoss(nn.Module):
         ce_weight: float = 0.1,
         kd_weight: float = 0.9,
         decouple: tuple[float, float] | None = None,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
         class_dim: int = -1,
         ignore_index: int = -100,
     ) -> None:
         super().__init__()
-        _check_options(temperature, ce_weight, kd_weight, decouple, ignore_index)
+        _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
         check_reduction(reduction, "STKDLoss", batchmean=True)
         self.temperature, self.ce_weight, self.kd_weight = temperature, ce_weight, kd_weight
-        self.decouple, self.reduction = decouple, reduction
+        self.decouple, self.label_smoothing, self.reduction = decouple, label_smoothing, reduction
         self.class_dim, self.ignore_index = class_dim, ignore_index
 
     def forward(
@@ -201,6 +212,7 @@ class STKDLoss(nn.Module):
             ce_weight=self.ce_weight,
             kd_weight=self.kd_weight,
             decouple=self.decouple,
+            label_smoothing=self.label_smoothing,
             reduction=self.reduction,
             class_dim=self.class_dim,
             ignore_index=self.ignore_index,

@@ -14,6 +14,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # and the published formulas
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from checking import backends_under_test
+from cuda_on_cpu import build
+from cuda_on_cpu import library as cuda_on_cpu
+
+
+def pytest_sessionstart() -> None:
+    if mode := cuda_on_cpu.requested():
+        if reason := build.why_not():
+            pytest.exit(f"the CUDA kernels cannot run here: {reason}", returncode=0)
+        cuda_on_cpu.install(mode)
 
 
 @pytest.fixture(params=backends_under_test())

@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, by_definition, check_compiled, check_contract, check_op, gradients
+from checking import DEVICE, DTYPES, by_definition, check_close, check_compiled, check_contract, check_op, gradients
 from torch import Tensor
 
+from kdkernels.ops.library import flatten
 from kdkernels.ops.softmax_kl import Labels, Rows, Terms
 from kdkernels.ops.softmax_kl import softmax_kl as op
 
@@ -129,10 +130,10 @@ def test_opcheck() -> None:
     student, teacher = logits(4, 6)
     a, b, lam = labels(4, 6)
     for reduction in ("mean", "sum", "none"):
-        args = (teacher, a, b, lam, -100, 0.1, 0.2, 0.3, 0.4, 4.0, reduction, True)
-        torch.library.opcheck(torch.ops.kdkernels.softmax_kl.default, (student, *args))
-        leaf = student.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.kdkernels.softmax_kl_traced.default, (leaf, *args))
+        x = Rows(student, teacher, Labels(a, b, lam), Terms(0.1, 0.2, 0.3, 0.4), 4.0, reduction)
+        torch.library.opcheck(torch.ops.kdkernels.softmax_kl.default, (*flatten(x), True))
+        x = x._replace(student=student.clone().requires_grad_())
+        torch.library.opcheck(torch.ops.kdkernels.softmax_kl_traced.default, (*flatten(x), True))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -250,3 +251,25 @@ def test_nan_and_inf_come_out(bad: float, terms: str, place: str) -> None:
         gradient = gradients(rows, [student])[0]
         assert gradient[2].isnan().any()
         assert gradient[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["hard", "mixed", "dense"])
+@pytest.mark.parametrize("classes", [2, 41, 9001])
+def test_label_smoothing(classes: int, kind: str, dtype: torch.dtype) -> None:
+    student, teacher = logits(6, classes, dtype)
+    a, b, lam = labels(6, classes)
+    a[1] = -100
+    dense = torch.rand(6, classes, device=DEVICE)
+    given = {"hard": Labels(a), "mixed": Labels(a, b, lam), "dense": Labels(dense)}[kind]._replace(smoothing=0.3)
+    terms = Terms(ce=0.7, kl=1.3)
+    check_op(lambda s, t: op(Rows(s, t, given, terms, 4.0, "none")), [student], constants=[teacher])
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_label_smoothing_is_that_of_cross_entropy(smoothing: float) -> None:
+    student, teacher = logits(7, 13)
+    target = torch.tensor([0, 5, -100, 12, 3, 3, 1], device=DEVICE)
+    rows = Rows(student, teacher, Labels(target, smoothing=smoothing), Terms(ce=1.0))
+    expected = torch.nn.functional.cross_entropy(student.double(), target, label_smoothing=smoothing)
+    check_close("cross entropy", op(rows), expected, 1e-6)

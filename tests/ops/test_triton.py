@@ -13,9 +13,9 @@ from torch import Tensor
 
 import kdkernels
 from kdkernels.ops import backend as backends
-from kdkernels.ops.angular_margin import angular_margin
-from kdkernels.ops.gram import cosine_similarity, sp_gram
-from kdkernels.ops.softmax_kl import softmax_kl
+from kdkernels.ops.angular_margin.op import ActivationPairs, angular_margin
+from kdkernels.ops.gram.op import LayerPairs, SPOptions, cosine_similarity, sp_gram
+from kdkernels.ops.softmax_kl.op import Labels, Rows, Terms, softmax_kl
 
 ON_GPU = DEVICE != "cpu"
 PROBE = torch.ones(2, 2, 2, 2, device=DEVICE)
@@ -23,8 +23,7 @@ REASONS = [reason for op in backends.OPS if (reason := backends.why_not(op, "tri
 runs = pytest.mark.skipif(bool(REASONS), reason="; ".join(sorted(set(REASONS))))
 gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU: CUDA graphs and streams")
 
-MARGIN = {"margin": 1.35, "scale": 64.0, "local_weight": 0.2}
-ALL_TERMS = {"temperature": 4.0, "ce_weight": 0.1, "kl_weight": 0.3, "target_weight": 1.0, "other_weight": 8.0}
+ALL_TERMS = Terms(ce=0.1, kl=0.3, target_kl=1.0, non_target_kl=8.0)
 
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,16 +33,22 @@ def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def losses(seed: int = 0) -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     """A loss of each op on one student tensor."""
     torch.manual_seed(seed)
-    labels = [torch.randint(30, (12,), device=DEVICE) for _ in range(2)]
-    lam, logits, target = torch.rand(12, device=DEVICE), torch.randn(12, 30, device=DEVICE), features(12, 30)
+    labels = Labels(*(torch.randint(30, (12,), device=DEVICE) for _ in range(2)), torch.rand(12, device=DEVICE))
+    logits, target = torch.randn(12, 30, device=DEVICE), features(12, 30)
     maps, rows = features(3, 5, 6, 7), features(8, 40)
-    weights = {"layer_weights": [1.0, 2.0]}
+    options = {"layer_weights": [1.0, 2.0], "local_weight": 0.2}
     return {
-        "softmax_kl": (lambda s: softmax_kl(s, logits, *labels, lam, **ALL_TERMS), torch.randn(12, 30, device=DEVICE)),
-        "sp_gram": (lambda s: sp_gram([s, s * s], [rows, rows], scale=10.0), features(8, 4, 5, 5)),
+        "softmax_kl": (
+            lambda s: softmax_kl(Rows(s, logits, labels, ALL_TERMS, 4.0)),
+            torch.randn(12, 30, device=DEVICE),
+        ),
+        "sp_gram": (
+            lambda s: sp_gram(LayerPairs([s, s * s], [rows, rows], SPOptions([10.0, 20.0], "sum"))),
+            features(8, 4, 5, 5),
+        ),
         "cosine": (lambda s: cosine_similarity(s, target).sum(), features(9, 30)),
         "angular_margin": (
-            lambda s: angular_margin([s, s * s], [maps, maps], **MARGIN, **weights),
+            lambda s: angular_margin(ActivationPairs([s, s * s], [maps, maps], **options)),
             features(3, 4, 6, 7),
         ),
     }
@@ -66,10 +71,10 @@ def test_a_request_that_cannot_be_met_raises_with_the_reason() -> None:
     x = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
     with kdkernels.use_backend("triton"):
         for call in (
-            lambda: sp_gram(x, x, scale=1.0),
+            lambda: sp_gram(LayerPairs([x], [x], SPOptions([1.0]))),
             lambda: cosine_similarity(x, x),
-            lambda: softmax_kl(x, x, temperature=1.0, kl_weight=1.0),
-            lambda: angular_margin(x[..., None, None], x[..., None, None], layer_weights=[1.0], margin=1.0, scale=1.0),
+            lambda: softmax_kl(Rows(x, x)),
+            lambda: angular_margin(ActivationPairs([x[..., None, None]], [x[..., None, None]], [1.0])),
         ):
             with pytest.raises(kdkernels.BackendError, match=r"triton.*float64"):
                 call()
@@ -78,7 +83,7 @@ def test_a_request_that_cannot_be_met_raises_with_the_reason() -> None:
 def test_auto_computes_float64_on_the_reference() -> None:
     x = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
     with kdkernels.use_backend("auto"):
-        assert sp_gram(x, x * x, scale=1.0).dtype == torch.float64
+        assert sp_gram(LayerPairs([x], [x * x], SPOptions([1.0]))).dtype == torch.float64
 
 
 @runs
@@ -106,21 +111,19 @@ def test_rows_longer_than_a_chunk(classes: int, terms: str) -> None:
     student[1, 5] = teacher[0, classes - 1] = 30.0
     student[0, 3] = teacher[0, 3] = -torch.inf
     if terms == "kl":
-        weights = {"temperature": 2.0, "kl_weight": 4.0}
-        check_op(lambda s, t: softmax_kl(s, t, reduction="none", **weights), [student], constants=[teacher])
-        assert softmax_kl(student, student.clone(), **weights).item() == 0
+        check_op(lambda s, t: Rows(s, t, temperature=2.0, reduction="none"), [student], constants=[teacher])
+        assert softmax_kl(Rows(student, student.clone(), temperature=2.0)).item() == 0
     elif terms == "all":
         labels = [torch.tensor([classes - 1, 5], device=DEVICE), torch.tensor([17, 5], device=DEVICE)]
         lam = torch.tensor(0.3, device=DEVICE)
-        check_op(lambda s, t, lam: softmax_kl(s, t, *labels, lam, **ALL_TERMS), [student], constants=[teacher, lam])
+        check_op(
+            lambda s, t, lam: Rows(s, t, Labels(*labels, lam), ALL_TERMS, 4.0), [student], constants=[teacher, lam]
+        )
     else:
         y = torch.rand(2, classes, device=DEVICE) / classes
         y[0, 3] = 0
-        check_op(
-            lambda s, t, y: softmax_kl(s, t, y, temperature=3.0, ce_weight=0.3, kl_weight=0.9),
-            [student],
-            constants=[teacher, y],
-        )
+        weights = Terms(ce=0.3, kl=0.9)
+        check_op(lambda s, t, y: Rows(s, t, Labels(y), weights, 3.0), [student], constants=[teacher, y])
 
 
 @runs
@@ -129,9 +132,9 @@ def test_a_long_row_of_nan_and_of_infinities() -> None:
     student[0, 8999] = torch.nan
     student[1, :] = -torch.inf
     student[2, 0] = torch.inf
-    target = torch.full((4,), 7, device=DEVICE)
+    labels = Labels(torch.full((4,), 7, device=DEVICE))
     with kdkernels.use_backend("triton"):
-        rows = softmax_kl(student, teacher, target, reduction="none", **ALL_TERMS)
+        rows = softmax_kl(Rows(student, teacher, labels, ALL_TERMS, 4.0, "none"))
     assert rows[:3].isnan().all()
     assert rows[3].isfinite()
 
@@ -142,9 +145,9 @@ def test_a_labelled_logit_that_is_not_finite_does_not_hide(bad: float) -> None:
     student, teacher = (torch.randn(3, 6).to(DEVICE) for _ in range(2))
     student[1, 2] = bad
     student.requires_grad_()
-    target = torch.tensor([0, 2, 3], device=DEVICE)
+    labels = Labels(torch.tensor([0, 2, 3], device=DEVICE))
     with kdkernels.use_backend("triton"):
-        rows = softmax_kl(student, teacher, target, temperature=2.0, other_weight=1.0, reduction="none")
+        rows = softmax_kl(Rows(student, teacher, labels, Terms(non_target_kl=1.0), 2.0, "none"))
         gradient = gradients(rows, [student])[0]
     assert rows.isnan().tolist() == [False, True, False]
     assert gradient[1].isnan().any()
@@ -156,13 +159,11 @@ def test_a_label_that_is_no_class_makes_a_row_of_nan() -> None:
     # the op itself refuses it on a CPU; on an accelerator nobody can look before the kernel does
     module = backends.load("softmax_kl", "triton")
     student, teacher = (torch.randn(3, 6).to(DEVICE) for _ in range(2))
-    target = torch.tensor([0, 6, -100], device=DEVICE)
-    weights = [1.0, 0.0, 0.0, 0.0]
-    rows, stats, scale = module.forward(student, teacher, target, None, None, 1.0, weights, -100, "none", True)
+    labels = Labels(torch.tensor([0, 6, -100], device=DEVICE))
+    x = Rows(student, teacher, labels, Terms(ce=1.0), reduction="none")
+    rows, stats, scale = module.forward(x, True)
     assert rows.isnan().tolist() == [False, True, False]
-    gradient = module.backward(
-        torch.ones_like(rows), student, teacher, target, None, None, stats, scale, 1.0, weights, -100
-    )
+    gradient = module.backward(torch.ones_like(rows), x, stats, scale)
     assert gradient[1].isnan().all()
     assert (gradient[2] == 0).all()
     assert gradient[0].isfinite().all()
@@ -173,13 +174,15 @@ def test_more_layers_than_one_launch_takes() -> None:
     layers = 9
     students = [features(2, 2 + i % 3, 3, 4) for i in range(layers)]
     teachers = [features(2, 3, 3, 4) for _ in range(layers)]
-    options = {"layer_weights": [float(i) for i in range(layers)], "reduce": False, **MARGIN}
+    weights = [float(i) for i in range(layers)]
+    options = SPOptions(weights, "sum", "none")
     with kdkernels.use_backend("triton"):
-        for function in (
-            lambda *x: sp_gram(list(x[:layers]), list(x[layers:]), scale=1.0),
-            lambda *x: angular_margin(list(x[:layers]), list(x[layers:]), **options),
+        for build in (
+            lambda *x: LayerPairs(list(x[:layers]), list(x[layers:]), options),
+            lambda *x: LayerPairs(list(x[:layers]), list(x[layers:]), options._replace(layer_reduction="sum")),
+            lambda *x: ActivationPairs(list(x[:layers]), list(x[layers:]), weights, False, "none", "none"),
         ):
-            check_op(function, students, constants=teachers, upstream=1e3)
+            check_op(build, students, constants=teachers, upstream=1e3)
 
 
 @runs
@@ -193,8 +196,7 @@ def test_layers_of_mixed_dtypes_layouts_and_empty_maps() -> None:
     for name in ("triton", "reference"):
         with kdkernels.use_backend(name):
             leaves = [s.detach().requires_grad_() for s in students]
-            options = {"margin": 1.35, "scale": 64.0, "layer_weights": [1.0] * 4, "reduce": False}
-            loss = angular_margin(leaves, teachers, **options)
+            loss = angular_margin(ActivationPairs(leaves, teachers, [1.0] * 4, layer_reduction="none"))
             results[name] = [loss, *gradients(loss, leaves, 1e3)]
     assert results["triton"][1].is_contiguous(memory_format=torch.channels_last)
     for i, (actual, expected) in enumerate(zip(results["triton"], results["reference"], strict=True)):
@@ -220,7 +222,32 @@ def test_large_batch_has_several_tiles_and_blocks() -> None:
     rows = 300 if not ON_GPU else 2100  # more than one tile of 128 rows; on a GPU, rows of several blocks too
     student, teacher = features(rows, 33), features(rows, 20)
     with kdkernels.use_backend("triton"):
-        check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=1e3)
+        check_op(
+            lambda s, t: LayerPairs([s], [t], SPOptions([1.0], "sum")), [student], constants=[teacher], upstream=1e3
+        )
+
+
+@runs
+def test_column_shards_add_up_to_the_whole() -> None:
+    module = backends.load("gram", "triton")
+    student, teacher = [features(7, 12), features(7, 9)], [features(7, 20), features(7, 5)]
+    options = SPOptions([1.0, 3.0], layer_reduction="none")
+    loss, gradient_matrix = module.sp_forward(LayerPairs(student, teacher, options), True)
+    parts = [[x[:, :4] for x in (*student, *teacher)], [x[:, 4:] for x in (*student, *teacher)]]
+    grams = (module.grams(parts[0]) + module.grams(parts[1])).view(2, 2, 7, 7)
+    from_grams = module.sp_from_grams(grams, options, True)
+    check_close("loss", from_grams[0], loss, 1e-5)
+    check_close("gradient matrix", from_grams[1], gradient_matrix, 1e-4)
+
+
+@runs
+def test_products_and_squares() -> None:
+    module = backends.load("gram", "triton")
+    a, b = torch.randn(9, 50).to(DEVICE), torch.randn(50, 20).to(DEVICE).t()
+    products, squares_a, squares_b = module.products(a, b)
+    check_close("products", products, a.double() @ b.double().t(), 1e-6)
+    check_close("squares of a", squares_a, a.double().square().sum(1), 1e-6)
+    check_close("squares of b", squares_b, b.double().square().sum(1), 1e-6)
 
 
 @gpu

@@ -27,9 +27,12 @@ if not (TOOLS / "ptxas").exists():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from kdkernels.ops.angular_margin import triton_kernels as angular_margin  # noqa: E402
+from kdkernels.ops.angular_margin.op import ActivationPairs  # noqa: E402
 from kdkernels.ops.gram import triton_cosine  # noqa: E402
 from kdkernels.ops.gram import triton_kernels as gram  # noqa: E402
+from kdkernels.ops.gram.op import LayerPairs, SPOptions  # noqa: E402
 from kdkernels.ops.softmax_kl import triton_kernels as softmax_kl  # noqa: E402
+from kdkernels.ops.softmax_kl.op import Labels, Rows, Terms  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF = torch.bfloat16
@@ -85,34 +88,34 @@ def check(kernels: list[tuple[str, Any]], expected: set[str], directory: Path) -
         assert used["LOCAL"] == 0, f"{name} spills: {usage}"
 
 
-LABELS = {
-    "none": lambda n, c: (None, None, None),
-    "one": lambda n, c: (torch.zeros(n, dtype=torch.int64), None, None),
-    "mixed": lambda n, c: (torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.rand(n)),
-    "dense": lambda n, c: (torch.rand(n, c), None, None),
+LABELS: dict[str, Callable[[int, int], Labels]] = {
+    "none": lambda n, c: Labels(),
+    "one": lambda n, c: Labels(torch.zeros(n, dtype=torch.int64)),
+    "mixed": lambda n, c: Labels(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.rand(n)),
+    "dense": lambda n, c: Labels(torch.rand(n, c)),
 }
-TERMS = {  # ce, kl, target, other
-    "kd": ([0.0, 1.0, 0.0, 0.0], "none"),
-    "ce": ([1.0, 0.0, 0.0, 0.0], "mixed"),
-    "stkd": ([1.0, 1.0, 0.0, 0.0], "mixed"),
-    "decoupled": ([1.0, 0.0, 1.0, 8.0], "one"),
-    "all": ([1.0, 1.0, 1.0, 8.0], "mixed"),
-    "dense": ([1.0, 1.0, 0.0, 0.0], "dense"),
+TERMS = {
+    "kd": (Terms(kl=1.0), "none"),
+    "ce": (Terms(ce=1.0), "mixed"),
+    "stkd": (Terms(ce=1.0, kl=1.0), "mixed"),
+    "decoupled": (Terms(ce=1.0, target_kl=1.0, non_target_kl=8.0), "one"),
+    "all": (Terms(1.0, 1.0, 1.0, 8.0), "mixed"),
+    "dense": (Terms(ce=1.0, kl=1.0), "dense"),
 }
 
 
 def run_softmax_kl(student: Tensor, teacher: Tensor, terms: str, reduction: str) -> None:
     weights, kind = TERMS[terms]
-    labels = LABELS[kind](*student.shape)
-    loss, stats, scale = softmax_kl.forward(student, teacher, *labels, 4.0, weights, -100, reduction, True)
-    softmax_kl.backward(torch.ones_like(loss), student, teacher, *labels, stats, scale, 4.0, weights, -100)
+    x = Rows(student, teacher, LABELS[kind](*student.shape), weights, 4.0, reduction)
+    loss, stats, scale = softmax_kl.forward(x, True)
+    softmax_kl.backward(torch.ones_like(loss), x, stats, scale)
 
 
 @pytest.mark.parametrize("shape", [(64, 100), (4, 1000), (2, 8000), (2, 40000)], ids=str)
 @pytest.mark.parametrize("terms", list(TERMS))
 def test_softmax_kl(terms: str, shape: tuple[int, int], compiled: list[Any], tmp_path: Path) -> None:
     student, teacher = torch.zeros(shape, dtype=HALF), torch.zeros(shape, dtype=HALF)
-    run_softmax_kl(student, teacher, terms, "batchmean")
+    run_softmax_kl(student, teacher, terms, "mean")
     check(
         compiled,
         {"rows_kernel", "sum_kernel", "gradient_kernel"} - ({"sum_kernel"} if shape[0] == 1 else set()),
@@ -125,17 +128,19 @@ def test_softmax_kl_dtypes_layouts_and_reductions(dtype: torch.dtype, compiled: 
     teacher = torch.zeros(64, 100)
     run_softmax_kl(torch.zeros(64, 100, dtype=dtype), teacher, "all", "none")
     run_softmax_kl(torch.zeros(100, 64, dtype=dtype).t(), teacher, "stkd", "sum")
-    run_softmax_kl(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 2), "all", "batchmean")
-    run_softmax_kl(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), "all", "batchmean")
+    run_softmax_kl(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 2), "all", "mean")
+    run_softmax_kl(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), "all", "mean")
     check(compiled, {"rows_kernel", "sum_kernel", "gradient_kernel"}, tmp_path)
 
 
-def run_sp(student: list[Tensor], teacher: list[Tensor], row_norm: str = "l2") -> None:
-    loss, weights = gram.sp_forward(student, teacher, row_norm, 1.0, 1e-12, row_norm == "l1", True)
-    gram.sp_backward(torch.ones_like(loss), student, weights)
+def run_sp(student: list[Tensor], teacher: list[Tensor], row_norm: str = "l2", layer_reduction: str = "sum") -> None:
+    options = SPOptions([1.0] * len(student), "mean", layer_reduction, row_norm, 1e-12, row_norm == "l1")
+    loss, gradient_matrix = gram.sp_forward(LayerPairs(student, teacher, options), True)
+    gram.sp_backward(torch.ones_like(loss), student, gradient_matrix)
+    gram.sp_from_grams(torch.stack([gram.grams(student), gram.grams(teacher)]), options, True)
 
 
-SP_KERNELS = {"product_kernel", "rows_kernel", "weights_kernel", "gradient_kernel"}
+SP_KERNELS = {"product_kernel", "rows_kernel", "gradient_matrix_kernel", "gradient_kernel"}
 
 
 SP_SIZES = [(batch, HALF) for batch in (1, 16, 64, 200, 600)]
@@ -154,7 +159,7 @@ def test_sp_gram_of_several_layers_and_layouts(layers: int, compiled: list[Any],
     widths = [16 << (i % 4) for i in range(layers)]
     students = [torch.zeros(32, c, 8, 8).contiguous(memory_format=torch.channels_last) for c in widths]
     run_sp(students, [torch.zeros(32, c + 1, 4, 4, dtype=HALF) for c in widths], "l1")
-    run_sp([torch.zeros(30, 32).t()], [torch.zeros(32, 7)])
+    run_sp([torch.zeros(30, 32).t()], [torch.zeros(32, 7)], layer_reduction="none")
     check(compiled, SP_KERNELS, tmp_path)
 
 
@@ -165,7 +170,8 @@ def test_cosine_similarity(n: int, dtype: torch.dtype, compiled: list[Any], tmp_
     outputs = gram.cosine_forward(a, b)
     gram.cosine_backward(torch.ones_like(outputs[0]), a, b, *outputs)
     gram.cosine_forward(a, b.float() if dtype != torch.float32 else b.half())
-    check(compiled, {"cosine_kernel", "cosine_gradient_kernel"}, tmp_path)
+    gram.products(a, b)
+    check(compiled, {"products_kernel", "cosine_gradient_kernel"}, tmp_path)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -179,10 +185,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weight: float, reduce: bool) -> None:
-    weights = [1.0] * len(student)
-    loss, kappa = angular_margin.forward(student, teacher, weights, 1.35, 64.0, local_weight, reduce, True)
-    angular_margin.backward(torch.ones_like(loss), student, kappa)
+def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weight: float, reduction: str) -> None:
+    x = ActivationPairs(student, teacher, [1.0] * len(student), reduction=reduction, local_weight=local_weight)
+    _, kappa = angular_margin.forward(x, True)
+    angular_margin.backward(torch.ones(len(student), len(student[0])), student, kappa)
 
 
 AMD_KERNELS = {"energy_kernel", "maps_kernel", "sum_kernel", "gradient_kernel"}
@@ -195,7 +201,7 @@ MAPS += [(1, "contiguous", HALF), (7, "contiguous", HALF)]
 @pytest.mark.parametrize(("size", "layout", "dtype"), MAPS, ids=str)
 def test_angular_margin(size: int, layout: str, dtype: torch.dtype, compiled: list[Any], tmp_path: Path) -> None:
     x = LAYOUTS[layout](torch.zeros(2, 64, size, size, dtype=dtype))
-    run_angular_margin([x], [x], 0.0 if size == 1 else 0.2, True)
+    run_angular_margin([x], [x], 0.0 if size == 1 else 0.2, "mean")
     check(compiled, AMD_KERNELS, tmp_path)
 
 
@@ -203,6 +209,6 @@ def test_angular_margin(size: int, layout: str, dtype: torch.dtype, compiled: li
 def test_angular_margin_of_several_layers(layers: int, compiled: list[Any], tmp_path: Path) -> None:
     shapes = [(2, 64 << (i % 4), 56 >> (i % 4), 56 >> (i % 4)) for i in range(layers)]
     students = [torch.zeros(shape, dtype=HALF) for shape in shapes]
-    run_angular_margin(students, [channels_last(x.float()) for x in students], 0.2, False)
-    run_angular_margin(students, students, 0.0, True)
+    run_angular_margin(students, [channels_last(x.float()) for x in students], 0.2, "none")
+    run_angular_margin(students, students, 0.0, "mean")
     check(compiled, AMD_KERNELS, tmp_path)

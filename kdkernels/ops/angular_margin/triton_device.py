@@ -6,6 +6,8 @@ and they are the same on every GPU and in the interpreter.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -16,6 +18,14 @@ CLAMP = tl.constexpr(1 - 1e-7)
 HALF_PI = tl.constexpr(1.5707963267948966)
 HALF_PI_HIGH = tl.constexpr(1.5703125)  # exact in fp32, and so is its product with 0, 1 and 2
 HALF_PI_LOW = tl.constexpr(4.8382679489661923e-4)
+
+
+class Maps(NamedTuple):
+    """The three maps of a network, or one thing of each."""
+
+    G: Any
+    u: Any
+    w: Any
 
 
 @triton.jit
@@ -46,23 +56,22 @@ def sincos(x):
 
 
 @triton.jit
-def maps(q, w, margin, scale):
-    """G and u."""
+def maps(q, w, margin, sharpness):
     _, u = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
-    x = scale * (w - u)
-    return -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))), u
+    x = sharpness * (w - u)
+    return Maps(-(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))), u, w)
 
 
 @triton.jit
-def slopes(q, u, w, margin, scale):
-    """dG/dq and du/dq; dw/dq is -1."""
+def slopes(q, u, w, margin, sharpness):
+    """Of the maps, by q."""
     sin, _ = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
     sin_theta = tl.sqrt(w * (1.0 + q))
     du = tl.where(q > CLAMP, 0.0, margin * sin / tl.where(q > CLAMP, 1.0, sin_theta))
-    x = scale * (w - u)
+    x = sharpness * (w - u)
     e = tl.exp(-tl.abs(x))
     sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-    return scale * sigmoid * (du + 1.0), du
+    return Maps(sharpness * sigmoid * (du + 1.0), du, -1.0)
 
 
 @triton.jit
@@ -74,9 +83,9 @@ def pixel_offset(n, width, stride_h, stride_w, stride_pixel, GENERIC: tl.constex
 
 
 @triton.jit
-def load_q_w(r, at, mask, norm):
+def load_q_w(r, n, mask, norm):
     """q and w = 1 - q without its rounding: where one pixel has all the energy, w is eps / (R + eps) and never 0."""
-    energy = tl.load(r + at, mask=mask, other=0.0)
+    energy = tl.load(r + n, mask=mask, other=0.0)
     return energy / (norm + ENERGY_EPS), (norm - energy + ENERGY_EPS) / (norm + ENERGY_EPS)
 
 
@@ -92,8 +101,8 @@ def region_mask(n, N, width, height, REGIONS: tl.constexpr):
 
 
 @triton.jit
-def region_weights(width, height, weight, local_weight, batch, REGIONS: tl.constexpr):
-    """[REGIONS] c: the layer's weight times the region's, over 3 B |region|; 0 beyond the quadrants."""
+def region_weights(width, height, factor, local_weight, REGIONS: tl.constexpr):
+    """[REGIONS] c: the layer's factor times the region's weight, over 3 |region|; 0 beyond the quadrants."""
     region = tl.arange(0, REGIONS)
     h, w = height // 2, width // 2
     rows = tl.where(region <= 2, h, height - h)
@@ -101,4 +110,4 @@ def region_weights(width, height, weight, local_weight, batch, REGIONS: tl.const
     rows = tl.where(region == 0, height, rows)
     cols = tl.where(region == 0, width, cols)
     share = tl.where(region == 0, 1.0 - local_weight, tl.where(region < 5, local_weight * 0.25, 0.0))
-    return weight * share / (3.0 * batch * rows.to(tl.float32) * cols.to(tl.float32))
+    return factor * share / (3.0 * rows.to(tl.float32) * cols.to(tl.float32))

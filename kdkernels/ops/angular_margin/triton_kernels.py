@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..checks import grad_like, is_channels_last
 from ..triton_common import aligned, device_reason, find, grouped, launch, pick, power_of_2, starts_of, store
+from .op import ActivationPairs
 from .triton_device import pixel_offset
 from .triton_forward import energy_kernel, maps_kernel, sum_kernel
 
@@ -42,7 +43,7 @@ def gradient_kernel(
     activations,  # tuple of [B, C, H, W]
     gradients,  # tuple of [B, C, H, W]: contiguous, or channels_last where LAST
     kappa,  # [P]
-    grad,  # [] or [L]
+    grad,  # [L, B]
     starts,  # the first program of each activation
     layers,  # which layer each one is
     offsets,  # where its kappa begins
@@ -53,13 +54,13 @@ def gradient_kernel(
     strides_c,
     strides_h,
     strides_w,
-    grad_stride,
+    grad_strides,
     LAST: tl.constexpr,
     GENERIC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dA[b, c, n] = grad kappa[b, n] A[b, c, n], one program per sample, block of pixels and block of channels."""
+    """dA[b, c, n] = grad[b] kappa[b, n] A[b, c, n], one program per sample, block of pixels and block of channels."""
     pid = tl.program_id(0)
     layer = find(starts, pid)
     local = pid - pick(starts, layer)
@@ -70,7 +71,7 @@ def gradient_kernel(
     b = (local // (blocks * c_blocks)).to(tl.int64)
     n = (local // c_blocks) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     c = (local % c_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    upstream = tl.load(grad + pick(layers, layer) * grad_stride)
+    upstream = tl.load(grad + pick(layers, layer).to(tl.int64) * grad_strides[0] + b * grad_strides[1])
     k = tl.load(kappa + pick(offsets, layer) + b * N + n, mask=n < N, other=0.0) * upstream
     pointer = pick(activations, layer)
     target = pick(gradients, layer)
@@ -151,65 +152,79 @@ def _offsets(tensors: list[Tensor]) -> tuple[list[int], int]:
     return list(starts), total
 
 
-def forward(
-    student: list[Tensor],
-    teacher: list[Tensor],
-    layer_weights: list[float],
-    margin: float,
-    scale: float,
-    local_weight: float,
-    reduce: bool,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    device, batch, layers = student[0].device, student[0].shape[0], len(student)
-    options: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    offsets, total = _offsets(student)
-    kappa = torch.empty(total if need_grad else 0, **options)
-    live = [i for i, s in enumerate(student) if batch * s.shape[2] * s.shape[3]]
-    if len(live) < layers:  # nothing to compare on an empty map
-        losses = torch.zeros(layers, batch, **options)
-    else:
-        losses = torch.empty(layers, batch, **options)
-    if not live:
-        return losses.new_zeros(() if reduce else (layers,)), kappa
-    r = torch.empty(2, total, **options)
-    items = [Map(x[i], i, offsets[i] + side * total) for i in live for side, x in enumerate((student, teacher))]
+def forward(x: ActivationPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+    device, batch, layers = x.student[0].device, x.student[0].shape[0], len(x.student)
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    offsets, total = _offsets(x.student)
+    kappa = torch.empty(total if need_grad else 0, **float32)
+    live = [i for i, s in enumerate(x.student) if batch * s.shape[2] * s.shape[3]]
+    losses = (torch.empty if len(live) == layers else torch.zeros)(layers, batch, **float32)  # an empty map has 0
+    if live:
+        r = _energies(x, live, offsets, total)
+        _launch_maps(x, live, offsets, r, kappa, losses)
+    return _reduced(losses, x), kappa
+
+
+def _energies(x: ActivationPairs, live: list[int], offsets: list[int], total: int) -> Tensor:
+    """r (2, P)"""
+    device, batch = x.student[0].device, x.student[0].shape[0]
+    r = torch.empty(2, total, dtype=torch.float32, device=device)
+    items = [Map(a[i], i, offsets[i] + side * total) for i in live for side, a in enumerate((x.student, x.teacher))]
     for group in grouped(items, _key):
         arguments = _arguments(group)
         counts = [batch * triton.cdiv(n, arguments["BLOCK_N"]) for n in arguments["pixels"]]
         starts, programs = starts_of(counts)
         launch(energy_kernel, programs, device, r=r, starts=starts, **arguments)
+    return r
 
-    regions = 8 if local_weight else 1
-    largest = max(student[i].shape[2] * student[i].shape[3] for i in live)
-    block = power_of_2(largest, 16, 256 if local_weight else 1024)
-    for group in grouped([Map(student[i], i, offsets[i]) for i in live], lambda item: None):
+
+def _launch_maps(
+    x: ActivationPairs, live: list[int], offsets: list[int], r: Tensor, kappa: Tensor, losses: Tensor
+) -> None:
+    batch, factors = losses.shape[1], x.factors()
+    regions = 8 if x.local_weight else 1
+    largest = max(x.student[i].shape[2] * x.student[i].shape[3] for i in live)
+    block = power_of_2(largest, 16, 256 if x.local_weight else 1024)
+    for group in grouped([Map(x.student[i], i, offsets[i]) for i in live], lambda item: None):
         launch(
             maps_kernel,
             len(group) * batch,
-            device,
+            losses.device,
             r=r,
             kappa=kappa,
             losses=losses,
-            P=total,
+            P=r.shape[1],
             B=batch,
             offsets=tuple(item.offset for item in group),
             heights=tuple(item.x.shape[2] for item in group),
             widths=tuple(item.x.shape[3] for item in group),
-            weights=tuple(float(layer_weights[item.layer]) for item in group),
+            factors=tuple(factors[item.layer] for item in group),
             layers=tuple(item.layer for item in group),
-            margin=margin,
-            scale=scale,
-            local_weight=local_weight,
+            margin=x.margin,
+            sharpness=x.sharpness,
+            local_weight=x.local_weight,
             REGIONS=regions,
-            NEED_GRAD=need_grad,
+            NEED_GRAD=kappa.numel() > 0,
             BLOCK=block,
             num_warps=4 if regions * block <= 512 else 8,
         )
-    loss = torch.empty(() if reduce else (layers,), **options)
-    count = layers * batch if reduce else batch
-    launch(sum_kernel, 1 if reduce else layers, device, losses, loss, count, BLOCK=power_of_2(count, 16, 1024))
-    return loss, kappa
+
+
+def _reduced(losses: Tensor, x: ActivationPairs) -> Tensor:
+    """(L, B) to (), (L,), (B,) or (L, B)."""
+    layers, batch = losses.shape
+    if x.per_layer and x.per_sample:
+        return losses
+    shape = [layers] * x.per_layer + [batch] * x.per_sample
+    count, between, stride = layers * batch, 0, 1
+    if x.per_layer:
+        count, between = batch, batch
+    elif x.per_sample:
+        count, between, stride = layers, 1, batch
+    loss = torch.empty(shape, dtype=losses.dtype, device=losses.device)
+    block = power_of_2(count, 16, 1024)
+    launch(sum_kernel, loss.numel(), losses.device, losses, loss, count, between, stride, BLOCK=block)
+    return loss
 
 
 def backward(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
@@ -233,7 +248,7 @@ def backward(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]
             grad=grad,
             starts=starts,
             layers=tuple(item.layer for item in group),
-            grad_stride=grad.stride(0) if grad.dim() else 0,
+            grad_strides=grad.stride(),
             **arguments,
         )
     return gradients

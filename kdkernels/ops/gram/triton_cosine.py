@@ -1,4 +1,4 @@
-"""cosine_similarity in Triton: one launch forward, with the norms in it, and one per side backward."""
+"""Products and cosines of rows in Triton: one launch forward, with the norms in it, and one per side backward."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def _inverse(squares):
 
 
 @triton.jit
-def cosine_kernel(
+def products_kernel(
     a,  # [N, D]
     b,  # [M, D]
-    similarity,  # [N, M]
-    inverse_a,  # [N]
-    inverse_b,  # [M]
+    out,  # [N, M]: products, or cosines
+    out_a,  # [N]: squared norms, or inverse norms
+    out_b,  # [M]
     N,
     M,
     D,
     a_strides,
     b_strides,
+    COSINE: tl.constexpr,
     PRECISION: tl.constexpr,
     MIXED: tl.constexpr,  # a and b differ in dtype
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """S = A B^T over the rows' norms, which every tile makes from the numbers that it reads anyway."""
+    """A B^T and the rows' squares, which every tile makes from the numbers that it reads anyway; or what follows."""
     pid = tl.program_id(0)
     side = tl.maximum(tl.cdiv(M, BLOCK), 1)
     i = (pid // side) * BLOCK + tl.arange(0, BLOCK)
@@ -67,13 +68,15 @@ def cosine_kernel(
             acc = dot(x32, tl.trans(y32), acc, PRECISION)
         else:
             acc = dot(x, tl.trans(y), acc, PRECISION)
-    over_a, over_b = _inverse(square_a), _inverse(square_b)
+    if COSINE:
+        square_a, square_b = _inverse(square_a), _inverse(square_b)
+        acc = acc * square_a[:, None] * square_b[None, :]
     at = i[:, None].to(tl.int64) * M + j[None, :]
-    tl.store(similarity + at, acc * over_a[:, None] * over_b[None, :], mask=(i < N)[:, None] & (j < M)[None, :])
+    tl.store(out + at, acc, mask=(i < N)[:, None] & (j < M)[None, :])
     if pid % side == 0:
-        tl.store(inverse_a + i, over_a, mask=i < N)
+        tl.store(out_a + i, square_a, mask=i < N)
     if pid // side == 0:
-        tl.store(inverse_b + j, over_b, mask=j < M)
+        tl.store(out_b + j, square_b, mask=j < M)
 
 
 @triton.jit
@@ -129,34 +132,42 @@ def cosine_gradient_kernel(
     store(out + rows * D + column, (acc - inner[:, None] * (x * over_a[:, None])) * over_a[:, None], mask)
 
 
+def products(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _products(a, b, cosine=False)
+
+
 def cosine_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S, and the inverse norms."""
+    return _products(a, b, cosine=True)
+
+
+def _products(a: Tensor, b: Tensor, cosine: bool) -> tuple[Tensor, Tensor, Tensor]:
     (n, d), m = a.shape, b.shape[0]
-    options: dict[str, Any] = {"dtype": torch.float32, "device": a.device}
-    similarity, inverse_a, inverse_b = (torch.empty(shape, **options) for shape in ((n, m), (n,), (m,)))
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": a.device}
+    out, out_a, out_b = (torch.empty(shape, **float32) for shape in ((n, m), (n,), (m,)))
     block = power_of_2(max(n, m), 16, 64 if n * m > 256 * 256 else 32)
     launch(
-        cosine_kernel,
+        products_kernel,
         # one tile of either side is empty where that side is, and the other's norms are wanted all the same
         triton.cdiv(max(n, 1), block) * triton.cdiv(max(m, 1), block),
         a.device,
         a,
         b,
-        similarity,
-        inverse_a,
-        inverse_b,
+        out,
+        out_a,
+        out_b,
         n,
         m,
         d,
         a.stride(),
         b.stride(),
+        COSINE=cosine,
         PRECISION=matmul_precision(a, b),
         MIXED=a.dtype != b.dtype,
         BLOCK=block,
         BLOCK_D=32 if a.dtype == torch.float32 else 64,
         num_warps=8 if block == 64 else 4,
     )
-    return similarity, inverse_a, inverse_b
+    return out, out_a, out_b
 
 
 def cosine_backward(

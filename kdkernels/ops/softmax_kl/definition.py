@@ -26,6 +26,7 @@ def softmax_kl(x: Rows) -> Tensor:
     t = t.masked_fill(~counts[:, None], 0)
     log_q_s, log_q_t = (s / x.temperature).log_softmax(1), (t / x.temperature).log_softmax(1)
     log_m_s, log_m_t = (_masses(log_q, labelled) for log_q in (log_q_s, log_q_t))
+    y = (1 - x.labels.smoothing) * y + x.labels.smoothing / y.shape[1]
     rows = -x.terms.ce * _product(y, s.log_softmax(1)).sum(1)
     rows = rows + x.terms.kl * _kl(log_q_t, log_q_s)
     rows = rows + x.terms.target_kl * _kl(log_m_t, log_m_s)
@@ -38,7 +39,7 @@ def softmax_kl(x: Rows) -> Tensor:
 
 def _labels(x: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, C), which classes are labelled (N, C), and which rows count (N,)."""
-    target, mixed, lam, ignore_index = x.labels
+    target, mixed, lam, ignore_index, _ = x.labels
     everything = torch.ones(len(x.student), dtype=torch.bool, device=x.student.device)
     nothing = torch.zeros_like(x.student, dtype=dtype)
     if target is None or target.is_floating_point():

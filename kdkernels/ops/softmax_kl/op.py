@@ -27,6 +27,7 @@ class Labels(NamedTuple):
     mixed: Tensor | None = None  # (N,) int64, with lam
     lam: Tensor | None = None  # () or (N,)
     ignore_index: int = -100  # rows with this label in either place count for nothing
+    smoothing: float = 0.0  # e: CE is with (1 - e) y + e / C
 
     @property
     def dense(self) -> bool:

@@ -125,10 +125,13 @@ def _log_likelihood(s: Tensor, logz: Tensor, x: Rows, labels: RowLabels | None) 
     """sum_k y_k log p_k, (N, 1), from s = z - max and log Z."""
     if labels is None:
         assert x.labels.target is not None
-        return _weighted(x.labels.target.to(s.dtype), s - logz).sum(1, keepdim=True)
-    result = _weighted(labels.weight_a, s.gather(1, labels.a) - logz)
-    if x.labels.mixed is not None:
-        result = result + _weighted(labels.weight_b, s.gather(1, labels.b) - logz)
+        result = _weighted(x.labels.target.to(s.dtype), s - logz).sum(1, keepdim=True)
+    else:
+        result = _weighted(labels.weight_a, s.gather(1, labels.a) - logz)
+        if x.labels.mixed is not None:
+            result = result + _weighted(labels.weight_b, s.gather(1, labels.b) - logz)
+    if e := x.labels.smoothing:
+        result = (1 - e) * result + e * (s.mean(1, keepdim=True) - logz)
     return result
 
 
@@ -233,16 +236,18 @@ def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor) -> Tensor:
 
 
 def _ce_gradient(s: Tensor, x: Rows, labels: RowLabels | None) -> Tensor:
-    """w_ce (p sum(y) - y)"""
-    result = s.softmax(1)
+    """w_ce (p sum(y) - y), y smoothed."""
+    result, e = s.softmax(1), x.labels.smoothing
     if labels is None:
         assert x.labels.target is not None
         y = x.labels.target.to(s.dtype)
-        result.mul_(y.sum(1, keepdim=True)).sub_(y)
+        result.mul_((1 - e) * y.sum(1, keepdim=True) + e).sub_(y, alpha=1 - e)
     else:
-        result.scatter_add_(1, labels.a, -labels.weight_a)
+        result.scatter_add_(1, labels.a, (e - 1) * labels.weight_a)
         if x.labels.mixed is not None:
-            result.scatter_add_(1, labels.b, -labels.weight_b)
+            result.scatter_add_(1, labels.b, (e - 1) * labels.weight_b)
+    if e:
+        result -= e / s.shape[1]
     return result.mul_(x.terms.ce)
 
 

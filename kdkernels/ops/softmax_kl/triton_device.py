@@ -1,9 +1,15 @@
-"""Device functions of the softmax_kl kernels: tiles of logits, labels, online sums, the terms of a row.
+"""Device functions of the softmax_kl kernels: tiles of logits, labels, a row's statistics, and the terms of the loss.
 
-[R] is one number per row of a tile, [R, K] one per row and class. Notation as in reference.py.
+[R] is one number per row of a tile, [R, K] one per row and class. Notation: z logits, T temperature, p = softmax(z),
+q = softmax(z / T), s student, t teacher, {a, b} a row's labels, S the probability of the non-target classes, which are
+all but a and b.
+
+Arguments travel in NamedTuples, which Triton takes apart when it compiles; a None in them is a constant of the kernel.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,37 +19,108 @@ from ..triton_common import aligned, log1p
 NEG_INF = tl.constexpr(float("-inf"))
 
 
+class Strided(NamedTuple):
+    """A tensor in memory: (N, C), or (N,)."""
+
+    pointer: Any
+    strides: Any
+
+
+class Has(NamedTuple):
+    """What a call has: terms, networks and labels."""
+
+    ce: bool
+    kl: bool
+    target: bool
+    non_target: bool
+    decoupled: bool  # one of the two
+    soft: bool  # a teacher
+    labels: bool  # one or two per row
+    mixed: bool  # two
+    smooth: bool
+    dense: bool  # y (N, C) instead
+
+
+class Labels(NamedTuple):
+    """Those of the call, as in op.py."""
+
+    target: Any  # Strided or None, like the next two
+    mixed: Any
+    lam: Any
+    ignore_index: Any
+    smoothing: Any
+
+
+class Inputs(NamedTuple):
+    """What both passes read."""
+
+    student: Any  # Strided [N, C]
+    teacher: Any  # Strided [N, C]
+    labels: Any  # Labels
+    terms: Any  # Terms of op.py: the weights
+    inverse_t: Any
+    N: Any
+
+
+class RowLabels(NamedTuple):
+    """[R] each: the labels, their weights in y, whether the row counts, and whether its labels are classes."""
+
+    a: Any
+    b: Any
+    weight_a: Any
+    weight_b: Any
+    keep: Any
+    valid: Any
+
+
+class Softmax(NamedTuple):
+    """[R] each: the statistics of one network's rows."""
+
+    top: Any  # max z
+    logz_p: Any  # log sum exp(z - top): the student's, for CE
+    logz: Any  # log sum exp((z - top) / T)
+    non_target_top: Any  # max (z - top) / T of the non-target classes
+    non_target_logz: Any  # log sum exp((z - top) / T - non_target_top) of those
+
+
 @triton.jit
-def load_tile(pointer, rows, cols, strides, C, other, ALIGN: tl.constexpr):
+def load_tile(x, rows, cols, C, other, ALIGN: tl.constexpr):
     """[R, K] in fp32, ``other`` behind the last class. Offsets are 64-bit."""
-    at = (rows * aligned(strides[0], ALIGN))[:, None] + cols[None, :].to(tl.int64) * strides[1]
-    return tl.load(pointer + at, mask=(cols < C)[None, :], other=other).to(tl.float32)
+    at = (rows * aligned(x.strides[0], ALIGN))[:, None] + cols[None, :].to(tl.int64) * x.strides[1]
+    return tl.load(x.pointer + at, mask=(cols < C)[None, :], other=other).to(tl.float32)
 
 
 @triton.jit
-def load_at(pointer, rows, classes, strides):
+def load_at(x, rows, classes):
     """[R] the logits of one class per row."""
-    return tl.load(pointer + rows * strides[0] + classes * strides[1]).to(tl.float32)
+    return tl.load(x.pointer + rows * x.strides[0] + classes * x.strides[1]).to(tl.float32)
 
 
 @triton.jit
-def load_labels(target, target_mixed, lam, rows, strides, C, ignore_index, MIXED: tl.constexpr):
-    """[R] a, b, their weights, whether the row counts, and whether its labels are classes."""
-    a = tl.load(target + rows * strides[0])
+def load_labels(labels, rows, C, HAS: tl.constexpr):
+    """The rows' labels; without labels every row counts, and every class is a non-target one."""
+    a = tl.full(rows.shape, -1, tl.int64)
     b = a
-    weight_a = tl.full(a.shape, 1.0, tl.float32)
-    if MIXED:
-        b = tl.load(target_mixed + rows * strides[1])
-        weight_a = tl.load(lam + rows * strides[2]).to(tl.float32)
-    keep = (a != ignore_index) & (b != ignore_index)
-    valid = (a >= 0) & (a < C) & (b >= 0) & (b < C)
-    return tl.where(valid, a, 0), tl.where(valid, b, 0), weight_a, 1.0 - weight_a, keep, valid
+    weight_a = tl.full(rows.shape, 1.0, tl.float32)
+    keep = a == a
+    valid = keep
+    if HAS.labels:
+        a = tl.load(labels.target.pointer + rows * labels.target.strides[0])
+        b = a
+        if HAS.mixed:
+            b = tl.load(labels.mixed.pointer + rows * labels.mixed.strides[0])
+            weight_a = tl.load(labels.lam.pointer + rows * labels.lam.strides[0]).to(tl.float32)
+        keep = (a != labels.ignore_index) & (b != labels.ignore_index)
+        valid = (a >= 0) & (a < C) & (b >= 0) & (b < C)
+        a = tl.where(valid, a, 0)
+        b = tl.where(valid, b, 0)
+    return RowLabels(a, b, weight_a, 1.0 - weight_a, keep, valid)
 
 
 @triton.jit
-def others(cols, a, b):
+def is_non_target(cols, y):
     """[R, K] whether a class is none of the row's labels."""
-    return (cols[None, :] != a[:, None]) & (cols[None, :] != b[:, None])
+    return (cols[None, :] != y.a[:, None]) & (cols[None, :] != y.b[:, None])
 
 
 @triton.jit
@@ -68,17 +145,62 @@ def log_sum(total):
 
 
 @triton.jit
-def log_rest(mass, rest_max, rest_logz, logz):
-    """[R] log S: log1p of the labelled mass where that is small, else the log-sum over the others."""
-    small = mass < 0.5
-    return tl.where(small, log1p(-tl.where(small, mass, 0.0)), rest_max + rest_logz - logz)
+def store_stats(stats, rows, inside, N, of_s, of_t, HAS: tl.constexpr):
+    """[5 or 9, N], in the order that op.py gives."""
+    step = rows * 0 + N  # 64-bit
+    tl.store(stats + rows, of_s.top, mask=inside)
+    tl.store(stats + step + rows, of_t.top, mask=inside)
+    tl.store(stats + 2 * step + rows, of_s.logz_p, mask=inside)
+    tl.store(stats + 3 * step + rows, of_s.logz, mask=inside)
+    tl.store(stats + 4 * step + rows, of_t.logz, mask=inside)
+    if HAS.decoupled:
+        tl.store(stats + 5 * step + rows, of_s.non_target_top, mask=inside)
+        tl.store(stats + 6 * step + rows, of_t.non_target_top, mask=inside)
+        tl.store(stats + 7 * step + rows, of_s.non_target_logz, mask=inside)
+        tl.store(stats + 8 * step + rows, of_t.non_target_logz, mask=inside)
 
 
 @triton.jit
-def rest_log_q(z, rest_max, rest_logz, mask):
-    """[R, K] log of the others' probabilities renormalised, -inf on the labels and where the others have none."""
-    inside = mask & (rest_logz != NEG_INF)[:, None]
-    return tl.where(inside, z - rest_max[:, None] - rest_logz[:, None], NEG_INF)
+def load_stats(stats, rows, N, HAS: tl.constexpr):
+    """What a forward pass stored; the compiler drops the loads whose numbers nobody reads."""
+    step = rows * 0 + N
+    zero = tl.zeros(rows.shape, tl.float32)
+    s_non_target_top, t_non_target_top, s_non_target_logz, t_non_target_logz = zero, zero, zero, zero
+    s_top = tl.load(stats + rows)
+    t_top = tl.load(stats + step + rows)
+    logz_p = tl.load(stats + 2 * step + rows)
+    s_logz = tl.load(stats + 3 * step + rows)
+    t_logz = tl.load(stats + 4 * step + rows)
+    if HAS.decoupled:
+        s_non_target_top = tl.load(stats + 5 * step + rows)
+        t_non_target_top = tl.load(stats + 6 * step + rows)
+        s_non_target_logz = tl.load(stats + 7 * step + rows)
+        t_non_target_logz = tl.load(stats + 8 * step + rows)
+    of_s = Softmax(s_top, logz_p, s_logz, s_non_target_top, s_non_target_logz)
+    of_t = Softmax(t_top, zero, t_logz, t_non_target_top, t_non_target_logz)
+    return of_s, of_t
+
+
+@triton.jit
+def label_log_q(x, rows, of, y, inverse_t):
+    """[R] log q of a and of b, and their mass together."""
+    log_q_a = (load_at(x, rows, y.a) - of.top) * inverse_t - of.logz
+    log_q_b = (load_at(x, rows, y.b) - of.top) * inverse_t - of.logz
+    return log_q_a, log_q_b, tl.exp(log_q_a) + tl.where(y.a == y.b, 0.0, tl.exp(log_q_b))
+
+
+@triton.jit
+def log_non_target_mass(label_mass, of):
+    """[R] log S: log1p of the labels' mass where that is little, else from the sum over the non-target classes."""
+    little = label_mass < 0.5
+    return tl.where(little, log1p(-tl.where(little, label_mass, 0.0)), of.non_target_top + of.non_target_logz - of.logz)
+
+
+@triton.jit
+def non_target_log_q(z, of, non_target):
+    """[R, K] log of the non-target classes' probabilities renormalised, -inf on the labels and where these have all."""
+    inside = non_target & (of.non_target_logz != NEG_INF)[:, None]
+    return tl.where(inside, z - of.non_target_top[:, None] - of.non_target_logz[:, None], NEG_INF)
 
 
 @triton.jit
@@ -92,17 +214,3 @@ def kl(log_qs, log_qt):
     series = 0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d / 5040))))
     terms = tl.where(tl.abs(d) < 0.25, qt * (d * d) * series, qt * (d - 1.0) + qs)
     return tl.sum(tl.where(qt == 0, qs, terms), 1)
-
-
-@triton.jit
-def dense_ce(y, log_p):
-    """[R] -sum_k y log p"""
-    return -tl.sum(weighted(y, log_p), 1)
-
-
-@triton.jit
-def target_kl(log_qs_a, log_qs_b, log_qt_a, log_qt_b, same, log_ss, log_st):
-    """[R] TCKD: sum over the labels of q_t log(q_t / q_s), plus S_t log(S_t / S_s)."""
-    at_a = weighted(tl.exp(log_qt_a), log_qt_a - log_qs_a)
-    at_b = tl.where(same, 0.0, weighted(tl.exp(log_qt_b), log_qt_b - log_qs_b))
-    return weighted(tl.exp(log_st), log_st - log_ss) + at_a + at_b

@@ -1,10 +1,12 @@
 """The forward kernels of softmax_kl: one over the rows, and one that sums what its programs left.
 
-Notation as in reference.py: z logits, T temperature, p = softmax(z), q = softmax(z / T), s student, t teacher, {a, b} a
-row's labels, S the probability of the other classes.
+A row goes through four steps: its labels, the statistics of its softmaxes, the terms that sum over its classes, and
+those of its labels alone. Notation as in triton_device.py.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,211 +14,229 @@ import triton.language as tl
 from ..triton_common import aligned
 from .triton_device import (
     NEG_INF,
-    dense_ce,
+    Softmax,
+    is_non_target,
     kl,
+    label_log_q,
     load_at,
     load_labels,
     load_tile,
-    log_rest,
+    log_non_target_mass,
     log_sum,
+    non_target_log_q,
     online,
-    others,
-    rest_log_q,
-    target_kl,
+    store_stats,
     weighted,
 )
 
 
+class Sums(NamedTuple):
+    """[R] each: of one network's rows, or of their chunks so far."""
+
+    top: Any  # the maximum
+    total: Any  # sum of exp((z - top) / T)
+    non_target_top: Any
+    non_target_total: Any
+
+
 @triton.jit
 def rows_kernel(
-    student,  # [N, C]
-    teacher,  # [N, C]
-    target,  # [N] labels, or [N, C] where DENSE
-    target_mixed,  # [N]
-    lam,  # [] or [N]
-    loss,  # [N] where PER_ROW, [] where ONE_PROGRAM, else [2, programs]: the sums of rows, and how many rows count
-    stats,  # [5, N], or [9, N] where decoupled: maxima s, t; log-sums p_s, q_s, q_t; the others' maxima and log-sums
+    x,  # Inputs
+    loss,  # [N] for "none", [] for "sum" and "mean", [2, programs] for "partial": sums of rows, and how many count
+    stats,  # [5 or 9, N]
     scale,  # []
-    N,
     C,
-    s_strides,
-    t_strides,
-    target_strides,
-    label_strides,  # of target, target_mixed, lam
-    inverse_t,
-    w_ce,
-    w_kl,
-    w_target,
-    w_other,
-    ignore_index,
-    CE: tl.constexpr,
-    KL: tl.constexpr,
-    TARGET: tl.constexpr,
-    OTHER: tl.constexpr,
-    LABELS: tl.constexpr,
-    MIXED: tl.constexpr,
-    DENSE: tl.constexpr,
-    MEAN: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    ONE_PROGRAM: tl.constexpr,
+    HAS: tl.constexpr,  # Has
+    REDUCTION: tl.constexpr,  # "partial" where sum_kernel follows; "sum" and "mean" are of a single program
     STATS: tl.constexpr,
     WHOLE: tl.constexpr,  # a row is one chunk
     ALIGN: tl.constexpr,  # divides C and what lies between rows
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    DECOUPLED: tl.constexpr = TARGET or OTHER
-    TEACHER: tl.constexpr = KL or DECOUPLED
     C = aligned(C, ALIGN)
-    pid = tl.program_id(0)
-    row_index = pid * ROWS + tl.arange(0, ROWS)
-    inside = row_index < N
-    rows = tl.minimum(row_index, N - 1).to(tl.int64)
-    cols = tl.arange(0, BLOCK_C)
-    if LABELS:
-        a, b, weight_a, weight_b, keep, valid = load_labels(
-            target, target_mixed, lam, rows, label_strides, C, ignore_index, MIXED
-        )
-
-    # maxima and sums of exponentials
-    s_max = tl.full([ROWS], NEG_INF, tl.float32)
-    t_max = tl.full([ROWS], NEG_INF, tl.float32)
-    rest_max_s = tl.full([ROWS], NEG_INF, tl.float32)
-    rest_max_t = tl.full([ROWS], NEG_INF, tl.float32)
-    sum_p = tl.zeros([ROWS], tl.float32)
-    sum_s = tl.zeros([ROWS], tl.float32)
-    sum_t = tl.zeros([ROWS], tl.float32)
-    rest_sum_s = tl.zeros([ROWS], tl.float32)
-    rest_sum_t = tl.zeros([ROWS], tl.float32)
+    row_index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row_index < x.N
+    rows = tl.minimum(row_index, x.N - 1).to(tl.int64)
+    y = load_labels(x.labels, rows, C, HAS)
     if WHOLE:
-        s = load_tile(student, rows, cols, s_strides, C, NEG_INF, ALIGN)
-        s_max = tl.max(s, 1)
-        s = s - s_max[:, None]
-        if CE:
-            sum_p = tl.sum(tl.exp(s), 1)
-        if TEACHER:
-            t = load_tile(teacher, rows, cols, t_strides, C, NEG_INF, ALIGN)
-            t_max = tl.max(t, 1)
-            t = (t - t_max[:, None]) * inverse_t
-            sum_s = tl.sum(tl.exp(s * inverse_t), 1)
-            sum_t = tl.sum(tl.exp(t), 1)
-            if DECOUPLED:
-                other = others(cols, a, b)
-                rest_max_s, rest_sum_s = online(rest_max_s, rest_sum_s, tl.where(other, s * inverse_t, NEG_INF), 1.0)
-                rest_max_t, rest_sum_t = online(rest_max_t, rest_sum_t, tl.where(other, t, NEG_INF), 1.0)
+        result, of_s, of_t = _whole_rows(x, y, rows, C, HAS, ALIGN, BLOCK_C)
     else:
+        of_s, of_t = _chunked_softmax(x, y, rows, C, HAS, ALIGN, BLOCK_C)
+        result = _chunked_terms(x, y, of_s, of_t, rows, C, HAS, ALIGN, BLOCK_C)
+    if HAS.labels:
+        result += _label_terms(x, y, of_s, of_t, rows, HAS)
+    if HAS.decoupled:
+        result += (of_s.logz + of_t.logz) * 0.0  # NaN or inf among the labelled logits must not hide behind the others
+    result = tl.where(y.keep, tl.where(y.valid, result, float("nan")), 0.0)
+    _store_loss(loss, scale, result, row_index, inside, inside & y.keep, REDUCTION)
+    if STATS:
+        store_stats(stats, rows, inside, x.N, of_s, of_t, HAS)
+
+
+@triton.jit
+def _whole_rows(x, y, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[R] the terms that sum over the classes, and the statistics, of rows that are read once and held."""
+    cols = tl.arange(0, BLOCK_C)
+    non_target = is_non_target(cols, y)
+    zero = tl.zeros(rows.shape, tl.float32)
+    logz_p = zero
+    s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN)
+    s_top = tl.max(s, 1)
+    s = s - s_top[:, None]
+    if HAS.ce:
+        logz_p = log_sum(tl.sum(tl.exp(s), 1))
+    of_s, of_t, t = Softmax(s_top, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero), s
+    if HAS.soft:
+        t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
+        t_top = tl.max(t, 1)
+        t = (t - t_top[:, None]) * x.inverse_t
+        of_s = _softmax(_tile_sums(s_top, s * x.inverse_t, non_target, HAS), logz_p)
+        of_t = _softmax(_tile_sums(t_top, t, non_target, HAS), zero)
+    return _class_terms(x, s, t, of_s, of_t, rows, cols, C, non_target, HAS, ALIGN), of_s, of_t
+
+
+@triton.jit
+def _tile_sums(top, z, non_target, HAS: tl.constexpr):
+    """Of rows that lie in one tile; z is relative to their maximum, over T."""
+    non_target_top = tl.full(top.shape, NEG_INF, tl.float32)
+    non_target_total = tl.zeros(top.shape, tl.float32)
+    total = tl.sum(tl.exp(z), 1)
+    if HAS.decoupled:
+        others = tl.where(non_target, z, NEG_INF)
+        non_target_top, non_target_total = online(non_target_top, non_target_total, others, 1.0)
+    return Sums(top, total, non_target_top, non_target_total)
+
+
+@triton.jit
+def _softmax(sums, logz_p):
+    """The statistics from sums whose non_target_top is relative to the maximum, over T."""
+    non_target_top = tl.where(sums.non_target_total == 0, 0.0, sums.non_target_top)  # no such class: S = exp(-inf)
+    return Softmax(sums.top, logz_p, log_sum(sums.total), non_target_top, log_sum(sums.non_target_total))
+
+
+@triton.jit
+def _chunked_softmax(x, y, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The statistics of long rows, which are read in chunks."""
+    zero = tl.zeros(rows.shape, tl.float32)
+    none = tl.full(rows.shape, NEG_INF, tl.float32)
+    sum_p = zero
+    sums_s, sums_t = Sums(none, zero, none, zero), Sums(none, zero, none, zero)
+    for start in range(0, C, BLOCK_C):
+        cols = start + tl.arange(0, BLOCK_C)
+        non_target = is_non_target(cols, y)
+        s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN)
+        if HAS.ce:
+            _, sum_p = online(sums_s.top, sum_p, s, 1.0)
+        if HAS.soft:
+            t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
+            sums_t = _add_chunk(sums_t, t, non_target, x.inverse_t, HAS)
+        sums_s = _add_chunk(sums_s, s, non_target, x.inverse_t, HAS)
+    logz_p = zero
+    if HAS.ce:
+        logz_p = log_sum(sum_p)
+    of_s, of_t = Softmax(sums_s.top, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero)
+    if HAS.soft:
+        of_s = _softmax(_relative(sums_s, x.inverse_t), logz_p)
+        of_t = _softmax(_relative(sums_t, x.inverse_t), zero)
+    return of_s, of_t
+
+
+@triton.jit
+def _add_chunk(sums, z, non_target, inverse_t, HAS: tl.constexpr):
+    top, total = online(sums.top, sums.total, z, inverse_t)
+    non_target_top, non_target_total = sums.non_target_top, sums.non_target_total
+    if HAS.decoupled:
+        others = tl.where(non_target, z, NEG_INF)
+        non_target_top, non_target_total = online(non_target_top, non_target_total, others, inverse_t)
+    return Sums(top, total, non_target_top, non_target_total)
+
+
+@triton.jit
+def _relative(sums, inverse_t):
+    """Chunks have raw maxima; what is kept of the non-target classes is relative to the row's, over T."""
+    return Sums(sums.top, sums.total, (sums.non_target_top - sums.top) * inverse_t, sums.non_target_total)
+
+
+@triton.jit
+def _chunked_terms(x, y, of_s, of_t, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[R] the terms that sum over the classes, of long rows, which are read a second time."""
+    result = tl.zeros(rows.shape, tl.float32)
+    if HAS.kl or HAS.non_target or (HAS.ce and (HAS.dense or HAS.smooth)):
         for start in range(0, C, BLOCK_C):
-            s = load_tile(student, rows, start + cols, s_strides, C, NEG_INF, ALIGN)
-            if CE:
-                _, sum_p = online(s_max, sum_p, s, 1.0)
-            if TEACHER:
-                t = load_tile(teacher, rows, start + cols, t_strides, C, NEG_INF, ALIGN)
-                t_max, sum_t = online(t_max, sum_t, t, inverse_t)
-                if DECOUPLED:
-                    other = others(start + cols, a, b)
-                    rest_max_s, rest_sum_s = online(rest_max_s, rest_sum_s, tl.where(other, s, NEG_INF), inverse_t)
-                    rest_max_t, rest_sum_t = online(rest_max_t, rest_sum_t, tl.where(other, t, NEG_INF), inverse_t)
-            s_max, sum_s = online(s_max, sum_s, s, inverse_t)
-        if DECOUPLED:  # raw so far; what is kept is relative to the row's maximum, over T
-            rest_max_s = (rest_max_s - s_max) * inverse_t
-            rest_max_t = (rest_max_t - t_max) * inverse_t
-    logz_p = log_sum(sum_p)
-    logz_s = log_sum(sum_s)
-    logz_t = log_sum(sum_t)
-    rest_logz_s = log_sum(rest_sum_s)
-    rest_logz_t = log_sum(rest_sum_t)
-    rest_max_s = tl.where(rest_sum_s == 0, 0.0, rest_max_s)  # no other class: S = exp(-inf)
-    rest_max_t = tl.where(rest_sum_t == 0, 0.0, rest_max_t)
-    if not CE:
-        logz_p = tl.zeros([ROWS], tl.float32)
-    if not TEACHER:
-        t_max = tl.zeros([ROWS], tl.float32)
-        logz_s = tl.zeros([ROWS], tl.float32)
-        logz_t = tl.zeros([ROWS], tl.float32)
+            cols = start + tl.arange(0, BLOCK_C)
+            s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN) - of_s.top[:, None]
+            t = s
+            if HAS.soft:
+                t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
+                t = (t - of_t.top[:, None]) * x.inverse_t
+            result += _class_terms(x, s, t, of_s, of_t, rows, cols, C, is_non_target(cols, y), HAS, ALIGN)
+    return result
 
-    # the terms that sum over the classes
-    result = tl.zeros([ROWS], tl.float32)
-    if WHOLE:
-        if CE and DENSE:
-            y = load_tile(target, rows, cols, target_strides, C, 0.0, ALIGN)
-            result += w_ce * dense_ce(y, s - logz_p[:, None])
-        if KL:
-            result += w_kl * kl(s * inverse_t - logz_s[:, None], t - logz_t[:, None])
-        if OTHER:
-            result += w_other * kl(
-                rest_log_q(s * inverse_t, rest_max_s, rest_logz_s, other), rest_log_q(t, rest_max_t, rest_logz_t, other)
-            )
-    elif KL or OTHER or (CE and DENSE):
-        for start in range(0, C, BLOCK_C):
-            s = load_tile(student, rows, start + cols, s_strides, C, NEG_INF, ALIGN) - s_max[:, None]
-            if CE and DENSE:
-                y = load_tile(target, rows, start + cols, target_strides, C, 0.0, ALIGN)
-                result += w_ce * dense_ce(y, s - logz_p[:, None])
-            if TEACHER:
-                s = s * inverse_t
-                t = (load_tile(teacher, rows, start + cols, t_strides, C, NEG_INF, ALIGN) - t_max[:, None]) * inverse_t
-                if KL:
-                    result += w_kl * kl(s - logz_s[:, None], t - logz_t[:, None])
-                if OTHER:
-                    other = others(start + cols, a, b)
-                    result += w_other * kl(
-                        rest_log_q(s, rest_max_s, rest_logz_s, other), rest_log_q(t, rest_max_t, rest_logz_t, other)
-                    )
 
-    # the terms of the labels alone
-    if LABELS and (CE or TARGET):
-        s_a = load_at(student, rows, a, s_strides) - s_max
-        s_b = load_at(student, rows, b, s_strides) - s_max
-        if CE:
-            ce = weighted(weight_a, s_a - logz_p)
-            if MIXED:
-                ce += weighted(weight_b, s_b - logz_p)
-            result -= w_ce * ce
-        if TARGET:
-            log_qs_a = s_a * inverse_t - logz_s
-            log_qs_b = s_b * inverse_t - logz_s
-            log_qt_a = (load_at(teacher, rows, a, t_strides) - t_max) * inverse_t - logz_t
-            log_qt_b = (load_at(teacher, rows, b, t_strides) - t_max) * inverse_t - logz_t
-            mass_s = tl.exp(log_qs_a) + tl.where(a == b, 0.0, tl.exp(log_qs_b))
-            mass_t = tl.exp(log_qt_a) + tl.where(a == b, 0.0, tl.exp(log_qt_b))
-            log_ss = log_rest(mass_s, rest_max_s, rest_logz_s, logz_s)
-            log_st = log_rest(mass_t, rest_max_t, rest_logz_t, logz_t)
-            result += w_target * target_kl(log_qs_a, log_qs_b, log_qt_a, log_qt_b, a == b, log_ss, log_st)
-    if DECOUPLED:
-        result += (logz_s + logz_t) * 0.0  # NaN or inf among the labelled logits must not hide behind the others
-    if LABELS:
-        result = tl.where(keep, tl.where(valid, result, float("nan")), 0.0)
+@triton.jit
+def _class_terms(x, s, t, of_s, of_t, rows, cols, C, non_target, HAS: tl.constexpr, ALIGN: tl.constexpr):
+    """[R] a tile's part of the terms that sum over the classes; s is relative to the maximum, t also over T."""
+    result = tl.zeros(rows.shape, tl.float32)
+    if HAS.ce and HAS.dense:
+        y = load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
+        result -= x.terms.ce * (1.0 - x.labels.smoothing) * tl.sum(weighted(y, s - of_s.logz_p[:, None]), 1)
+    if HAS.ce and HAS.smooth:
+        log_p = tl.where((cols < C)[None, :], s - of_s.logz_p[:, None], 0.0)
+        result -= x.terms.ce * (x.labels.smoothing / C) * tl.sum(log_p, 1)
+    if HAS.kl:
+        result += x.terms.kl * kl(s * x.inverse_t - of_s.logz[:, None], t - of_t.logz[:, None])
+    if HAS.non_target:
+        log_qs = non_target_log_q(s * x.inverse_t, of_s, non_target)
+        result += x.terms.non_target_kl * kl(log_qs, non_target_log_q(t, of_t, non_target))
+    return result
 
-    if PER_ROW:
+
+@triton.jit
+def _label_terms(x, y, of_s, of_t, rows, HAS: tl.constexpr):
+    """[R] CE, and TCKD: sum over the labels of q_t log(q_t / q_s), plus S_t log(S_t / S_s)."""
+    result = tl.zeros(rows.shape, tl.float32)
+    if HAS.ce:
+        log_y = weighted(y.weight_a, load_at(x.student, rows, y.a) - of_s.top - of_s.logz_p)
+        if HAS.mixed:
+            log_y += weighted(y.weight_b, load_at(x.student, rows, y.b) - of_s.top - of_s.logz_p)
+        result -= x.terms.ce * (1.0 - x.labels.smoothing) * log_y
+    if HAS.target:
+        log_qs_a, log_qs_b, mass_s = label_log_q(x.student, rows, of_s, y, x.inverse_t)
+        log_qt_a, log_qt_b, mass_t = label_log_q(x.teacher, rows, of_t, y, x.inverse_t)
+        log_ss, log_st = log_non_target_mass(mass_s, of_s), log_non_target_mass(mass_t, of_t)
+        target = weighted(tl.exp(log_st), log_st - log_ss)
+        target += weighted(tl.exp(log_qt_a), log_qt_a - log_qs_a)
+        target += tl.where(y.a == y.b, 0.0, weighted(tl.exp(log_qt_b), log_qt_b - log_qs_b))
+        result += x.terms.target_kl * target
+    return result
+
+
+@triton.jit
+def _store_loss(loss, scale, result, row_index, inside, counts, REDUCTION: tl.constexpr):
+    """What this program's rows give, by reduction."""
+    pid = tl.program_id(0)
+    if REDUCTION == "none":
         tl.store(loss + row_index, result, mask=inside)
         if pid == 0:
             tl.store(scale, 1.0)
     else:
         total = tl.sum(tl.where(inside, result, 0.0), 0)
-        count = tl.sum(inside.to(tl.float32), 0)
-        if LABELS:
-            count = tl.sum((inside & keep).to(tl.float32), 0)
-        if ONE_PROGRAM:
-            factor = 1.0
-            if MEAN:
-                factor = 1.0 / tl.maximum(count, 1.0)
-            tl.store(scale, factor)
-            tl.store(loss, total * factor)
-        else:
+        count = tl.sum(counts.to(tl.float32), 0)
+        if REDUCTION == "partial":
             tl.store(loss + pid, total)
             tl.store(loss + tl.num_programs(0) + pid, count)
-    if STATS:
-        step = rows * 0 + N  # 64-bit
-        tl.store(stats + rows, s_max, mask=inside)
-        tl.store(stats + step + rows, t_max, mask=inside)
-        tl.store(stats + 2 * step + rows, logz_p, mask=inside)
-        tl.store(stats + 3 * step + rows, logz_s, mask=inside)
-        tl.store(stats + 4 * step + rows, logz_t, mask=inside)
-        if DECOUPLED:
-            tl.store(stats + 5 * step + rows, rest_max_s, mask=inside)
-            tl.store(stats + 6 * step + rows, rest_max_t, mask=inside)
-            tl.store(stats + 7 * step + rows, rest_logz_s, mask=inside)
-            tl.store(stats + 8 * step + rows, rest_logz_t, mask=inside)
+        else:
+            _store_total(loss, scale, total, count, REDUCTION)
+
+
+@triton.jit
+def _store_total(loss, scale, total, count, REDUCTION: tl.constexpr):
+    factor = 1.0
+    if REDUCTION == "mean":
+        factor = 1.0 / tl.maximum(count, 1.0)
+    tl.store(scale, factor)
+    tl.store(loss, total * factor)
 
 
 @triton.jit
@@ -225,7 +245,7 @@ def sum_kernel(
     loss,  # []
     scale,  # []
     P,
-    MEAN: tl.constexpr,
+    REDUCTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     totals = tl.zeros([BLOCK], tl.float32)
@@ -234,8 +254,4 @@ def sum_kernel(
         at = start + tl.arange(0, BLOCK)
         totals += tl.load(partial + at, mask=at < P, other=0.0)
         counts += tl.load(partial + P + at, mask=at < P, other=0.0)
-    factor = 1.0
-    if MEAN:
-        factor = 1.0 / tl.maximum(tl.sum(counts, 0), 1.0)
-    tl.store(scale, factor)
-    tl.store(loss, tl.sum(totals, 0) * factor)
+    _store_total(loss, scale, tl.sum(totals, 0), tl.sum(counts, 0), REDUCTION)

@@ -1,7 +1,7 @@
 """softmax_kl in Triton. Rows are independent; all arithmetic is fp32, exponentials are of differences from the maximum.
 
 Forward: one launch for the rows, and one that sums what its programs left where there were several. Backward: one
-launch, elementwise from the saved statistics. Notation as in reference.py.
+launch, elementwise from the saved statistics. Notation as in triton_device.py.
 
 Sizes: a tile of 2048 numbers per network and program (1024 with decoupled terms, which need more registers), as many
 short rows as fit; rows of up to 8192 classes are held in registers and read once, longer ones are read twice, in
@@ -18,7 +18,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import aligned, alignment, device_reason, launch, power_of_2, store
-from .triton_device import load_at, load_labels, load_tile, others, rest_log_q
+from .op import STATS, STATS_DECOUPLED, Rows
+from .triton_device import (
+    Has,
+    Inputs,
+    Labels,
+    Strided,
+    is_non_target,
+    label_log_q,
+    load_labels,
+    load_stats,
+    load_tile,
+    non_target_log_q,
+)
 from .triton_forward import rows_kernel, sum_kernel
 
 WHOLE, CHUNK, TILE = 8192, 4096, 2048
@@ -30,196 +42,142 @@ def supports(*tensors: Tensor) -> str | None:
 
 @triton.jit
 def gradient_kernel(
-    grad,  # [] or [N]
-    student,  # [N, C]
-    teacher,  # [N, C]
-    target,  # [N] labels, or [N, C] where DENSE
-    target_mixed,  # [N]
-    lam,  # [] or [N]
+    grad,  # Strided [N], or one number for all with a stride of 0
+    x,  # Inputs
     stats,  # [5 or 9, N]
     scale,  # []
     out,  # [N, C], contiguous
-    N,
     C,
     blocks,  # programs per row
-    s_strides,
-    t_strides,
-    target_strides,
-    label_strides,
-    grad_stride,
-    inverse_t,
-    w_ce,
-    w_kl,
-    w_target,
-    w_other,
-    ignore_index,
-    CE: tl.constexpr,
-    KL: tl.constexpr,
-    TARGET: tl.constexpr,
-    OTHER: tl.constexpr,
-    LABELS: tl.constexpr,
-    MIXED: tl.constexpr,
-    DENSE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    HAS: tl.constexpr,  # Has
+    ALIGN: tl.constexpr,  # divides C and what lies between rows
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    DECOUPLED: tl.constexpr = TARGET or OTHER
-    TEACHER: tl.constexpr = KL or DECOUPLED
     C = aligned(C, ALIGN)
     pid = tl.program_id(0)
     row_index = (pid // blocks) * ROWS + tl.arange(0, ROWS)
-    inside = row_index < N
-    rows = tl.minimum(row_index, N - 1).to(tl.int64)
+    rows = tl.minimum(row_index, x.N - 1).to(tl.int64)
     cols = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    step = rows * 0 + N
-    s_max = tl.load(stats + rows)
-
-    s = load_tile(student, rows, cols, s_strides, C, 0.0, ALIGN) - s_max[:, None]
+    of_s, of_t = load_stats(stats, rows, x.N, HAS)
+    s = load_tile(x.student, rows, cols, C, 0.0, ALIGN) - of_s.top[:, None]
+    y = load_labels(x.labels, rows, C, HAS)
     result = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    if LABELS:
-        a, b, weight_a, weight_b, keep, valid = load_labels(
-            target, target_mixed, lam, rows, label_strides, C, ignore_index, MIXED
-        )
-    if CE:
-        p = tl.exp(s - tl.load(stats + 2 * step + rows)[:, None])
-        if LABELS:
-            p -= tl.where(cols[None, :] == a[:, None], weight_a[:, None], 0.0)
-            if MIXED:
-                p -= tl.where(cols[None, :] == b[:, None], weight_b[:, None], 0.0)
-        if DENSE:
-            total = tl.zeros([ROWS], tl.float32)
-            for start in range(0, C, BLOCK_C):
-                total += tl.sum(
-                    load_tile(target, rows, start + tl.arange(0, BLOCK_C), target_strides, C, 0.0, ALIGN), 1
-                )
-            p = p * total[:, None] - load_tile(target, rows, cols, target_strides, C, 0.0, ALIGN)
-        result = w_ce * p
-    if TEACHER:
-        t_max = tl.load(stats + step + rows)
-        logz_s = tl.load(stats + 3 * step + rows)
-        logz_t = tl.load(stats + 4 * step + rows)
-        s = s * inverse_t
-        t = (load_tile(teacher, rows, cols, t_strides, C, 0.0, ALIGN) - t_max[:, None]) * inverse_t
-        difference = tl.exp(s - logz_s[:, None]) - tl.exp(t - logz_t[:, None])  # q_s - q_t
-        if DECOUPLED:
-            rest_max_s = tl.load(stats + 5 * step + rows)
-            rest_max_t = tl.load(stats + 6 * step + rows)
-            rest_logz_s = tl.load(stats + 7 * step + rows)
-            rest_logz_t = tl.load(stats + 8 * step + rows)
-            other = others(cols, a, b)
-            other_s = tl.exp(rest_log_q(s, rest_max_s, rest_logz_s, other))
-            other_t = tl.exp(rest_log_q(t, rest_max_t, rest_logz_t, other))
-            # S_s - S_t from whichever side has the smaller numbers
-            mass_s = tl.exp((load_at(student, rows, a, s_strides) - s_max) * inverse_t - logz_s)
-            mass_t = tl.exp((load_at(teacher, rows, a, t_strides) - t_max) * inverse_t - logz_t)
-            mass_s_b = tl.exp((load_at(student, rows, b, s_strides) - s_max) * inverse_t - logz_s)
-            mass_t_b = tl.exp((load_at(teacher, rows, b, t_strides) - t_max) * inverse_t - logz_t)
-            mass_s += tl.where(a == b, 0.0, mass_s_b)
-            mass_t += tl.where(a == b, 0.0, mass_t_b)
-            rest_s = tl.exp(rest_max_s + rest_logz_s - logz_s)
-            rest_t = tl.exp(rest_max_t + rest_logz_t - logz_t)
-            rest_difference = tl.where(mass_s < 0.5, mass_t - mass_s, rest_s - rest_t)
-            factor_s = w_target * rest_difference + w_other
-            decoupled = tl.where(other, other_s * factor_s[:, None] - w_other * other_t, w_target * difference)
-            result += inverse_t * decoupled
-        if KL:
-            result += (w_kl * inverse_t) * difference
-    factor = tl.load(grad + rows * grad_stride) * tl.load(scale)
-    if LABELS:
-        factor = tl.where(valid, factor, float("nan"))
-        result = tl.where(keep[:, None], result * factor[:, None], 0.0)
-    else:
-        result = result * factor[:, None]
-    store(out + (rows * C)[:, None] + cols[None, :], result, inside[:, None] & (cols < C)[None, :])
+    if HAS.ce:
+        result = x.terms.ce * _ce(x, y, s, of_s, rows, cols, C, HAS, ALIGN, BLOCK_C)
+    if HAS.soft:
+        t = (load_tile(x.teacher, rows, cols, C, 0.0, ALIGN) - of_t.top[:, None]) * x.inverse_t
+        s = s * x.inverse_t
+        difference = tl.exp(s - of_s.logz[:, None]) - tl.exp(t - of_t.logz[:, None])  # q_s - q_t
+        if HAS.decoupled:
+            result += x.inverse_t * _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols)
+        if HAS.kl:
+            result += (x.terms.kl * x.inverse_t) * difference
+    factor = tl.load(grad.pointer + rows * grad.strides[0]) * tl.load(scale)
+    factor = tl.where(y.valid, factor, float("nan"))
+    result = tl.where(y.keep[:, None], result * factor[:, None], 0.0)
+    store(out + (rows * C)[:, None] + cols[None, :], result, (row_index < x.N)[:, None] & (cols < C)[None, :])
 
 
-def _options(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    target_mixed: Tensor | None,
-    lam: Tensor | None,
-    temperature: float,
-    weights: list[float],
-    ignore_index: int,
-) -> dict[str, Any]:
-    """The arguments that both passes share. A pointer that is not read is the student's."""
-    dense = target is not None and target.is_floating_point()
-    w_ce, w_kl, w_target, w_other = weights
-    between_rows = [x.stride(0) for x in (student, teacher, target if dense else None) if x is not None]
-    lengths = [x.stride(0) if x is not None and x.dim() else 0 for x in (target, target_mixed, lam)]
+@triton.jit
+def _ce(x, y, s, of_s, rows, cols, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[R, K] dCE/ds: p - y, or sum(y) p - y where y is dense; s is relative to the maximum."""
+    p = tl.exp(s - of_s.logz_p[:, None])
+    e = x.labels.smoothing
+    if HAS.labels:
+        p -= (1.0 - e) * tl.where(cols[None, :] == y.a[:, None], y.weight_a[:, None], 0.0)
+        if HAS.mixed:
+            p -= (1.0 - e) * tl.where(cols[None, :] == y.b[:, None], y.weight_b[:, None], 0.0)
+    if HAS.dense:
+        total = tl.zeros(rows.shape, tl.float32)
+        for start in range(0, C, BLOCK_C):
+            total += tl.sum(load_tile(x.labels.target, rows, start + tl.arange(0, BLOCK_C), C, 0.0, ALIGN), 1)
+        p *= ((1.0 - e) * total + e)[:, None]
+        p -= (1.0 - e) * load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
+    if HAS.smooth:
+        p -= e / C
+    return p
+
+
+@triton.jit
+def _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols):
+    """[R, K] T times the gradient of w_target TCKD + w_non_target NCKD; s and t are relative to the maximum, over T."""
+    non_target = is_non_target(cols, y)
+    q_s = tl.exp(non_target_log_q(s, of_s, non_target))
+    q_t = tl.exp(non_target_log_q(t, of_t, non_target))
+    _, _, mass_s = label_log_q(x.student, rows, of_s, y, x.inverse_t)
+    _, _, mass_t = label_log_q(x.teacher, rows, of_t, y, x.inverse_t)
+    non_target_s = tl.exp(of_s.non_target_top + of_s.non_target_logz - of_s.logz)
+    non_target_t = tl.exp(of_t.non_target_top + of_t.non_target_logz - of_t.logz)
+    # S_s - S_t is taken between the labels' masses or between the others', whichever is less
+    mass_difference = tl.where(mass_s < 0.5, mass_t - mass_s, non_target_s - non_target_t)
+    factor = x.terms.target_kl * mass_difference + x.terms.non_target_kl
+    return tl.where(non_target, q_s * factor[:, None] - x.terms.non_target_kl * q_t, x.terms.target_kl * difference)
+
+
+def _strided(x: Tensor | None) -> Strided | None:
+    return None if x is None else Strided(x, x.stride() or (0,))
+
+
+def _arguments(x: Rows) -> dict[str, Any]:
+    """Those that both passes share."""
+    target, mixed, lam, ignore_index, smoothing = x.labels
+    dense, decoupled = x.labels.dense, x.terms.decoupled
+    between_rows = [z.stride(0) for z in (x.student, x.teacher, target if dense else None) if z is not None]
     return {
-        "student": student,
-        "teacher": teacher,
-        "target": student if target is None else target,
-        "target_mixed": student if target_mixed is None else target_mixed,
-        "lam": student if lam is None else lam,
-        "N": student.shape[0],
-        "C": student.shape[1],
-        "s_strides": student.stride(),
-        "t_strides": teacher.stride(),
-        "target_strides": target.stride() if dense and target is not None else (0, 0),
-        "label_strides": tuple(lengths),
-        "inverse_t": 1 / temperature,
-        "w_ce": w_ce,
-        "w_kl": w_kl,
-        "w_target": w_target,
-        "w_other": w_other,
-        "ignore_index": ignore_index,
-        "CE": bool(w_ce) and target is not None,
-        "KL": bool(w_kl),
-        "TARGET": bool(w_target),
-        "OTHER": bool(w_other),
-        "LABELS": target is not None and not dense,
-        "MIXED": target_mixed is not None,
-        "DENSE": dense,
-        "ALIGN": alignment(student.shape[1], *between_rows),
+        "x": Inputs(
+            _strided(x.student),
+            _strided(x.teacher),
+            Labels(_strided(target), _strided(mixed), _strided(lam), ignore_index, smoothing),
+            x.terms,
+            1 / x.temperature,
+            x.student.shape[0],
+        ),
+        "C": x.student.shape[1],
+        "HAS": Has(
+            ce=x.terms.ce != 0 and target is not None,
+            kl=x.terms.kl != 0,
+            target=x.terms.target_kl != 0,
+            non_target=x.terms.non_target_kl != 0,
+            decoupled=decoupled,
+            soft=decoupled or x.terms.kl != 0,
+            labels=target is not None and not dense,
+            mixed=mixed is not None,
+            smooth=smoothing != 0,
+            dense=dense,
+        ),
+        "ALIGN": alignment(x.student.shape[1], *between_rows),
     }
 
 
-def _tile_size(options: dict[str, Any]) -> int:
-    return TILE // 2 if options["TARGET"] or options["OTHER"] else TILE
+def _tile_size(x: Rows) -> int:
+    return TILE // 2 if x.terms.decoupled else TILE
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    target_mixed: Tensor | None,
-    lam: Tensor | None,
-    temperature: float,
-    weights: list[float],
-    ignore_index: int,
-    reduction: str,
-    need_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n, classes = student.shape
-    options = _options(student, teacher, target, target_mixed, lam, temperature, weights, ignore_index)
-    decoupled = options["TARGET"] or options["OTHER"]
-    float32: dict[str, Any] = {"dtype": torch.float32, "device": student.device}
-    stats = torch.empty((9 if decoupled else 5, n) if need_grad else (0,), **float32)
+def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    n, classes = x.student.shape
+    device, reduction = x.student.device, x.reduction
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    stats = torch.empty((STATS_DECOUPLED if x.terms.decoupled else STATS, n) if need_grad else (0,), **float32)
+    shape = (n,) if reduction == "none" else ()
     if n == 0:
-        return torch.zeros((0,) if reduction == "none" else (), **float32), stats, torch.ones((), **float32)
+        return torch.zeros(shape, **float32), stats, torch.ones((), **float32)
     whole = classes <= WHOLE
     block_c = power_of_2(classes, 4, WHOLE) if whole else CHUNK
-    rows = power_of_2(n, 1, max(1, _tile_size(options) // block_c))
+    rows = power_of_2(n, 1, max(1, _tile_size(x) // block_c))
     programs = triton.cdiv(n, rows)
-    mean, per_row = reduction == "batchmean", reduction == "none"
-    loss, scale = torch.empty((n,) if per_row else (), **float32), torch.empty((), **float32)
-    several = not per_row and programs > 1
+    loss, scale = torch.empty(shape, **float32), torch.empty((), **float32)
+    several = reduction != "none" and programs > 1
     partial = torch.empty(2 * programs, **float32) if several else loss
     launch(
         rows_kernel,
         programs,
-        student.device,
+        device,
         loss=partial,
         stats=stats,
         scale=scale,
-        **options,
-        MEAN=mean,
-        PER_ROW=per_row,
-        ONE_PROGRAM=not several,
+        **_arguments(x),
+        REDUCTION="partial" if several else reduction,
         STATS=need_grad,
         WHOLE=whole,
         ROWS=rows,
@@ -227,53 +185,30 @@ def forward(
         num_warps=power_of_2(rows * block_c // 256, 4, 16),
     )
     if several:
-        launch(
-            sum_kernel,
-            1,
-            student.device,
-            partial,
-            loss,
-            scale,
-            programs,
-            MEAN=mean,
-            BLOCK=power_of_2(programs, 16, 1024),
-        )
+        block = power_of_2(programs, 16, 1024)
+        launch(sum_kernel, 1, device, partial, loss, scale, programs, REDUCTION=reduction, BLOCK=block)
     return loss, stats, scale
 
 
-def backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    target_mixed: Tensor | None,
-    lam: Tensor | None,
-    stats: Tensor,
-    scale: Tensor,
-    temperature: float,
-    weights: list[float],
-    ignore_index: int,
-) -> Tensor:
-    n, classes = student.shape
-    out = torch.empty((n, classes), dtype=student.dtype, device=student.device)
+def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor) -> Tensor:
+    n, classes = x.student.shape
+    out = torch.empty((n, classes), dtype=x.student.dtype, device=x.student.device)
     if n == 0:
         return out
-    options = _options(student, teacher, target, target_mixed, lam, temperature, weights, ignore_index)
-    tile = _tile_size(options)
+    tile = _tile_size(x)
     block_c = power_of_2(classes, 4, tile)
     rows = power_of_2(n, 1, tile // block_c)
     blocks = triton.cdiv(classes, block_c)
     launch(
         gradient_kernel,
         triton.cdiv(n, rows) * blocks,
-        student.device,
-        grad=grad,
+        x.student.device,
+        grad=_strided(grad),
         stats=stats,
         scale=scale,
         out=out,
         blocks=blocks,
-        grad_stride=grad.stride(0) if grad.dim() else 0,
-        **options,
+        **_arguments(x),
         ROWS=rows,
         BLOCK_C=block_c,
         num_warps=4,

@@ -1,0 +1,170 @@
+"""Faults that the executor must catch: each a change to a copy of csrc/, and the call that shows it.
+
+PYTHONPATH=tests python -m cuda_on_cpu.faults [word in the name ...]     (make faults runs all)
+"""
+
+# ruff: noqa: E501 (a fault is one line)
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.angular_margin import angular_margin
+from kdkernels.ops.gram import cosine_similarity, sp_gram
+from kdkernels.ops.softmax_kl import softmax_kl
+
+from . import build, library
+
+
+def _sp(batch: int, width: int) -> None:
+    from checking import check_op
+
+    student, teacher = torch.rand(batch, width), torch.rand(batch, width // 2)
+    check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=1e3)
+
+
+def _cosine(dtype: torch.dtype) -> None:
+    from checking import check_op
+
+    check_op(cosine_similarity, [torch.randn(5, 300, dtype=dtype), torch.randn(3, 300, dtype=dtype)])
+
+
+def _softmax(rows: int, classes: int) -> None:
+    from checking import check_op
+
+    a, b, lam = torch.arange(rows), torch.arange(rows) + 1, torch.rand(rows)
+    weights = {"ce_weight": 0.1, "kl_weight": 0.3, "target_weight": 1.0, "other_weight": 8.0}
+    inputs: list[Tensor] = [torch.randn(rows, classes) for _ in range(2)]
+    check_op(
+        lambda s, t, lam: softmax_kl(s, t, a, b, lam, temperature=4.0, **weights),
+        inputs[:1],
+        constants=[inputs[1], lam],
+    )
+
+
+def _angular(height: int, width: int) -> None:
+    from checking import check_op
+
+    student, teacher = torch.rand(2, 3, height, width), torch.rand(2, 5, height, width)
+    check_op(
+        lambda s, t: angular_margin(s, t, margin=1.35, scale=64.0, local_weight=0.2, layer_weights=[1.0]),
+        [student],
+        constants=[teacher],
+    )
+
+
+PROBES: dict[str, Callable[[], None]] = {
+    "sp": partial(_sp, 5, 300),
+    "sp of two tiles": partial(_sp, 66, 20),
+    "cosine": partial(_cosine, torch.float32),
+    "cosine in fp64": partial(_cosine, torch.float64),
+    "narrow rows": partial(_softmax, 5, 11),
+    "wide rows": partial(_softmax, 2, 2100),
+    "angular": partial(_angular, 5, 7),
+}
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str  # once in the file
+    new: str
+    probe: str
+
+
+_LOADED = "    __syncthreads();\n#pragma unroll\n    for (int d = 0; d < kDepth; ++d) {\n      T a[4], b[4];"
+FAULTS = [
+    Fault("no barrier behind the loads", "gram.cu", _LOADED, _LOADED.replace("__syncthreads();", ""), "sp"),
+    Fault("no barrier before the next loads", "gram.cu", "+= a[r] * b[c];\n    }\n    __syncthreads();", "+= a[r] * b[c];\n    }", "sp"),
+    Fault("shared index + 1", "gram.cu", "= tile_a[d][y + 16 * r];", "= tile_a[d][y + 16 * r + 1];", "sp"),
+    Fault("row mask dropped", "gram.cu", "row < q.count && column < end ?", "column < end ?", "sp"),
+    Fault("column mask dropped", "gram.cu", "row < q.count && column < end ?", "row < q.count ?", "cosine"),
+    Fault("output mask dropped", "gram.cu", "< p.a.count && column + x + 16 * c < p.b.count)", "< p.a.count)", "sp"),
+    Fault("gradient mask dropped", "gram.cu", "if (to >= p.own.width) continue;", "", "sp"),
+    Fault("strides swapped", "gram.cu", "at * p.row_stride + (k + x) * p.column_stride", "at * p.column_stride + (k + x) * p.row_stride", "cosine"),
+    Fault("accumulator without a start", "gram.cu", "T sum[4][4] = {};\n  for (int64_t k = begin", "T sum[4][4];\n  for (int64_t k = begin", "sp"),
+    Fault("all splits write one product", "gram.cu", "p.partial + split * p.a.count * p.b.count", "p.partial", "sp"),
+    Fault("two blocks write one sum", "gram.cu", "inner[blockIdx.x] = sum", "inner[blockIdx.x / 2] = sum", "cosine"),
+    Fault("the upper half is read", "gram.cu", "j <= i ? i * n + j : j * n + i", "i * n + j", "sp of two tiles"),
+    Fault("weights mask dropped", "gram.cu", "if (at >= total) return;", "", "sp"),
+    Fault("no room for the losses", "gram.cu", " + 8 * x.count * x.batch;", ";", "sp"),
+    Fault("no room for the splits", "gram.cu", "larger(8 * int64_t(cosine_splits(x)) * x.a.count * x.b.count, 8 * (x.a.count + x.b.count))", "8 * x.a.count * x.b.count", "cosine in fp64"),
+    Fault("cosines without a workspace", "bindings.cpp", "kd::cuda::cosine_workspace(x), scratch);\n  KD_RUN(a, cosine_forward", "0, scratch), x.workspace = nullptr;\n  KD_RUN(a, cosine_forward", "cosine"),
+    Fault("no barrier before shared is used again", "device.cuh", "  __syncthreads();  // whoever used `shared` before is done\n", "", "wide rows"),
+    Fault("no barrier behind the warps' sums", "device.cuh", "shared[warp] = x;\n  __syncthreads();", "shared[warp] = x;", "sp"),
+    Fault("wrong lane", "device.cuh", "x, offset, width)", "x, offset / 2, width)", "narrow rows"),
+    Fault("half a warp in the mask", "device.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0x0000ffffu", "narrow rows"),
+    Fault("row bound dropped", "softmax_kl.cu", "if (team.row >= x.rows) return;\n  const double loss", "const double loss", "narrow rows"),
+    Fault("statistics overwritten", "softmax_kl.cu", "stats[2 * x.rows] = static_cast<T>(log_p)", "stats[x.rows] = static_cast<T>(log_p)", "narrow rows"),
+    Fault("workspace a row short", "softmax_kl.cu", "8 * (x.rows + 1)", "8 * (x.rows - 1)", "narrow rows"),
+    Fault("every thread writes the loss", "softmax_kl.cu", "  if (threadIdx.x) return;\n", "", "narrow rows"),
+    Fault("no barrier behind the slices", "angular_margin.cu", "partial[slice][lane] = sum;\n  __syncthreads();", "partial[slice][lane] = sum;", "angular"),
+    Fault("one slice too many", "angular_margin.cu", "k < kSlices; ++k) sum", "k <= kSlices; ++k) sum", "angular"),
+    Fault("a map too few", "angular_margin.cu", "return kMaps * pixels_of(x)", "return (kMaps - 1) * pixels_of(x)", "angular"),
+    Fault("a map without a start", "angular_margin.cu", "      h[n] = 0;\n", "", "angular"),
+    Fault("half of the block at the barriers", "angular_margin.cu", "    sum = reduce_block(sum, shared, 0.0, Add());\n    total", "    if (threadIdx.x < 128) sum = reduce_block(sum, shared, 0.0, Add());\n    total", "angular"),
+    Fault("the gradient into the input", "angular_margin.cu", "store<T>(a.type, layer.out, at,", "store<T>(a.type, const_cast<void*>(a.data), at,", "angular"),
+]  # fmt: skip
+
+
+def patched(fault: Fault) -> dict[str, str]:
+    files = build.csrc()
+    found = files[fault.file].count(fault.old)
+    if found != 1:
+        raise ValueError(f"{fault.name}: {fault.old!r} is {found} times in {fault.file}, not once")
+    files[fault.file] = files[fault.file].replace(fault.old, fault.new)
+    return files
+
+
+def verdict(files: dict[str, str], probe: str) -> str:
+    """What a probe of the checked build says, or "" if nothing is wrong. In a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        message = ""
+        try:
+            library.install("checked", files)
+            for _ in range(3):  # forwards and backwards through the threads
+                torch.manual_seed(0)
+                PROBES[probe]()
+        except Exception as error:
+            message = str(error).strip().splitlines()[0]
+        os.write(writer, message.encode()[:1000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return message or (f"died of signal {status}" if status else "")
+
+
+def main(words: list[str]) -> int:
+    from kdkernels import use_backend
+
+    chosen = [f for f in FAULTS if not words or any(word in f.name for word in words)]
+    build.library("checked")  # what all of them share
+    with ThreadPoolExecutor(build.WORKERS) as pool:
+        list(pool.map(lambda f: build.library("checked", patched(f)), chosen))
+    missed = 0
+    with use_backend("native"):
+        for probe in sorted({fault.probe for fault in chosen}):
+            message = verdict(build.csrc(), probe)
+            if message:
+                raise RuntimeError(f"{probe} fails without any fault: {message}")
+        for fault in chosen:
+            message = verdict(patched(fault), fault.probe)
+            missed += not message
+            print(f"{'caught' if message else 'MISSED'}  {fault.name}: {message}", flush=True)
+    return missed
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))

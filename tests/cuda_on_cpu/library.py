@@ -1,0 +1,93 @@
+"""The executor's library as the native backend of kdkernels, for CPU tensors, in this process.
+
+All that knows how kdkernels finds its native library is in ``install``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kdkernels.ops import native
+
+from . import build
+
+VARIABLE = "KDKERNELS_TEST_CUDA"  # plain or checked: the op tests run csrc/*.cu on the executor
+
+
+def requested() -> str | None:
+    mode = os.environ.get(VARIABLE)
+    if mode and mode not in build.MODES:
+        raise ValueError(f"{VARIABLE} must be one of {', '.join(build.MODES)}, got {mode!r}")
+    return mode or None
+
+
+def install(mode: str, files: Mapping[str, str] | None = None) -> ctypes.CDLL:
+    """Build and load: from here on the native backend is the CUDA kernels. The real library must not be loaded."""
+    path = build.library(mode, files)
+
+    def load() -> None:
+        torch.ops.load_library(str(path))
+
+    native._find_and_load = load
+    reason = native.why_not()
+    assert reason is None, reason
+    return ctypes.CDLL(str(path))
+
+
+class Launch(NamedTuple):
+    """One kernel launch. The bytes of global memory are counted in the checked build alone, what is below them there
+    after ``library.cuda_on_cpu_count(1)``: accesses of warps, 32-byte sectors, passes over the banks beyond the first.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    dynamic_shared: int
+    static_shared: int
+    read: int
+    written: int
+    distinct_read: int
+    distinct_written: int
+    global_requests: int
+    sectors: int
+    shared_requests: int
+    bank_conflicts: int
+
+
+def launches(library: ctypes.CDLL) -> list[Launch]:
+    """The launches since this was last asked, the latest 10,000 at most."""
+    library.cuda_on_cpu_launches.restype = ctypes.c_char_p
+    found = []
+    for line in library.cuda_on_cpu_launches().decode().splitlines():
+        name, grid, block, *numbers = line.split("\t")
+        sizes = [tuple(map(int, text.split())) for text in (grid, block)]
+        found.append(Launch(name, *sizes, *map(int, numbers)))  # type: ignore[arg-type]
+    return found
+
+
+class Probe:
+    """A library of one .cu file for tests of the executor itself: call ``run`` with what may be touched."""
+
+    def __init__(self, mode: str, source: Path) -> None:
+        self.library = ctypes.CDLL(str(build.probe(mode, source)))
+        self.library.cuda_on_cpu_error.restype = ctypes.c_char_p
+
+    def run(self, function: str, *arguments: torch.Tensor | int, outputs: tuple[int, ...] = ()) -> str:
+        """Call an extern "C" function; the arguments numbered in ``outputs`` may be written. What went wrong, or ""."""
+        passed = []
+        self.library.cuda_on_cpu_forget()
+        for i, x in enumerate(arguments):
+            if isinstance(x, torch.Tensor):
+                pointer = ctypes.c_void_p(x.data_ptr())
+                self.library.cuda_on_cpu_allow(pointer, ctypes.c_size_t(x.nbytes), int(i in outputs))
+                passed.append(pointer)
+            else:
+                passed.append(ctypes.c_int(x))
+        getattr(self.library, function)(*passed)
+        return self.library.cuda_on_cpu_error().decode()

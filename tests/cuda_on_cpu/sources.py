@@ -1,0 +1,47 @@
+"""CUDA C++ to C++: the few constructs that a C++ compiler does not know become calls of the executor.
+
+Line numbers stay, so that a fault found while a kernel runs names the line of csrc.
+"""
+
+from __future__ import annotations
+
+import re
+
+_TEMPLATE = r"(?:<(?:[^<>;{}]|<[^<>;{}]*>)*>)?"
+_TYPE = rf"(?:(?:const|volatile|unsigned|signed|long)\s+)*[\w:]+{_TEMPLATE}"
+_ALIGNED = r"(?:(?:alignas|__align__)\((\w+)\)\s*)?"
+_LAUNCH = re.compile(rf"([A-Za-z_][\w:]*{_TEMPLATE})\s*<<<(.*?)>>>(?=\s*\()", re.S)
+_DYNAMIC = re.compile(rf"extern\s+__shared__\s+{_ALIGNED}({_TYPE})\s+(\w+)\[\]\s*;")
+_STATIC = re.compile(rf"__shared__\s+{_ALIGNED}({_TYPE}[\s*]+)([^;=]+);")
+_CONSTANT = re.compile(rf"const\s+__grid_constant__\s+([\w:]+{_TEMPLATE})\s+(\w+)")
+_UNROLL = re.compile(r"^[ \t]*#pragma unroll[^\n]*", re.M)
+
+
+def _static(match: re.Match[str]) -> str:
+    alignment, kind, variables = match.groups()
+    out = []
+    for variable in re.findall(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)(?:,|$)", variables):
+        name, dimensions = variable
+        out.append(f"CUDA_ON_CPU_SHARED({kind.strip()}, {name}, {dimensions.strip()}, {alignment or 1});")
+    return " ".join(out) + "\n" * match[0].count("\n")
+
+
+def _dynamic(match: re.Match[str]) -> str:
+    alignment, kind, name = match.groups()
+    return f"{kind}* const {name} = static_cast<{kind}*>(cuda_on_cpu::dynamic_shared({alignment or 1}));"
+
+
+def _launch(match: re.Match[str]) -> str:
+    kernel, configuration = match.groups()
+    name = kernel.split("<")[0].split("::")[-1]
+    return f'cuda_on_cpu::Launcher("{name}", &{kernel}, cuda_on_cpu::Configuration({configuration}))'
+
+
+def to_cpp(text: str, path: str) -> str:
+    """The source at ``path`` (as messages shall name it) as C++."""
+    text = _UNROLL.sub("", text)
+    text = _DYNAMIC.sub(_dynamic, text)
+    text = _STATIC.sub(_static, text)
+    text = _CONSTANT.sub(r"const \1& \2", text)  # one copy per launch, as on the GPU, and not one per thread
+    text = _LAUNCH.sub(_launch, text)
+    return f'#line 1 "{path}"\n{text}'
