@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels
-from kdkernels import correlation_loss, sp_loss, supervised_contrastive_loss
+from kdkernels import correlation_loss, mlkd_loss, sp_loss, supervised_contrastive_loss
 from kdkernels.ops import backend as backends
 from kdkernels.ops.gram.op import Gram
 from kdkernels.ops.softmax_kl.op import SoftmaxKL
@@ -76,9 +76,7 @@ LOSSES: dict[str, Loss] = {
     "correlation": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=VIEWS, **group),
     "correlation_one_view": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=1, **group),
     "supervised": lambda f, t, y, **group: supervised_contrastive_loss(f[1].flatten(1), t, y, **group),
-    "mlkd": lambda f, t, y, **group: kdkernels.mlkd_loss(
-        f[1].flatten(1), t, y, views=VIEWS, alignment_weight=0.0, **group
-    ),
+    "mlkd": lambda f, t, y, **group: mlkd_loss(f[1].flatten(1), t, y, views=VIEWS, alignment_weight=0.0, **group),
 }
 
 
@@ -182,14 +180,12 @@ def on_backends(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any
     data = tuple(mine(x, rank, size) for x in batch(size, torch.float32))
     with pytest.MonkeyPatch.context() as patch:
         calls = counted(patch)
-        for backend in ("native", "reference"):
+        for backend in [name for name in ("native", "reference") if backends.why_not("gram", name, data[0]) is None]:
             for name in CALLS:
                 calls.clear()
                 with kdkernels.use_backend(backend):
-                    reason = backends.why_not("gram", backend, data[0])
                     model = DistributedDataParallel(Student(torch.float32))
-                    numbers = None if reason else train_step(model, LOSSES[name], data, group=world)
-                out[f"{name} {backend}"] = reason, numbers, dict(calls)
+                    out[f"{name} {backend}"] = train_step(model, LOSSES[name], data, group=world), dict(calls)
     with kdkernels.use_backend("triton"):  # which has nothing for a CPU
         out["triton"] = {
             name: raised(lambda name=name: train_step(Student(torch.float32), LOSSES[name], data, group=world))

@@ -99,6 +99,8 @@ LABELS: dict[str, Case] = {
     "decouple negative": (ValueError, "decouple must be zero or positive", lambda: STKDLoss(decouple=(1.0, -8.0))),
     "weight": (ValueError, "kd_weight must be zero or positive and finite, got -1", label(kd_weight=-1)),
     "ce weight": (ValueError, "ce_weight .*, got inf", lambda: STKDLoss(ce_weight=math.inf)),
+    "smoothing": (ValueError, r"label_smoothing must be in \[0, 1\], got 1.5", label(label_smoothing=1.5)),
+    "smoothing negative": (ValueError, "label_smoothing must be zero or", lambda: STKDLoss(label_smoothing=-0.1)),
     "ignore_index": (TypeError, "ignore_index must be an int, got NoneType", label(ignore_index=None)),
     "supervised shape": (
         ValueError,

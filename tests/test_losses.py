@@ -92,6 +92,17 @@ def test_stkd_is_mixed_cross_entropy_and_kd() -> None:
     torch.testing.assert_close(one, 0.3 * F.cross_entropy(s, a) + 0.7 * F.cross_entropy(s, b))
 
 
+def test_label_smoothing_is_that_of_cross_entropy() -> None:
+    s, t, a, *_ = mixed()
+    a[2] = -100
+    options = {"ce_weight": 0.7, "kd_weight": 0.0, "label_smoothing": 0.2}
+    expected = 0.7 * F.cross_entropy(s, a, label_smoothing=0.2)
+    torch.testing.assert_close(stkd_loss(s, t, a, **options), expected)
+    torch.testing.assert_close(STKDLoss(**options)(s, t, a), expected)
+    whole = stkd_loss(s, t, a, kd_weight=0.9, ce_weight=0.7, label_smoothing=0.2)
+    torch.testing.assert_close(whole, expected + stkd_loss(s, t, a, kd_weight=0.9, ce_weight=0.0))
+
+
 def test_stkd_over_positions_shares_lam_within_a_sample() -> None:
     s, t = randn(4, 3, 7), randn(4, 3, 7)
     a, b, lam = labels(4, 3, classes=7), labels(4, 3, classes=7), torch.rand(4, dtype=torch.float64, device=DEVICE)
