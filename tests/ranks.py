@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels
-from kdkernels import correlation_loss, sp_loss, supervised_contrastive_loss
+from kdkernels import correlation_loss, mlkd_loss, sp_loss, supervised_contrastive_loss
+from kdkernels.ops import backend as backends
+from kdkernels.ops.gram.op import Gram
+from kdkernels.ops.softmax_kl.op import SoftmaxKL
 
 UPSTREAM = 2.5
 VIEWS = 3
@@ -52,16 +55,28 @@ def mine(x: Tensor, rank: int, size: int) -> Tensor:
     return x.split([VIEWS * n for n in IMAGES[size]])[rank]
 
 
+def weighted(rows: Tensor) -> Tensor:
+    """A sum to which every row adds with a weight of its own."""
+    return (rows * torch.linspace(1, 2, len(rows), dtype=rows.dtype)).sum()
+
+
 Loss = Callable[..., Tensor]
 LOSSES: dict[str, Loss] = {
     "sp": lambda f, t, y, **group: sp_loss(f, [t[:, :7], t.view(-1, 5, 3)], **group),
+    "sp_layers": lambda f, t, y, **group: weighted(
+        sp_loss(f, [t, t], layer_weights=[2.0, 0.5], layer_reduction="none", **group)
+    ),
+    "correlation_rows": lambda f, t, y, **group: weighted(
+        correlation_loss(f[1].flatten(1), t[:, :7], views=VIEWS, reduction="none", **group)
+    ),
+    "supervised_rows": lambda f, t, y, **group: weighted(
+        supervised_contrastive_loss(f[1].flatten(1), t, y, reduction="none", **group)
+    ),
     "sp_l1_sum": lambda f, t, y, **group: sp_loss(f, [t, t], row_norm="l1", reduction="sum", **group),
     "correlation": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=VIEWS, **group),
     "correlation_one_view": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=1, **group),
     "supervised": lambda f, t, y, **group: supervised_contrastive_loss(f[1].flatten(1), t, y, **group),
-    "mlkd": lambda f, t, y, **group: kdkernels.mlkd_loss(
-        f[1].flatten(1), t, y, views=VIEWS, weights=(50.0, 1.0, 0.0), **group
-    ),
+    "mlkd": lambda f, t, y, **group: mlkd_loss(f[1].flatten(1), t, y, views=VIEWS, alignment_weight=0.0, **group),
 }
 
 
@@ -131,6 +146,56 @@ HALF_LOSSES: dict[str, Loss] = {
 }
 
 
+# what one forward and backward pass over ranks calls of an implementation, and how often
+CALLS: dict[str, dict[str, int]] = {
+    "sp": {"gram.grams": 1, "gram.sp_from_grams": 1, "gram.sp_backward": 1},
+    "correlation": {"gram.products": 2, "softmax_kl.forward": 1, "softmax_kl.backward": 1, "gram.cosine_backward": 1},
+    "supervised": {"gram.products": 1, "gram.cosine_backward": 1},
+}
+
+
+def counted(patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """The calls of gram's and softmax_kl's implementations from here on, by "native gram.grams" and such names."""
+    calls: dict[str, int] = {}
+
+    def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*args: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            return function(*args)
+
+        return counting
+
+    for op, protocol in (("gram", Gram), ("softmax_kl", SoftmaxKL)):
+        for backend in ("native", "reference"):
+            module = backends.load(op, backend)
+            for name in vars(protocol):
+                if not name.startswith("_") and name != "supports":
+                    patch.setattr(module, name, count(f"{backend} {op}.{name}", getattr(module, name)))
+    return calls
+
+
+def on_backends(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
+    """Each loss on each backend asked for by name: its numbers, and which functions ran."""
+    out: dict[str, Any] = {}
+    data = tuple(mine(x, rank, size) for x in batch(size, torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        calls = counted(patch)
+        for backend in [name for name in ("native", "reference") if backends.why_not("gram", name, data[0]) is None]:
+            for name in CALLS:
+                calls.clear()
+                with kdkernels.use_backend(backend):
+                    model = DistributedDataParallel(Student(torch.float32))
+                    out[f"{name} {backend}"] = train_step(model, LOSSES[name], data, group=world), dict(calls)
+    with kdkernels.use_backend("triton"):  # which has nothing for a CPU
+        out["triton"] = {
+            name: raised(lambda name=name: train_step(Student(torch.float32), LOSSES[name], data, group=world))
+            for name in CALLS
+        }
+    # and the group works as before
+    out["afterwards"] = train_step(DistributedDataParallel(Student(torch.float32)), LOSSES["sp"], data, group=world)
+    return out
+
+
 def contract(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for dtype in (torch.float16, torch.bfloat16):
@@ -197,6 +262,10 @@ def failures(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
     x = torch.ones(3, 4)
     out = {"another group": raised(lambda: sp_loss(x, x, group=pair if rank == 1 else everybody))}
     dist.barrier(world)
+    alone = dist.new_group(list(range(size)), timeout=TIMEOUT)
+    with kdkernels.use_backend("triton" if rank == 1 else "reference"):
+        out["another backend"] = raised(lambda: sp_loss(x, x, group=alone))
+    dist.barrier(world)
     if rank == 1:
         os._exit(0)
     out["died"] = raised(lambda: [sp_loss(x, x, group=world) for _ in range(2)])
@@ -204,7 +273,7 @@ def failures(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
 
 
 TIMEOUT = datetime.timedelta(seconds=4)
-JOBS = {f.__name__: f for f in (same_numbers, contract, failures)}
+JOBS = {f.__name__: f for f in (same_numbers, on_backends, contract, failures)}
 
 
 def work(rank: int, size: int, folder: str, jobs: list[str]) -> None:

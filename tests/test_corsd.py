@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from checking import DEVICE, DTYPES, check_op, gradients
-from torch import Tensor, nn
+from torch import Tensor
 
-from kdkernels import CORSDLoss, CORSDWeights, corsd_loss
+from kdkernels import CORSDLoss, corsd_loss
 
 pytestmark = pytest.mark.usefixtures("backend")
 STAGES, BATCH, CLASSES = 4, 6, 7
-WEIGHTS = CORSDWeights(0.3, 0.5, 0.7, 1.1, 1.3, 1.7)  # unlike each other
+NAMES = ("triplet", "relation", "ce_pos", "kl_pos", "ce_neg", "kl_neg")
+
+
+def weighted(*weights: float) -> dict[str, float]:
+    return {f"{name}_weight": w for name, w in zip(NAMES, weights, strict=True)}
+
+
+WEIGHTS = weighted(0.3, 0.5, 0.7, 1.1, 1.3, 1.7)  # unlike each other
+PAPER = weighted(0.01, 0.01, 0.04, 0.16, 0.01, 0.04)
 
 
 def scores(dtype: torch.dtype = torch.float64, stages: int = STAGES, batch: int = BATCH) -> list[Tensor]:
@@ -34,7 +44,7 @@ def loop(
     q_far: Tensor,
     y: Tensor,
     y_far: Tensor,
-    w: CORSDWeights,
+    weights: dict[str, float],
     t: float = 3.0,
     margin: float = 1.0,
     detach: bool = True,
@@ -42,6 +52,7 @@ def loop(
     """The terms one at a time, stage by stage and triplet by triplet."""
     near, far, q_near, q_far = (x.cpu() for x in (near, far, q_near, q_far))
     constant = (lambda x: x.detach()) if detach else (lambda x: x)
+    w = SimpleNamespace(**{name: weights[f"{name}_weight"] for name in NAMES})
     stages, batch = near.shape
     deep = stages - 1
     loss = torch.zeros((), dtype=near.dtype)
@@ -62,13 +73,12 @@ def loop(
 
 
 @pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("weights", [WEIGHTS, CORSDWeights()], ids=["test", "paper"])
+@pytest.mark.parametrize("weights", [WEIGHTS, PAPER], ids=["test", "paper"])
 @pytest.mark.parametrize("margin", [1.0, 0.1])
 @pytest.mark.parametrize("stages", [1, 2, 4])
-def test_equals_plain_loops(stages: int, margin: float, weights: CORSDWeights, detach: bool) -> None:
-    assert tuple(CORSDWeights()) == (0.01, 0.01, 0.04, 0.16, 0.01, 0.04)
+def test_equals_plain_loops(stages: int, margin: float, weights: dict[str, float], detach: bool) -> None:
     inputs = scores(stages=stages)
-    loss = corsd_loss(*inputs, *labels(), margin=margin, weights=weights, detach_deepest=detach)
+    loss = corsd_loss(*inputs, *labels(), margin=margin, detach_deepest=detach, **weights)
     expected = loop(*inputs, *labels(), weights, margin=margin, detach=detach)
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-12, atol=1e-14)
     for a, e in zip(gradients(loss, inputs, 2.5), gradients(expected, inputs, 2.5), strict=True):
@@ -78,30 +88,28 @@ def test_equals_plain_loops(stages: int, margin: float, weights: CORSDWeights, d
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype(dtype: torch.dtype) -> None:
     for detach in (True, False):
-        check_op(lambda *x, d=detach: corsd_loss(*x, *labels(), weights=WEIGHTS, detach_deepest=d), scores(dtype))
+        check_op(lambda *x, d=detach: corsd_loss(*x, *labels(), detach_deepest=d, **WEIGHTS), scores(dtype))
 
 
 def test_gradcheck() -> None:
     inputs = scores(stages=2, batch=2)
     y = labels(2)
-    assert torch.autograd.gradcheck(
-        lambda *x: corsd_loss(*x, *y, weights=WEIGHTS, margin=0.2, detach_deepest=False), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *x: corsd_loss(*x, *y, margin=0.2, detach_deepest=False, **WEIGHTS), inputs)
     # with the deepest stage as a constant: in the other stages' inputs
     shallow = [x[:-1].detach().requires_grad_() for x in inputs]
     deepest = [x[-1:].detach() for x in inputs]
     assert torch.autograd.gradcheck(
-        lambda *x: corsd_loss(*(torch.cat(p) for p in zip(x, deepest, strict=True)), *y, weights=WEIGHTS), shallow
+        lambda *x: corsd_loss(*(torch.cat(p) for p in zip(x, deepest, strict=True)), *y, **WEIGHTS), shallow
     )
 
 
 def test_hinge_gradient_is_constant_at_margin_one_and_zero_where_clipped() -> None:
     inputs = scores()
-    only = CORSDWeights(0.01, 0, 0, 0, 0, 0)
-    near, far, *_ = gradients(corsd_loss(*inputs, *labels(), weights=only), inputs)
+    only = weighted(0.01, 0, 0, 0, 0, 0)
+    near, far, *_ = gradients(corsd_loss(*inputs, *labels(), **only), inputs)
     torch.testing.assert_close(near, torch.full_like(near, 0.01 / BATCH), rtol=1e-14, atol=0)
     torch.testing.assert_close(far, -near, rtol=0, atol=0)
-    near, far, *_ = gradients(corsd_loss(*inputs, *labels(), weights=only, margin=0.25), inputs)
+    near, far, *_ = gradients(corsd_loss(*inputs, *labels(), **only, margin=0.25), inputs)
     open_ = inputs[0] - inputs[1] + 0.25 > 0
     assert open_.any()
     assert not open_.all()
@@ -111,10 +119,10 @@ def test_hinge_gradient_is_constant_at_margin_one_and_zero_where_clipped() -> No
 
 def test_kl_of_the_deepest_with_itself_is_not_computed() -> None:
     inputs = scores(stages=1)
-    with_kl = corsd_loss(*inputs, *labels(), weights=(0, 0, 0, 1e6, 0, 1e6))
+    with_kl = corsd_loss(*inputs, *labels(), **weighted(0, 0, 0, 1e6, 0, 1e6))
     assert with_kl.item() == 0
     a, b = (
-        corsd_loss(*inputs, *labels(), weights=(0.01, 0.01, 0.04, kl, 0.01, kl), detach_deepest=False)
+        corsd_loss(*inputs, *labels(), detach_deepest=False, **weighted(0.01, 0.01, 0.04, kl, 0.01, kl))
         for kl in (0, 1e6)
     )
     assert torch.equal(a, b)
@@ -124,9 +132,11 @@ def test_kl_of_the_deepest_with_itself_is_not_computed() -> None:
 
 def test_detaching_changes_the_deepest_gradients_alone() -> None:
     inputs = scores()
-    on, off = (corsd_loss(*inputs, *labels(), weights=WEIGHTS, detach_deepest=d) for d in (True, False))
+    on, off = (corsd_loss(*inputs, *labels(), detach_deepest=d, **WEIGHTS) for d in (True, False))
     torch.testing.assert_close(on, off, rtol=1e-13, atol=0)
-    without = corsd_loss(*inputs, *labels(), weights=WEIGHTS._replace(relation=0, kl_pos=0, kl_neg=0))
+    without = corsd_loss(
+        *inputs, *labels(), **WEIGHTS | {f"{name}_weight": 0.0 for name in ("relation", "kl_pos", "kl_neg")}
+    )
     for a, b, c in zip(*(gradients(x, inputs) for x in (on, off, without)), strict=True):
         torch.testing.assert_close(a[:-1], b[:-1], rtol=1e-12, atol=1e-15)
         assert (a[-1] - b[-1]).norm() > 0.01 * b[-1].norm()
@@ -156,30 +166,6 @@ def test_large_logits() -> None:
         assert all(g.isfinite().all() for g in gradients(loss, inputs))
 
 
-def test_parameter_counts_at_resnet18_widths() -> None:
-    """R1 1.288 M, R2 1.236 M, R3 1.033 M, R4 0.366 M."""
-    loss = CORSDLoss((64, 128, 256, 512), 100)
-    counts = [sum(p.numel() for p in r.parameters()) for r in loss.relations]
-    assert counts == [1_287_781, 1_235_557, 1_032_805, 365_669]
-    trunks = [[b[5].out_channels for b in r.trunk] for r in loss.relations]
-    assert trunks == [[256, 512, 1024], [512, 1024], [1024], []]
-    convolutions = [m for m in loss.modules() if isinstance(m, nn.Conv2d)]
-    assert all(m.bias is None for m in convolutions)
-    assert sorted({(m.kernel_size, m.stride, m.groups == m.in_channels) for m in convolutions}) == [
-        ((1, 1), (1, 1), False),
-        ((3, 3), (1, 1), True),
-        ((3, 3), (2, 2), True),
-    ]
-    assert [r.relation[0].out_features for r in loss.relations] == [128, 128, 128, 256]
-    features = [torch.randn(3, c, 32 >> i, 32 >> i) for i, c in enumerate((64, 128, 256, 512))]
-    shapes = []
-    for net, f in zip(loss.eval().relations, features, strict=True):
-        r, q = net(f[:2], f[1:])
-        assert ((r > 0) & (r < 1)).all()
-        shapes.append((tuple(net.trunk(torch.cat([f, f], 1)).shape), tuple(r.shape), tuple(q.shape)))
-    assert shapes == [((3, 1024, 4, 4), (2,), (2, 100))] * 4
-
-
 def make_module(**options: object) -> tuple[CORSDLoss, list[Tensor]]:
     loss = CORSDLoss((4, 6, 8), CLASSES, **options).to(DEVICE, torch.float64)
     features = [
@@ -201,7 +187,7 @@ def test_pairs_equal_a_plain_loop() -> None:
                 h = net.trunk(torch.cat([anchor, other], 1)).mean((2, 3))
                 r[s][i], q[s][i] = net.relation(h)[0, 0], net.classes(h)[0]
     stacked = [torch.stack([torch.stack(stage) for stage in x]) for x in (near, far, q_near, q_far)]
-    expected = loop(*stacked, y, y_far, CORSDWeights())
+    expected = loop(*stacked, y, y_far, PAPER)
     actual = loss(features, y, y_far)
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-11, atol=1e-13)
     for a, e in zip(gradients(actual, features), gradients(expected, features), strict=True):
@@ -209,7 +195,7 @@ def test_pairs_equal_a_plain_loop() -> None:
 
 
 def test_the_deepest_stage_learns_nothing_from_relation_and_kl_terms() -> None:
-    loss, features = make_module(weights=(0, 0.01, 0, 0.16, 0, 0.04))
+    loss, features = make_module(**weighted(0, 0.01, 0, 0.16, 0, 0.04))
     y = labels()
     value = loss(features, *y)
     assert (gradients(value, features)[-1] == 0).all()
@@ -217,7 +203,7 @@ def test_the_deepest_stage_learns_nothing_from_relation_and_kl_terms() -> None:
     deepest = list(loss.relations[-1].parameters())
     loss(features, *y).backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in deepest)
-    loss, features = make_module(weights=(0, 0.01, 0, 0.16, 0, 0.04), detach_deepest=False)
+    loss, features = make_module(detach_deepest=False, **weighted(0, 0.01, 0, 0.16, 0, 0.04))
     assert gradients(loss(features, *y), features)[-1].norm() > 0
 
 
@@ -238,7 +224,7 @@ def test_negatives_go_first_and_every_parameter_trains() -> None:
 
 
 def test_logit_relation() -> None:
-    loss, features = make_module(logit_relation=0.01)
+    loss, features = make_module(logit_relation_weight=0.01)
     plain, _ = make_module()
     plain.load_state_dict({k: v for k, v in loss.state_dict().items() if not k.startswith("logit_relation")})
     y, y_far = labels()
@@ -275,26 +261,29 @@ def test_logit_relation() -> None:
         loss(features, y, y_far)
 
 
-def test_what_cannot_be_meant_raises() -> None:
-    near, far, q_near, q_far = scores()
-    y = labels()
-    with pytest.raises(ValueError, match=r"\(L, B\) and logits \(L, B, K\)"):
-        corsd_loss(near, far, q_near[0], q_far, *y)
-    with pytest.raises(ValueError, match="same shapes"):
-        corsd_loss(near, far[:2], q_near, q_far, *y)
-    with pytest.raises(ValueError, match=r"target_neg must have shape \(6,\), got \(5,\)"):
-        corsd_loss(near, far, q_near, q_far, y[0], y[1][:5])
-    with pytest.raises(TypeError, match="int64"):
-        corsd_loss(near.long(), far, q_near, q_far, *y)
-    with pytest.raises(ValueError, match="temperature must be positive"):
-        corsd_loss(near, far, q_near, q_far, *y, temperature=-1.0)
-    with pytest.raises(ValueError, match="kl_neg weight must be zero or positive"):
-        corsd_loss(near, far, q_near, q_far, *y, weights=(0, 0, 0, 0, 0, -1.0))
+def test_options_are_those_of_the_function() -> None:
+    defaults = {"temperature": 3.0, "margin": 1.0, "detach_deepest": True, "reduction": "mean"}
+    assert make_module()[0].options == {**PAPER, **defaults}
+    inputs = scores()
+    assert torch.equal(corsd_loss(*inputs, *labels()), corsd_loss(*inputs, *labels(), **PAPER, **defaults))
+    options = {**WEIGHTS, "temperature": 2.0, "margin": 0.2, "detach_deepest": False, "reduction": "sum"}
+    loss, features = make_module(**options)
+    assert loss.options == options
+    y, y_far = labels()
+    loss.eval()
+    stages = zip(loss.relations, features, strict=True)
+    pairs = [[net(f[0::3], f[other::3]) for other in (1, 2)] for net, f in stages]
+    near, far = ([stage[k][0] for stage in pairs] for k in (0, 1))
+    q_near, q_far = ([stage[k][1] for stage in pairs] for k in (0, 1))
+    stacked = [torch.stack(x) for x in (near, far, q_near, q_far)]
+    torch.testing.assert_close(loss(features, y, y_far), corsd_loss(*stacked, y, y_far, **options))
+
+
+def test_features_that_do_not_fit_are_named() -> None:
     loss, features = make_module()
     with pytest.raises(ValueError, match=r"B = 6 targets and channels \(4, 6, 8\)"):
-        loss([f[:4] for f in features], *y)
+        loss([f[:4] for f in features], *labels())
     with pytest.raises(ValueError, match="channels"):
-        loss(features[:2], *y)
-    for channels, classes, words in (((4,), 3, "two or more positive"), ((4, 8), 1, "2 or more, got 1")):
-        with pytest.raises(ValueError, match=words):
-            CORSDLoss(channels, classes)
+        loss(features[:2], *labels())
+    with pytest.raises(TypeError, match=r"target must be a torch\.Tensor, got list"):
+        loss(features, [0] * BATCH, labels()[1])

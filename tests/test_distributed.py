@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checking import check_close
-from ranks import HALF_LOSSES, LOSSES, TOLERANCE, Student, batch, half_leaves, launch, mine, train_step
+from checking import by_definition, check_close
+from ranks import CALLS, HALF_LOSSES, LOSSES, TOLERANCE, Student, batch, half_leaves, launch, mine, train_step
+from torch import Tensor
 
-import kdkernels
 from kdkernels import sp_loss
+from kdkernels.ops.backend import why_not
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -21,7 +22,7 @@ def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, dict[str, list[dict[str, Any]]]]:
     size = request.param
-    jobs = ("same_numbers", "contract")
+    jobs = ("same_numbers", "on_backends", "contract")
     return size, launch(size, tmp_path_factory.mktemp(f"ranks{size}"), *jobs)
 
 
@@ -32,25 +33,56 @@ Results = tuple[int, dict[str, list[dict[str, Any]]]]
 @pytest.mark.parametrize("name", [*LOSSES, "accumulated"])
 def test_loss_and_averaged_gradients_equal_one_process(ranks: Results, name: str, dtype: torch.dtype) -> None:
     size, results = ranks
-    with kdkernels.use_backend("reference"):
-        expected, gradients = train_step(
-            Student(torch.float64), LOSSES["sp" if name == "accumulated" else name], batch(size, torch.float64)
-        )
-        if dtype == torch.float32:  # the fp32 data are roundings of the fp64 data; the model is what is compared
-            data = tuple(x.double() if x.is_floating_point() else x for x in batch(size, dtype))
-            model = Student(dtype).double()
-            expected, gradients = train_step(model, LOSSES["sp" if name == "accumulated" else name], data)
-    losses = [out[f"{name} {dtype}"][0] for out in results["same_numbers"]]
-    assert len(losses) == size
-    assert all(torch.equal(loss, losses[0]) for loss in losses), "the loss differs between ranks"
-    assert losses[0].dtype == dtype
-    check_close("loss", losses[0], expected, TOLERANCE[dtype])
-    for out in results["same_numbers"]:
-        actual = out[f"{name} {dtype}"][1]
+    expected, gradients = one_process("sp" if name == "accumulated" else name, size, dtype)
+    found = [out[f"{name} {dtype}"] for out in results["same_numbers"]]
+    assert len(found) == size
+    check_same(found, expected, gradients, dtype)
+
+
+def check_same(
+    found: list[tuple[Tensor, list[Tensor]]], expected: Tensor, gradients: list[Tensor], dtype: torch.dtype
+) -> None:
+    """Every rank has the loss, the same to the last bit, and the parameters' gradients."""
+    for loss, actual in found:
+        assert torch.equal(loss, found[0][0]), "the loss differs between ranks"
+        assert loss.dtype == dtype
+        check_close("loss", loss, expected, TOLERANCE[dtype])
         assert len(actual) == len(gradients) == 2
         for i, (a, e) in enumerate(zip(actual, gradients, strict=True)):
             assert e.norm() > 1e-4, "a gradient this small proves nothing"
             check_close(f"gradient {i}", a, e, TOLERANCE[dtype])
+
+
+def one_process(name: str, size: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of the data and the model, rounded to ``dtype``, by the definition in fp64."""
+    data = tuple(x.double() if x.is_floating_point() else x for x in batch(size, dtype))
+    with by_definition():
+        return train_step(Student(dtype).double(), LOSSES[name], data)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("name", list(CALLS))
+def test_a_backend_by_name_runs_on_every_rank(ranks: Results, name: str, backend: str) -> None:
+    size, results = ranks
+    if (reason := why_not("gram", backend, torch.ones(2, 2))) is not None:
+        pytest.skip(reason)
+    found = [out[f"{name} {backend}"] for out in results["on_backends"]]
+    assert len(found) == size
+    for _, calls in found:
+        assert calls == {f"{backend} {function}": n for function, n in CALLS[name].items()}
+    check_same([numbers for numbers, _ in found], *one_process(name, size, torch.float32), torch.float32)
+
+
+def test_a_backend_that_cannot_run_raises_on_every_rank(ranks: Results) -> None:
+    size, results = ranks
+    assert len(results["on_backends"]) == size
+    for out in results["on_backends"]:
+        assert list(out["triton"]) == list(CALLS)
+        for message in out["triton"].values():
+            assert message.startswith("BackendError after 0 s: backend 'triton' was asked for by name and cannot run")
+    check_same(
+        [out["afterwards"] for out in results["on_backends"]], *one_process("sp", size, torch.float32), torch.float32
+    )
 
 
 def test_accumulation_keeps_the_broadcast_of_buffers(ranks: Results) -> None:
@@ -91,7 +123,7 @@ def test_a_call_that_differs_raises_on_every_rank(ranks: Results) -> None:
     for what, both in {
         "widths": ("(B, 6) float32", "(B, 4) float32"),
         "dtypes": ("(B, 6) float32", "(B, 6) float64"),
-        "layers": ("1 layers", "2 layers"),
+        "layers": ("layer_weights=[1.0],", "layer_weights=[1.0, 1.0],"),
         "gradients": ("(B, 6) float32 with gradient", "(B, 6) float32,"),
         "temperature": ("temperature=0.5", "temperature=0.7"),
         "losses": ("correlation_loss", "sp_loss"),
@@ -118,7 +150,7 @@ def test_a_missing_rank_raises_within_the_timeout(tmp_path: Path) -> None:
     assert time.monotonic() - start < 60
     assert len(results) == 2  # rank 1 left without a result, as it was told to
     for out in results:
-        for what in ("another group", "died"):
+        for what in ("another group", "another backend", "died"):
             assert "Error after" in out[what], out[what]
             assert int(out[what].split(" after ")[1].split(" s")[0]) <= 15, out[what]
 

@@ -7,12 +7,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from checking import DEVICE
+from torch import Tensor
+
+
+def broadcast_correlation(student: Tensor, teacher: Tensor, views: int, tau: float) -> Tensor:
+    """As published: every view row against every base row in one (rows, d, B) product."""
+    base = torch.arange(student.shape[0], device=student.device) % views == 0
+    log_q, q = (
+        F.cosine_similarity(x[~base][:, :, None], x[base].t()[None], dim=1).div(tau).log_softmax(1)
+        for x in (student, teacher)
+    )
+    return F.kl_div(log_q, q.exp(), reduction="batchmean")
+
 
 MEASURE = r"""
 import re, sys, torch
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_mlkd import broadcast_correlation, correlation_loss
+from kdkernels import correlation_loss
+from test_mlkd_memory import broadcast_correlation
 torch.set_num_threads(1)
 form = broadcast_correlation if sys.argv[1] == "broadcast" else correlation_loss
 def step(images):

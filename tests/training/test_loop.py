@@ -150,7 +150,7 @@ def test_weights_out_of_range_are_refused() -> None:
         ("amd", {"weight": -1.0}),
         ("amd", {"kd_weight": 1.5}),
         ("stkd", {"ce_weight": -1.0}),
-        ("mlkd", {"weights": (1.0, -1.0, 1.0)}),
+        ("mlkd", {"supervised_weight": -1.0}),
     ):
         with pytest.raises(ValueError, match=rf"{method.upper()}: {next(iter(options))} must be .*, got"):
             make_method(method, **options)

@@ -139,7 +139,7 @@ def losses_of_200_steps(method: str, backend: str) -> list[float]:
     torch.manual_seed(0)
     x, y = data.digits().train.tensors
     teacher, student = ConvNet(1, 10, (8, 16, 32)).to(DEVICE), small_student(1, 10).to(DEVICE)
-    options = {"sp": {"weight": 300.0}, "amd": {"weight": 0.2, "layer_weights": "area", "reduction": "sum"}}
+    options = {"sp": {"weight": 300.0}}
     module = Distillation(teacher, student, make_method(method, **options.get(method, {})))
     optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9)
     losses = []
