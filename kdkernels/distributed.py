@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops.backend import choose
+from .ops.backend import choose, requested
 from .ops.checks import compute_dtype
 from .ops.correlation import op as correlation
 from .ops.correlation.op import CorrelationOptions
@@ -89,7 +89,7 @@ def meet(group: dist.ProcessGroup, rows: int, call: str, device: torch.device) -
     does; the descriptions themselves travel only to be named in the error.
     """
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    text = f"{call}, {size} ranks".encode()
+    text = f"{call}, backend {requested()}, {size} ranks".encode()
     digest = int.from_bytes(hashlib.sha256(text).digest()[:7], "big")
     table = _all_gather(torch.tensor([rows, len(text), digest], device=device), group)
     sizes, lengths, digests = (list(column) for column in zip(*table.tolist(), strict=True))

@@ -231,7 +231,8 @@ def _save(ctx: Any, kept: Sequence[Any]) -> None:
             rest[place] = None
         elif isinstance(value, (list, tuple)):
             gaps.append((place, len(value)))
-            tensors.extend(value)
+            for x in value:
+                tensors.append(x.clone() if x.is_inference() else x)
             rest[place] = None
     ctx.save_for_backward(*tensors)
     ctx.kept, ctx.gaps = rest, gaps
