@@ -39,7 +39,7 @@ _WRAPPED = (
     "torch_get_mutable_data_ptr",
     "torch_library_impl",
 )
-_KERNELS_OF_THE_CPU = "not_built_here"  # the namespace of what bindings.cpp calls for CPU tensors, and never does here
+_KERNELS_OF_THE_CPU = "_ZN2kd7computeILNS_3IsaE*"  # compute<Isa>: what bindings.cpp calls for CPU tensors, never here
 
 
 def why_not() -> str | None:
@@ -112,7 +112,7 @@ def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str])
         source.write_text(text)
         _run([compiler, *_COMMON, *flags, *includes_flags, "-c", str(source), "-o", str(part)])
         if name == "bindings.cpp":
-            _run(["objcopy", "--wildcard", f"--weaken-symbol=*{_KERNELS_OF_THE_CPU}*", str(part)])
+            _run(["objcopy", "--wildcard", f"--weaken-symbol={_KERNELS_OF_THE_CPU}", str(part)])
         source.unlink()
 
     return _appear(CACHE / f"{name}-{key}.o", make)
@@ -120,7 +120,7 @@ def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str])
 
 def _kernel_flags(mode: str) -> list[str]:
     fma = ["-mfma"] if mode == "plain" and native_build.host_isa() != "base" else []
-    return [*MODES[mode], *fma]
+    return ["-D__CUDACC__", "-include", "cuda_runtime.h", *MODES[mode], *fma]  # as nvcc does
 
 
 def _link(objects: list[Path], libraries: list[str], name: str) -> Path:
@@ -152,7 +152,7 @@ def library(mode: str, files: Mapping[str, str] | None = None) -> Path:
         n: to_cpp(t, f"csrc/{n}") if n.endswith(".cuh") else t for n, t in files.items() if n.endswith((".h", ".cuh"))
     }
     torch = native_build.find_torch()
-    bindings = ["-O1", "-DKD_CUDA", f"-DKD_ONLY={_KERNELS_OF_THE_CPU}", *torch.includes]
+    bindings = ["-O1", "-DKD_CUDA", "-DKD_ONLY=base", f"-isystem{torch.root / 'include'}"]
     bindings += [f"-DTORCH_TARGET_VERSION={native_build.TORCH_TARGET}", f'-DTORCH_VERSION_HERE="{torch.version}"']
     own = {n: t for n, t in headers.items() if n.endswith(".h")}
     # the linker keeps the first of equal inline functions: the executor's own must not be the instrumented ones
