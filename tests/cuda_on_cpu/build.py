@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -99,8 +100,20 @@ def _write(folder: Path, files: Mapping[str, str]) -> Path:
     return folder
 
 
+def _included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Those of the headers that a source includes, directly or not: only a change to them compiles it anew."""
+    found: dict[str, str] = {}
+    texts = [text]
+    for text in texts:  # which grows
+        new = [n for n in re.findall(r'#include "(.*)"', text) if n in headers and n not in found]
+        found |= {n: headers[n] for n in new}
+        texts += [headers[n] for n in new]
+    return found
+
+
 def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str]) -> Path:
     compiler, version = _compiler()
+    headers = _included(text, headers)
     own_headers = sorted((n, t) for n, t in _runtime().items() if n.endswith(".h"))
     key = _digest(name, text, repr(sorted(headers.items())), repr(own_headers), repr(flags), version)
     includes = _write(CACHE / f"headers-{_digest(repr(sorted(headers.items())))}", headers)
@@ -154,11 +167,10 @@ def library(mode: str, files: Mapping[str, str] | None = None) -> Path:
     torch = native_build.find_torch()
     bindings = ["-O1", "-DKD_CUDA", "-DKD_ONLY=base", f"-isystem{torch.root / 'include'}"]
     bindings += [f"-DTORCH_TARGET_VERSION={native_build.TORCH_TARGET}", f'-DTORCH_VERSION_HERE="{torch.version}"']
-    own = {n: t for n, t in headers.items() if n.endswith(".h")}
     # the linker keeps the first of equal inline functions: the executor's own must not be the instrumented ones
     jobs = _core()
     jobs += [("torch_library.cpp", _runtime()["torch_library.cpp"], {}, bindings)]
-    jobs += [("bindings.cpp", f'#line 1 "csrc/bindings.cpp"\n{files["bindings.cpp"]}', own, bindings)]
+    jobs += [("bindings.cpp", f'#line 1 "csrc/bindings.cpp"\n{files["bindings.cpp"]}', headers, bindings)]
     jobs += [(n, to_cpp(t, f"csrc/{n}"), headers, _kernel_flags(mode)) for n, t in files.items() if n.endswith(".cu")]
     return _link(_compile_all(jobs), [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], f"library-{mode}")
 
