@@ -28,9 +28,10 @@ WORKERS = 2
 
 # One build rounds a * b + c once and the other twice: nvcc may do either.
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ftrivial-auto-var-init=pattern", "-w"]
+_FRAMES = ["-fno-omit-frame-pointer", "-fno-thread-jumps"]  # barriers are told apart by the calls that lead to them
 MODES = {
     "plain": ["-O2", "-ffp-contract=fast"],
-    "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", "-fsanitize=thread,bounds,alignment"],
+    "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", *_FRAMES, "-fsanitize=thread,bounds,alignment"],
 }
 _WRAPPED = (
     "aoti_torch_device_type_cuda",
@@ -149,7 +150,7 @@ Job = tuple[str, str, Mapping[str, str], list[str]]  # what _compile takes
 
 def _core() -> list[Job]:
     files = [(n, t) for n, t in _runtime().items() if n.endswith(".cpp") and n != "torch_library.cpp"]
-    return [(name, text, {}, ["-O2"]) for name, text in files]
+    return [(name, text, {}, ["-O2", *_FRAMES]) for name, text in files]
 
 
 def _compile_all(jobs: list[Job]) -> list[Path]:
@@ -161,9 +162,7 @@ def _compile_all(jobs: list[Job]) -> list[Path]:
 def library(mode: str, files: Mapping[str, str] | None = None) -> Path:
     """csrc/ (or ``files`` in its place) on the executor, to be loaded into torch instead of the native library."""
     files = files or csrc()
-    headers = {
-        n: to_cpp(t, f"csrc/{n}") if n.endswith(".cuh") else t for n, t in files.items() if n.endswith((".h", ".cuh"))
-    }
+    headers = {n: to_cpp(t, f"csrc/{n}") for n, t in files.items() if n.endswith((".h", ".cuh"))}
     torch = native_build.find_torch()
     bindings = ["-O1", "-DKD_CUDA", "-DKD_ONLY=base", f"-isystem{torch.root / 'include'}"]
     bindings += [f"-DTORCH_TARGET_VERSION={native_build.TORCH_TARGET}", f'-DTORCH_VERSION_HERE="{torch.version}"']
