@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#ifndef __CUDACC__
+#ifndef __NVCC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #endif
@@ -16,7 +16,7 @@
 namespace kd {
 namespace cuda {
 
-#ifdef __CUDACC__
+#ifdef __NVCC__
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -27,9 +28,10 @@ WORKERS = 2
 
 # One build rounds a * b + c once and the other twice: nvcc may do either.
 _COMMON = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-ftrivial-auto-var-init=pattern", "-w"]
+_FRAMES = ["-fno-omit-frame-pointer", "-fno-thread-jumps"]  # barriers are told apart by the calls that lead to them
 MODES = {
     "plain": ["-O2", "-ffp-contract=fast"],
-    "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", "-fsanitize=thread,bounds,alignment"],
+    "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", *_FRAMES, "-fsanitize=thread,bounds,alignment"],
 }
 _WRAPPED = (
     "aoti_torch_device_type_cuda",
@@ -39,7 +41,7 @@ _WRAPPED = (
     "torch_get_mutable_data_ptr",
     "torch_library_impl",
 )
-_KERNELS_OF_THE_CPU = "not_built_here"  # the namespace of what bindings.cpp calls for CPU tensors, and never does here
+_KERNELS_OF_THE_CPU = "_ZN2kd7computeILNS_3IsaE*"  # compute<Isa>: what bindings.cpp calls for CPU tensors, never here
 
 
 def why_not() -> str | None:
@@ -99,8 +101,20 @@ def _write(folder: Path, files: Mapping[str, str]) -> Path:
     return folder
 
 
+def _included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Those of the headers that a source includes, directly or not: only a change to them compiles it anew."""
+    found: dict[str, str] = {}
+    texts = [text]
+    for text in texts:  # which grows
+        new = [n for n in re.findall(r'#include "(.*)"', text) if n in headers and n not in found]
+        found |= {n: headers[n] for n in new}
+        texts += [headers[n] for n in new]
+    return found
+
+
 def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str]) -> Path:
     compiler, version = _compiler()
+    headers = _included(text, headers)
     own_headers = sorted((n, t) for n, t in _runtime().items() if n.endswith(".h"))
     key = _digest(name, text, repr(sorted(headers.items())), repr(own_headers), repr(flags), version)
     includes = _write(CACHE / f"headers-{_digest(repr(sorted(headers.items())))}", headers)
@@ -112,7 +126,7 @@ def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str])
         source.write_text(text)
         _run([compiler, *_COMMON, *flags, *includes_flags, "-c", str(source), "-o", str(part)])
         if name == "bindings.cpp":
-            _run(["objcopy", "--wildcard", f"--weaken-symbol=*{_KERNELS_OF_THE_CPU}*", str(part)])
+            _run(["objcopy", "--wildcard", f"--weaken-symbol={_KERNELS_OF_THE_CPU}", str(part)])
         source.unlink()
 
     return _appear(CACHE / f"{name}-{key}.o", make)
@@ -120,7 +134,7 @@ def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str])
 
 def _kernel_flags(mode: str) -> list[str]:
     fma = ["-mfma"] if mode == "plain" and native_build.host_isa() != "base" else []
-    return [*MODES[mode], *fma]
+    return ["-D__CUDACC__", "-include", "cuda_runtime.h", *MODES[mode], *fma]  # as nvcc does
 
 
 def _link(objects: list[Path], libraries: list[str], name: str) -> Path:
@@ -136,7 +150,7 @@ Job = tuple[str, str, Mapping[str, str], list[str]]  # what _compile takes
 
 def _core() -> list[Job]:
     files = [(n, t) for n, t in _runtime().items() if n.endswith(".cpp") and n != "torch_library.cpp"]
-    return [(name, text, {}, ["-O2"]) for name, text in files]
+    return [(name, text, {}, ["-O2", *_FRAMES]) for name, text in files]
 
 
 def _compile_all(jobs: list[Job]) -> list[Path]:
@@ -148,17 +162,14 @@ def _compile_all(jobs: list[Job]) -> list[Path]:
 def library(mode: str, files: Mapping[str, str] | None = None) -> Path:
     """csrc/ (or ``files`` in its place) on the executor, to be loaded into torch instead of the native library."""
     files = files or csrc()
-    headers = {
-        n: to_cpp(t, f"csrc/{n}") if n.endswith(".cuh") else t for n, t in files.items() if n.endswith((".h", ".cuh"))
-    }
+    headers = {n: to_cpp(t, f"csrc/{n}") for n, t in files.items() if n.endswith((".h", ".cuh"))}
     torch = native_build.find_torch()
-    bindings = ["-O1", "-DKD_CUDA", f"-DKD_ONLY={_KERNELS_OF_THE_CPU}", *torch.includes]
+    bindings = ["-O1", "-DKD_CUDA", "-DKD_ONLY=base", f"-isystem{torch.root / 'include'}"]
     bindings += [f"-DTORCH_TARGET_VERSION={native_build.TORCH_TARGET}", f'-DTORCH_VERSION_HERE="{torch.version}"']
-    own = {n: t for n, t in headers.items() if n.endswith(".h")}
     # the linker keeps the first of equal inline functions: the executor's own must not be the instrumented ones
     jobs = _core()
     jobs += [("torch_library.cpp", _runtime()["torch_library.cpp"], {}, bindings)]
-    jobs += [("bindings.cpp", f'#line 1 "csrc/bindings.cpp"\n{files["bindings.cpp"]}', own, bindings)]
+    jobs += [("bindings.cpp", f'#line 1 "csrc/bindings.cpp"\n{files["bindings.cpp"]}', headers, bindings)]
     jobs += [(n, to_cpp(t, f"csrc/{n}"), headers, _kernel_flags(mode)) for n, t in files.items() if n.endswith(".cu")]
     return _link(_compile_all(jobs), [f"-L{torch.root / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"], f"library-{mode}")
 

@@ -16,18 +16,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels.ops.angular_margin import angular_margin
-from kdkernels.ops.gram import cosine_similarity, sp_gram
-from kdkernels.ops.softmax_kl import softmax_kl
+from kdkernels.ops.angular_margin import ActivationPairs, angular_margin
+from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity, sp_gram
+from kdkernels.ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
 from . import build, library
 
 
-def _sp(batch: int, width: int) -> None:
+def _sp(batch: int, width: int, layers: int = 1) -> None:
     from checking import check_op
 
-    student, teacher = torch.rand(batch, width), torch.rand(batch, width // 2)
-    check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=1e3)
+    student = [torch.rand(batch, width) for _ in range(layers)]
+    teacher = [torch.rand(batch, width // 2) for _ in range(layers)]
+    options = SPOptions([1.0] * layers, reduction="sum", layer_reduction="none")
+    check_op(
+        lambda *x: sp_gram(LayerPairs(list(x[:layers]), list(x[layers:]), options)),
+        student,
+        constants=teacher,
+        upstream=1e3,
+    )
 
 
 def _cosine(dtype: torch.dtype) -> None:
@@ -36,38 +43,42 @@ def _cosine(dtype: torch.dtype) -> None:
     check_op(cosine_similarity, [torch.randn(5, 300, dtype=dtype), torch.randn(3, 300, dtype=dtype)])
 
 
-def _softmax(rows: int, classes: int) -> None:
+def _softmax(rows: int, classes: int, lam: Tensor) -> None:
     from checking import check_op
 
-    a, b, lam = torch.arange(rows), torch.arange(rows) + 1, torch.rand(rows)
-    weights = {"ce_weight": 0.1, "kl_weight": 0.3, "target_weight": 1.0, "other_weight": 8.0}
-    inputs: list[Tensor] = [torch.randn(rows, classes) for _ in range(2)]
+    a = torch.arange(rows)
+    terms = Terms(ce=0.1, kl=0.3, target_kl=1.0, non_target_kl=8.0)
+    student, teacher = (torch.randn(rows, classes) for _ in range(2))
     check_op(
-        lambda s, t, lam: softmax_kl(s, t, a, b, lam, temperature=4.0, **weights),
-        inputs[:1],
-        constants=[inputs[1], lam],
+        lambda s, t, lam: softmax_kl(Rows(s, t, Labels(a, a + 1, lam), terms, temperature=4.0)),
+        [student],
+        constants=[teacher, lam],
     )
 
 
-def _angular(height: int, width: int) -> None:
+def _angular(height: int, width: int, layers: int = 1) -> None:
     from checking import check_op
 
-    student, teacher = torch.rand(2, 3, height, width), torch.rand(2, 5, height, width)
+    student = [torch.rand(2, 3, height, width) for _ in range(layers)]
+    teacher = [torch.rand(2, 5, height, width) for _ in range(layers)]
+    options = {"layer_reduction": "none", "local_weight": 0.2}
     check_op(
-        lambda s, t: angular_margin(s, t, margin=1.35, scale=64.0, local_weight=0.2, layer_weights=[1.0]),
-        [student],
-        constants=[teacher],
+        lambda *x: angular_margin(ActivationPairs(list(x[:layers]), list(x[layers:]), [1.0] * layers, **options)),
+        student,
+        constants=teacher,
     )
 
 
 PROBES: dict[str, Callable[[], None]] = {
     "sp": partial(_sp, 5, 300),
     "sp of two tiles": partial(_sp, 66, 20),
+    "sp of two launches": partial(_sp, 2, 4, layers=17),
     "cosine": partial(_cosine, torch.float32),
     "cosine in fp64": partial(_cosine, torch.float64),
-    "narrow rows": partial(_softmax, 5, 11),
-    "wide rows": partial(_softmax, 2, 2100),
+    "narrow rows": partial(_softmax, 5, 11, torch.full((5,), 0.3)),
+    "wide rows": partial(_softmax, 2, 2100, torch.tensor(0.3)),
     "angular": partial(_angular, 5, 7),
+    "angular of two launches": partial(_angular, 2, 2, layers=17),
 }
 
 
@@ -80,37 +91,44 @@ class Fault(NamedTuple):
 
 
 _LOADED = "    __syncthreads();\n#pragma unroll\n    for (int d = 0; d < kDepth; ++d) {\n      T a[4], b[4];"
+_COSINE_BYTES = "workspace(const CosineForward& x) {\n  return "
 FAULTS = [
-    Fault("no barrier behind the loads", "gram.cu", _LOADED, _LOADED.replace("__syncthreads();", ""), "sp"),
-    Fault("no barrier before the next loads", "gram.cu", "+= a[r] * b[c];\n    }\n    __syncthreads();", "+= a[r] * b[c];\n    }", "sp"),
-    Fault("shared index + 1", "gram.cu", "= tile_a[d][y + 16 * r];", "= tile_a[d][y + 16 * r + 1];", "sp"),
-    Fault("row mask dropped", "gram.cu", "row < q.count && column < end ?", "column < end ?", "sp"),
-    Fault("column mask dropped", "gram.cu", "row < q.count && column < end ?", "row < q.count ?", "cosine"),
-    Fault("output mask dropped", "gram.cu", "< p.a.count && column + x + 16 * c < p.b.count)", "< p.a.count)", "sp"),
-    Fault("gradient mask dropped", "gram.cu", "if (to >= p.own.width) continue;", "", "sp"),
-    Fault("strides swapped", "gram.cu", "at * p.row_stride + (k + x) * p.column_stride", "at * p.column_stride + (k + x) * p.row_stride", "cosine"),
-    Fault("accumulator without a start", "gram.cu", "T sum[4][4] = {};\n  for (int64_t k = begin", "T sum[4][4];\n  for (int64_t k = begin", "sp"),
-    Fault("all splits write one product", "gram.cu", "p.partial + split * p.a.count * p.b.count", "p.partial", "sp"),
-    Fault("two blocks write one sum", "gram.cu", "inner[blockIdx.x] = sum", "inner[blockIdx.x / 2] = sum", "cosine"),
+    Fault("no barrier behind the loads", "products.cuh", _LOADED, _LOADED.replace("__syncthreads();", ""), "sp"),
+    Fault("no barrier before the next loads", "products.cuh", "+= a[r] * b[c];\n    }\n    __syncthreads();", "+= a[r] * b[c];\n    }", "sp"),
+    Fault("shared index + 1", "products.cuh", "= tile_a[d][y + 16 * r];", "= tile_a[d][y + 16 * r + 1];", "sp"),
+    Fault("row mask dropped", "products.cuh", "row < q.count && column < end ?", "column < end ?", "sp"),
+    Fault("column mask dropped", "products.cuh", "row < q.count && column < end ?", "row < q.count ?", "cosine"),
+    Fault("output mask dropped", "products.cuh", "< p.a.count && column + x + 16 * c < p.b.count)", "< p.a.count)", "sp"),
+    Fault("gradient mask dropped", "products.cuh", "if (to >= p.own.width) continue;", "", "sp"),
+    Fault("strides swapped", "products.cuh", "at * p.row_stride + (k + x) * p.column_stride", "at * p.column_stride + (k + x) * p.row_stride", "cosine"),
+    Fault("accumulator without a start", "products.cuh", "T sum[4][4] = {};\n  for (int64_t k = begin", "T sum[4][4];\n  for (int64_t k = begin", "sp"),
+    Fault("all splits write one product", "products.cuh", "p.partial + split * p.a.count * p.b.count", "p.partial", "sp"),
+    Fault("two blocks write one sum", "cosine.cuh", "inner[blockIdx.x] = sum", "inner[blockIdx.x / 2] = sum", "cosine"),
+    Fault("product mask dropped", "cosine.cuh", "if (at >= n * m) return;", "", "cosine"),
     Fault("the upper half is read", "gram.cu", "j <= i ? i * n + j : j * n + i", "i * n + j", "sp of two tiles"),
     Fault("weights mask dropped", "gram.cu", "if (at >= total) return;", "", "sp"),
-    Fault("no room for the losses", "gram.cu", " + 8 * x.count * x.batch;", ";", "sp"),
-    Fault("no room for the splits", "gram.cu", "larger(8 * int64_t(cosine_splits(x)) * x.a.count * x.b.count, 8 * (x.a.count + x.b.count))", "8 * x.a.count * x.b.count", "cosine in fp64"),
-    Fault("cosines without a workspace", "bindings.cpp", "kd::cuda::cosine_workspace(x), scratch);\n  KD_RUN(a, cosine_forward", "0, scratch), x.workspace = nullptr;\n  KD_RUN(a, cosine_forward", "cosine"),
+    Fault("no room for the losses", "gram.cu", "return 8 * x.layers * x.batch + x.layers", "return x.layers", "sp"),
+    Fault("no room for the matrices", "gram.cu", "(layout.matrices * layout.size + layout.numbers())", "layout.numbers()", "sp"),
+    Fault("every launch has the first layers", "gram.cu", "layer = c.first_layer + blockIdx.x / n", "layer = blockIdx.x / n", "sp of two launches"),
+    Fault("no room for the splits", "gram.cu", f"{_COSINE_BYTES}int64_t(product_splits(x.a, x.b)) * ", _COSINE_BYTES, "cosine in fp64"),
+    Fault("cosines without a workspace", "cuda.h", "int64_t workspace(const CosineForward&);\n", "", "cosine"),
+    Fault("no workspace at all", "dispatch.h", "call.workspace = scratch.mutable_data_ptr();", "", "sp"),
     Fault("no barrier before shared is used again", "device.cuh", "  __syncthreads();  // whoever used `shared` before is done\n", "", "wide rows"),
     Fault("no barrier behind the warps' sums", "device.cuh", "shared[warp] = x;\n  __syncthreads();", "shared[warp] = x;", "sp"),
     Fault("wrong lane", "device.cuh", "x, offset, width)", "x, offset / 2, width)", "narrow rows"),
     Fault("half a warp in the mask", "device.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0x0000ffffu", "narrow rows"),
     Fault("row bound dropped", "softmax_kl.cu", "if (team.row >= x.rows) return;\n  const double loss", "const double loss", "narrow rows"),
-    Fault("statistics overwritten", "softmax_kl.cu", "stats[2 * x.rows] = static_cast<T>(log_p)", "stats[x.rows] = static_cast<T>(log_p)", "narrow rows"),
-    Fault("workspace a row short", "softmax_kl.cu", "8 * (x.rows + 1)", "8 * (x.rows - 1)", "narrow rows"),
+    Fault("statistics overwritten", "softmax_kl_row.h", "to[2 * x.rows] = static_cast<T>(r.log_p)", "to[x.rows] = static_cast<T>(r.log_p)", "narrow rows"),
+    Fault("workspace a row short", "softmax_kl.cu", "return 8 * x.rows;", "return 8 * (x.rows - 1);", "narrow rows"),
     Fault("every thread writes the loss", "softmax_kl.cu", "  if (threadIdx.x) return;\n", "", "narrow rows"),
+    Fault("one lam read as one per row", "bindings_softmax_kl.h", "lam.dim() ? lam.stride(0) : 0", "1", "wide rows"),
     Fault("no barrier behind the slices", "angular_margin.cu", "partial[slice][lane] = sum;\n  __syncthreads();", "partial[slice][lane] = sum;", "angular"),
     Fault("one slice too many", "angular_margin.cu", "k < kSlices; ++k) sum", "k <= kSlices; ++k) sum", "angular"),
     Fault("a map too few", "angular_margin.cu", "return kMaps * pixels_of(x)", "return (kMaps - 1) * pixels_of(x)", "angular"),
-    Fault("a map without a start", "angular_margin.cu", "      h[n] = 0;\n", "", "angular"),
-    Fault("half of the block at the barriers", "angular_margin.cu", "    sum = reduce_block(sum, shared, 0.0, Add());\n    total", "    if (threadIdx.x < 128) sum = reduce_block(sum, shared, 0.0, Add());\n    total", "angular"),
+    Fault("a map without a start", "angular_margin.cu", "maps.h[n] = 0;", "continue;", "angular"),
     Fault("the gradient into the input", "angular_margin.cu", "store<T>(a.type, layer.out, at,", "store<T>(a.type, const_cast<void*>(a.data), at,", "angular"),
+    Fault("all layers' maps in one place", "bindings_angular_margin.h", "layer.kappa_offset = pixels;", "layer.kappa_offset = 0;", "angular of two launches"),
+    Fault("half of the block at the barriers", "angular_maps.cuh", "  e = reduce_block(e, ", "  if (threadIdx.x < 128) e = reduce_block(e, ", "angular"),
 ]  # fmt: skip
 
 

@@ -11,6 +11,17 @@ __global__ void divergent_barrier(int* out) {
   out[threadIdx.x] = 1;
 }
 
+__device__ void helper(int* out) {
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+// One line for all threads, and two calls of it.
+__global__ void divergent_helper(int* out) {
+  if (threadIdx.x < 32) helper(out);
+  helper(out);
+}
+
 __global__ void missing_lanes(int* out) {
   if (threadIdx.x % 32 < 16) out[threadIdx.x] = __shfl_xor_sync(0xffffffffu, 1, 1);
   __syncthreads();
@@ -87,6 +98,7 @@ __global__ void strided(const int* from, int stride, int* out) {
 #define ENTRY extern "C" __attribute__((visibility("default"))) void
 
 ENTRY run_divergent_barrier(int* out) { divergent_barrier<<<1, 64>>>(out); }
+ENTRY run_divergent_helper(int* out) { divergent_helper<<<1, 64>>>(out); }
 ENTRY run_missing_lanes(int* out) { missing_lanes<<<1, 64>>>(out); }
 ENTRY run_half_warps(int* out) { half_warps<<<1, 64>>>(out); }
 ENTRY run_votes(int* out) { votes<<<1, 64>>>(out); }

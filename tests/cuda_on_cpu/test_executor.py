@@ -62,6 +62,10 @@ def test_divergent_barriers_and_missing_lanes(either: Probe) -> None:
     assert "wait for ever" in either.run("run_missing_lanes", numbers(), outputs=(0,))
 
 
+def test_one_barrier_called_from_two_places(checked: Probe) -> None:
+    assert "from elsewhere" in checked.run("run_divergent_helper", numbers(), outputs=(0,))
+
+
 def test_dynamic_shared_memory_and_its_limits(either: Probe) -> None:
     out = numbers(128)
     assert either.run("run_fill_shared", out, 256, 1024, 0, outputs=(0,)) == ""

@@ -51,6 +51,7 @@ void (*kernel_body)(const void*);
 const void* kernel_parameters;
 
 Site barrier_site;
+uintptr_t barrier_path;
 int votes[2], vote_turn;
 
 char* stacks() {
@@ -195,10 +196,22 @@ void fail(const std::string& what, const void* pc) {
   __builtin_unreachable();
 }
 
+// The calls that have led here, as one number: a helper's barrier is another one wherever the helper is called. The
+// checked build's frames are linked, and a thread's first ends the chain.
+__attribute__((noinline)) uintptr_t call_path() {
+  uintptr_t path = 0;
+  for (auto frame = static_cast<void**>(__builtin_frame_address(0)); frame; frame = static_cast<void**>(*frame))
+    path = path * 31 + reinterpret_cast<uintptr_t>(frame[1]);
+  return path;
+}
+
 int barrier(Site site, Vote vote, bool predicate) {
+  const uintptr_t path = memory::checked ? call_path() : 0;
   if (waiting && (site.line != barrier_site.line || std::strcmp(site.file, barrier_site.file)))
     fail("divergent barrier: others wait at " + place(barrier_site) + ", this thread at " + place(site));
+  if (waiting && path != barrier_path) fail("divergent barrier: others came to " + place(site) + " from elsewhere");
   barrier_site = site;
+  barrier_path = path;
   int& result = votes[vote_turn];
   result += predicate;
   ++waiting;
