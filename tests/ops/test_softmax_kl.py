@@ -255,8 +255,16 @@ def test_nan_and_inf_come_out(bad: float, terms: str, place: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["hard", "mixed", "dense"])
-@pytest.mark.parametrize("classes", [2, 41, 9001])
+@pytest.mark.parametrize("classes", [2, 41])
 def test_label_smoothing(classes: int, kind: str, dtype: torch.dtype) -> None:
+    smooth_labels_meet_the_definition(classes, kind, dtype)
+
+
+def test_label_smoothing_of_long_rows() -> None:
+    smooth_labels_meet_the_definition(9001, "mixed", torch.float32)
+
+
+def smooth_labels_meet_the_definition(classes: int, kind: str, dtype: torch.dtype) -> None:
     student, teacher = logits(6, classes, dtype)
     a, b, lam = labels(6, classes)
     a[1] = -100

@@ -111,19 +111,21 @@ def test_rows_longer_than_a_chunk(classes: int, terms: str) -> None:
     student[1, 5] = teacher[0, classes - 1] = 30.0
     student[0, 3] = teacher[0, 3] = -torch.inf
     if terms == "kl":
-        check_op(lambda s, t: Rows(s, t, temperature=2.0, reduction="none"), [student], constants=[teacher])
+        check_op(lambda s, t: softmax_kl(Rows(s, t, temperature=2.0, reduction="none")), [student], constants=[teacher])
         assert softmax_kl(Rows(student, student.clone(), temperature=2.0)).item() == 0
     elif terms == "all":
         labels = [torch.tensor([classes - 1, 5], device=DEVICE), torch.tensor([17, 5], device=DEVICE)]
         lam = torch.tensor(0.3, device=DEVICE)
         check_op(
-            lambda s, t, lam: Rows(s, t, Labels(*labels, lam), ALL_TERMS, 4.0), [student], constants=[teacher, lam]
+            lambda s, t, lam: softmax_kl(Rows(s, t, Labels(*labels, lam), ALL_TERMS, 4.0)),
+            [student],
+            constants=[teacher, lam],
         )
     else:
         y = torch.rand(2, classes, device=DEVICE) / classes
         y[0, 3] = 0
         weights = Terms(ce=0.3, kl=0.9)
-        check_op(lambda s, t, y: Rows(s, t, Labels(y), weights, 3.0), [student], constants=[teacher, y])
+        check_op(lambda s, t, y: softmax_kl(Rows(s, t, Labels(y), weights, 3.0)), [student], constants=[teacher, y])
 
 
 @runs
@@ -177,12 +179,15 @@ def test_more_layers_than_one_launch_takes() -> None:
     weights = [float(i) for i in range(layers)]
     options = SPOptions(weights, "sum", "none")
     with kdkernels.use_backend("triton"):
-        for build in (
-            lambda *x: LayerPairs(list(x[:layers]), list(x[layers:]), options),
-            lambda *x: LayerPairs(list(x[:layers]), list(x[layers:]), options._replace(layer_reduction="sum")),
-            lambda *x: ActivationPairs(list(x[:layers]), list(x[layers:]), weights, False, "none", "none"),
+        summed = options._replace(layer_reduction="sum")
+        for function in (
+            lambda *x: sp_gram(LayerPairs(list(x[:layers]), list(x[layers:]), options)),
+            lambda *x: sp_gram(LayerPairs(list(x[:layers]), list(x[layers:]), summed)),
+            lambda *x: angular_margin(
+                ActivationPairs(list(x[:layers]), list(x[layers:]), weights, False, "none", "none")
+            ),
         ):
-            check_op(build, students, constants=teachers, upstream=1e3)
+            check_op(function, students, constants=teachers, upstream=1e3)
 
 
 @runs
@@ -223,7 +228,10 @@ def test_large_batch_has_several_tiles_and_blocks() -> None:
     student, teacher = features(rows, 33), features(rows, 20)
     with kdkernels.use_backend("triton"):
         check_op(
-            lambda s, t: LayerPairs([s], [t], SPOptions([1.0], "sum")), [student], constants=[teacher], upstream=1e3
+            lambda s, t: sp_gram(LayerPairs([s], [t], SPOptions([1.0], "sum"))),
+            [student],
+            constants=[teacher],
+            upstream=1e3,
         )
 
 
