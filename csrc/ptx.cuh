@@ -1,9 +1,10 @@
-// The instructions that CUDA C++ has no name for: tensor-core products, fragments from shared memory, asynchronous copies.
-// nvcc sees the PTX. The other branch says the same in C++ and is what the tests run on a CPU: all lanes of the warp meet,
-// and each finds its part of the others' registers by the PTX manual's fragment layouts.
+// The instructions that CUDA C++ has no name for: tensor-core products, fragments from shared memory, asynchronous
+// copies. No kernel uses them yet; the tests do. nvcc sees the PTX. The other branch says the same in C++ and is what
+// the tests run on a CPU: all lanes of the warp meet, and each finds its part of the others' registers by the PTX
+// manual's fragment layouts.
 //
-//   lane = 4 * group + member:  A (16 x k) rows group and group + 8;  B (k x 8) column group;  C, D (16 x 8) rows group and
-//   group + 8, columns 2 * member and 2 * member + 1;  of k, what the index functions below say
+//   lane = 4 * group + member:  A (16 x k) rows group and group + 8;  B (k x 8) column group;  C, D (16 x 8) rows group
+//   and group + 8, columns 2 * member and 2 * member + 1;  of k, what the index functions below say
 #pragma once
 
 #include <cstdint>
@@ -20,13 +21,13 @@ namespace cuda {
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-#define KD_MMA_16816(name, type)                                                                                    \
-  __device__ inline void name(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) { \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                             \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                         \
-                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),          \
-                   "f"(c[2]), "f"(c[3]));                                                                           \
+#define KD_MMA_16816(name, type)                                                                                      \
+  __device__ inline void name(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) {   \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                               \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                           \
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                     \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), \
+                   "f"(c[3]));                                                                                        \
   }
 // D = A B + C for 16 x 16 and 16 x 8 numbers, two to a register, the one of the lower index in the lower half
 KD_MMA_16816(mma_bf16, "bf16")
@@ -35,15 +36,15 @@ KD_MMA_16816(mma_fp16, "f16")
 
 // D = A B + C for 16 x 8 and 8 x 8 numbers: fp32 of which the upper 19 bits are read
 __device__ inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%10, %11, %12, %13};"
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
-                 "f"(c[3]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
-// COUNT matrices of 8 x 8 two-byte numbers; lane 8 m + r gives the address of row r of matrix m (lanes beyond: any address).
-// A lane gets, of row group, the numbers 2 * member and 2 * member + 1; with TRANSPOSED, of column group.
+// COUNT matrices of 8 x 8 two-byte numbers; lane 8 m + r gives the address of row r of matrix m (lanes beyond: any
+// address). A lane gets, of row group, the numbers 2 * member and 2 * member + 1; with TRANSPOSED, of column group.
 template <int COUNT, bool TRANSPOSED>
 __device__ inline void load_matrices(unsigned (&r)[COUNT], const void* row) {
   static_assert(COUNT == 1 || COUNT == 2 || COUNT == 4);
@@ -53,7 +54,10 @@ __device__ inline void load_matrices(unsigned (&r)[COUNT], const void* row) {
   else if constexpr (COUNT == 1)
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(from) : "memory");
   else if constexpr (COUNT == 2 && !TRANSPOSED)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(from)
+                 : "memory");
   else if constexpr (COUNT == 2)
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])
@@ -73,7 +77,8 @@ __device__ inline void load_matrices(unsigned (&r)[COUNT], const void* row) {
 
 // 16 bytes from global to shared memory, past the registers: the first `bytes` are copied, zeros fill up the rest.
 __device__ inline void copy_async(void* shared, const void* global, int bytes = 16) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most GROUPS of the groups that this thread committed are still on their way.
@@ -123,14 +128,17 @@ inline void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
   for (int i = 0; i < 4; ++i) d[i] = sum[i];
 }
 
-inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4], CUDA_ON_CPU_SITE) {
+inline void mma_bf16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4],
+                     CUDA_ON_CPU_SITE) {
   multiply<16, 2>(d, a, b, c, [](unsigned r, int i) { return __uint_as_float(i ? r & 0xffff0000u : r << 16); }, site);
 }
-inline void mma_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4], CUDA_ON_CPU_SITE) {
+inline void mma_fp16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4],
+                     CUDA_ON_CPU_SITE) {
   const auto value = [](unsigned r, int i) { return __half2float({static_cast<unsigned short>(i ? r >> 16 : r)}); };
   multiply<16, 2>(d, a, b, c, value, site);
 }
-inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4], CUDA_ON_CPU_SITE) {
+inline void mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], const float (&c)[4],
+                     CUDA_ON_CPU_SITE) {
   multiply<8, 1>(d, a, b, c, [](unsigned r, int) { return __uint_as_float(r & 0xffffe000u); }, site);
 }
 
