@@ -198,7 +198,7 @@ def test_methods_and_integer_outputs() -> None:
     assert loss.item() == pytest.approx(supervised_contrastive_loss(net(x), teacher, y).item(), rel=1e-6)
 
 
-def test_what_cannot_be_meant_raises() -> None:
+def test_what_is_invalid_raises() -> None:
     net, teacher = nn.Linear(3, 4), torch.randn(4, 4)
     batches = [torch.randn(2, 3), torch.randn(2, 3)]
     loss = lambda f: sp_loss(f, teacher)  # noqa: E731

@@ -153,8 +153,8 @@ def test_commands_exist_with_their_options(page: str, line: str) -> None:
 
 
 def environment_variables() -> set[str]:
-    """Those that the code reads."""
-    sources = [ROOT / "setup.py", *(ROOT / "kdkernels").rglob("*.py")]
+    """Those that the code and its tests' executor read."""
+    sources = [ROOT / "setup.py", *(ROOT / "kdkernels").rglob("*.py"), *(ROOT / "tests/cuda_on_cpu").glob("*.py")]
     pattern = r"""(?:environ(?:\.get)?|getenv)\s*[\[(]\s*["'](\w+)["']"""
     read = {variable for path in sources for variable in re.findall(pattern, path.read_text())}
     return read | set(doctor.VARIABLES)

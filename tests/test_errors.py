@@ -1,4 +1,4 @@
-"""What cannot be meant is refused by every loss, with a message that names it: each message once."""
+"""What is invalid is refused by every loss, with a message that names it: each message once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Case = tuple[type[Exception], str, Callable[[], object]]
 PAIRS: dict[str, Case] = {
     "kd shapes": (ValueError, r"kd_loss: .*one shape.*\(4, 3\) and \(4, 5\)", lambda: kd_loss(X, Y)),
     "kd one dimension": (ValueError, "two or more dimensions", lambda: kd_loss(X[0], X[0])),
-    "kd class_dim": (ValueError, "class_dim 0 is not a dimension behind", lambda: kd_loss(X, X, class_dim=0)),
+    "kd class_dim": (ValueError, "class_dim 0 is not a dimension after", lambda: kd_loss(X, X, class_dim=0)),
     "kd class_dim, far": (ValueError, "class_dim 2", lambda: kd_loss(X, X, class_dim=2)),
     "kd no classes": (ValueError, "no classes", lambda: kd_loss(X[:, :0], X[:, :0])),
     "kd dtype": (TypeError, "teacher must be float16.*got torch.int64", lambda: kd_loss(X, X.long())),
@@ -86,7 +86,7 @@ LABELS: dict[str, Case] = {
     "lam alone": (ValueError, "go together", label(lam=0.5)),
     "mixed alone": (ValueError, "go together", label(target_mixed=A)),
     "mixed shape": (ValueError, "target_mixed must have shape", label(target_mixed=A[:2], lam=0.5)),
-    "mixed dense": (ValueError, "dense target comes without", label(target_mixed=X, lam=0.5)),
+    "mixed dense": (ValueError, "dense target excludes", label(target_mixed=X, lam=0.5)),
     "lam range": (ValueError, r"lam must be in \[0, 1\], got 1.5", label(target_mixed=A, lam=1.5)),
     "lam list": (TypeError, "lam .* must be a number, got list", label(target_mixed=A, lam=[0.5])),
     "lam shape": (ValueError, r"\(\) or \(4,\), got torch.float32 \(3,\)", label(target_mixed=A, lam=X[0])),
@@ -238,5 +238,5 @@ def test_a_label_out_of_range_is_named() -> None:
         stkd_loss(X, X, torch.tensor([0, 1, 2, -100]), torch.tensor([0, 1, 7, 0]), 0.5)
     with pytest.raises(ValueError, match=r"target has label -1"):
         stkd_loss(X, X, A - 1)
-    with pytest.raises(ValueError, match=r"target must be in 0..2, none is ignored; got \[3, 3, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"target must be in 0..2, no label is ignored; got \[3, 3, 3, 3\]"):
         triplets(target=A + 3)()

@@ -26,7 +26,7 @@ def test_rotations(views: int) -> None:
                     assert torch.equal(out[views * b + r, :, i, j], images[b, :, source[0], source[1]])
 
 
-def test_rotations_that_cannot_be_meant() -> None:
+def test_invalid_rotations() -> None:
     with pytest.raises(ValueError, match=r"square.*\(1, 1, 4, 6\)"):
         rotate_views(torch.zeros(1, 1, 4, 6))
     with pytest.raises(ValueError, match="1, 2, 3 or 4, got 5"):
@@ -101,7 +101,7 @@ def test_batches_of_triplets(workers: int) -> None:
     assert sorted(anchors) == list(range(len(LABELS)))
 
 
-def test_data_sets_that_cannot_be_meant() -> None:
+def test_invalid_data_sets() -> None:
     images = torch.zeros(3, 1, 2, 2)
     with pytest.raises(ValueError, match="2 labels for 3 images"):
         TripletDataset(images, [0, 1])
