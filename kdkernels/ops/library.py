@@ -96,11 +96,11 @@ class Differentiable:
     it. Where torch.compile traces, a second op with the same body has its gradient by register_autograd, which
     AOTAutograd wants and whose bookkeeping would cost a small loss more than its kernels.
 
-        keep(args)                which arguments the backward pass needs
-        backward(grad, *outputs, *kept)   an op: the gradients of the first ``inputs`` arguments
-        inputs                    how many arguments, tensors or lists of them, get gradients
-        keeps_loss                whether the backward pass needs the first output too
-        keeps_constants           whether ``keep`` takes tensors that get no gradients
+        keep(args)          the arguments that the backward pass needs
+        backward            an op of (grad, *outputs, *kept) for the gradients of the first ``inputs`` arguments
+        inputs              how many arguments, tensors or lists of them, get gradients
+        keeps_loss          whether the first output is among the outputs that the backward pass gets
+        keeps_constants     whether ``keep`` takes tensors that get no gradients
     """
 
     def __init__(
@@ -169,7 +169,8 @@ def _node(
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
         outputs = op(*args)
-        _save(ctx, (*outputs[first:], *keep(args)))
+        if args[-1]:  # need_grad
+            _save(ctx, (*outputs[first:], *keep(args)))
         return outputs[0]
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,13 +17,12 @@ from kdkernels.ops import native
 
 from . import build
 
-VARIABLE = "KDKERNELS_TEST_CUDA"  # plain or checked: the op tests run csrc/*.cu on the executor
-
 
 def requested() -> str | None:
-    mode = os.environ.get(VARIABLE)
+    """plain or checked where the op tests are to run csrc/*.cu on the executor."""
+    mode = os.environ.get("KDKERNELS_TEST_CUDA")
     if mode and mode not in build.MODES:
-        raise ValueError(f"{VARIABLE} must be one of {', '.join(build.MODES)}, got {mode!r}")
+        raise ValueError(f"KDKERNELS_TEST_CUDA must be one of {', '.join(build.MODES)}, got {mode!r}")
     return mode or None
 
 
