@@ -20,6 +20,7 @@ from .ops.angular_margin import ActivationPairs, angular_margin
 from .ops.checks import (
     LAYER_REDUCTIONS,
     REDUCTIONS,
+    check_choice,
     check_positive,
     check_reduction,
     check_weight,
@@ -65,7 +66,7 @@ def amd_loss(
     Source: arXiv 2302.14130, eq. 7-12; the authors' jeunsom/AMD_loss. Weights and reduction over layers are ours.
     """
     students, teachers = layer_pairs(student, teacher, "amd_loss")
-    _check_options(margin, sharpness, local_weight, layer_weights, layer_reduction)
+    _check_options(margin, sharpness, local_weight, layer_reduction)
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, "amd_loss", batchmean=True)
     for s, t in zip(students, teachers, strict=True):
@@ -76,10 +77,9 @@ def amd_loss(
             )
         if local_weight and min(s.shape[2:]) < 2:
             raise ValueError(f"amd_loss: quadrants (local_weight > 0) need H and W of 2 or more, got {tuple(s.shape)}")
-    area = isinstance(layer_weights, str)
-    weights = [1.0] * len(students)
-    if layer_weights is not None and not isinstance(layer_weights, str):
-        weights = layer_numbers(layer_weights, len(students), "amd_loss")
+    area, weights = layer_weights == "area", [1.0] * len(students)
+    if layer_weights is not None and not area:
+        weights = layer_numbers(layer_weights, "amd_loss", layers=len(students), names="None, 'area'")
     return angular_margin(
         ActivationPairs(
             students,
@@ -95,23 +95,15 @@ def amd_loss(
     )
 
 
-def _check_options(
-    margin: float,
-    sharpness: float,
-    local_weight: float,
-    layer_weights: Sequence[float] | str | None,
-    layer_reduction: str,
-) -> None:
+def _check_options(margin: float, sharpness: float, local_weight: float, layer_reduction: str) -> None:
     check_positive(margin=margin, sharpness=sharpness)
     check_weight(local_weight=local_weight)
     if margin > 2:
         raise ValueError(f"margin must be in (0, 2], got {margin}")
     if local_weight > 1:
         raise ValueError(f"local_weight must be in [0, 1], got {local_weight}")
-    if isinstance(layer_weights, str) and layer_weights != "area":
-        raise ValueError(f"layer_weights must be numbers, 'area' or None, got {layer_weights!r}")
     if layer_reduction not in LAYER_REDUCTIONS:
-        raise ValueError(f"layer_reduction must be one of {LAYER_REDUCTIONS}, got {layer_reduction!r}")
+        check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
 
 
 class AMDLoss(nn.Module):
@@ -127,8 +119,10 @@ class AMDLoss(nn.Module):
         layer_reduction: str = "sum",
     ) -> None:
         super().__init__()
-        _check_options(margin, sharpness, local_weight, layer_weights, layer_reduction)
+        _check_options(margin, sharpness, local_weight, layer_reduction)
         self.margin, self.sharpness, self.local_weight = margin, sharpness, local_weight
+        if layer_weights is not None and layer_weights != "area":
+            layer_weights = layer_numbers(layer_weights, "AMDLoss", names="None, 'area'")
         self.layer_weights, self.layer_reduction = layer_weights, layer_reduction
         self.reduction = check_reduction(reduction, "AMDLoss", batchmean=True)
 
@@ -145,4 +139,8 @@ class AMDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, sharpness={self.sharpness}, local_weight={self.local_weight}"
+        return (
+            f"margin={self.margin}, sharpness={self.sharpness}, local_weight={self.local_weight}, "
+            f"layer_weights={self.layer_weights!r}, reduction={self.reduction!r}, "
+            f"layer_reduction={self.layer_reduction!r}"
+        )

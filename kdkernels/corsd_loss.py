@@ -35,6 +35,8 @@ from .ops.checks import (
 )
 from .ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
+NONE_IGNORED = -(2**62)  # no label has this value, so that -100 is out of range like any other
+
 
 def corsd_loss(
     relations_pos: Tensor,
@@ -73,7 +75,8 @@ def corsd_loss(
         float32 (float64 if an input is). B = 0 gives 0.
 
     Raises:
-        TypeError, ValueError: invalid dtypes, shapes, devices, labels or options, with what was given.
+        TypeError, ValueError: invalid dtypes, shapes, devices, labels or options, with what was given. Labels on an
+            accelerator are not read back to be checked: a label out of range makes the loss NaN.
 
     Source: arXiv 2305.00918; the authors' muzhou-yu/CORSD.
     """
@@ -122,7 +125,8 @@ def _classes(
     half = None if other is None else torch.full((), 0.5, device=logits.device)
 
     def ce_and_kl(rows: Tensor, teacher: Tensor, repeats: int, terms: Terms) -> Tensor:
-        labels = Labels(target.repeat(repeats), None if other is None else other.repeat(repeats), half)
+        mixed = None if other is None else other.repeat(repeats)
+        labels = Labels(target.repeat(repeats), mixed, half, ignore_index=NONE_IGNORED)
         loss = softmax_kl(Rows(rows, teacher.detach(), labels, terms, float(temperature), reduction))
         if reduction == "none":
             return loss.view(repeats, batch).sum(0)

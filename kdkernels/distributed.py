@@ -14,9 +14,10 @@ then averages over the ranks, 1/R sum_r (R dL/dQ_r) dQ_r/dtheta = dL/dtheta: par
 and terms that are means over a rank's own rows (cross entropy) keep their usual meaning. Without
 DistributedDataParallel, average the parameters' gradients over the ranks, or divide the loss by R and sum them.
 
-Every rank of the group makes the same call, forward and backward. A call that differs (dtypes, widths, layers, options)
-raises ValueError on every rank. A rank that never arrives, because it died or was given another group, makes the
-others raise the process group's own timeout error: nothing here waits longer than ``init_process_group(timeout=...)``.
+Every rank of the group makes the same call, forward and backward. A call that differs (dtypes, widths, layers, options,
+the backend) raises ValueError on every rank. A rank that never arrives, because it died or was given another group,
+makes the others raise the process group's own timeout error: nothing here waits longer than
+``init_process_group(timeout=...)``.
 Row counts travel between ranks and are read on the host, so a step with ``group=`` cannot be captured in a CUDA graph.
 """
 
@@ -45,6 +46,7 @@ from .ops.gram.op import (
     sp_backward_op,
     sp_from_grams_op,
 )
+from .ops.library import refuse_second_derivative
 
 
 class Ranks(NamedTuple):
@@ -154,11 +156,6 @@ class _ShardColumns(torch.autograd.Function):
         return out.transpose(0, 1).reshape(rows, count * share)[:, : ctx.width], None
 
 
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
-        raise RuntimeError("a loss with group= has no second derivative: take gradients without create_graph=True")
-
-
 class _Replicate(torch.autograd.Function):
     """The same loss on every rank: the gradient of all ranks' copies together."""
 
@@ -169,7 +166,7 @@ class _Replicate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _refuse_second_derivative()
+        refuse_second_derivative("a loss with group=")
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

@@ -102,4 +102,7 @@ class KDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction!r}"
+        return (
+            f"temperature={self.temperature}, reduction={self.reduction!r}, class_dim={self.class_dim}, "
+            f"scale_by_t2={self.scale_by_t2}"
+        )

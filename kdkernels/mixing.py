@@ -24,7 +24,8 @@ def mixup(
         images: (B, ...) floating-point.
         target: (B,) labels.
         alpha: 0.01 or more; 1 makes lam uniform.
-        generator: a CPU generator for reproducible draws.
+        generator: a CPU generator for reproducible draws. PyTorch's default CPU generator stands in for it meanwhile,
+            so other threads should not draw from that at the same time.
         per_sample: one lam per image instead of one per batch.
 
     Returns:

@@ -69,6 +69,7 @@ def mlkd_loss(
     check_weight(
         correlation_weight=correlation_weight, supervised_weight=supervised_weight, alignment_weight=alignment_weight
     )
+    check_positive(temperature=temperature, supervised_temperature=supervised_temperature)
     reduction = check_reduction(reduction, "mlkd_loss", per_sample=False)
     students, teachers = _three(student, "student"), _three(teacher, "teacher")
     check_rows(students[1], teachers[1], "mlkd_loss", same_width=False)

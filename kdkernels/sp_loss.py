@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import group_of_many, sp_over_ranks
-from .ops.checks import LAYER_REDUCTIONS, check_positive, check_reduction, layer_numbers, layer_pairs
+from .ops.checks import LAYER_REDUCTIONS, check_choice, check_positive, check_reduction, layer_numbers, layer_pairs
 from .ops.gram import ROW_NORMS, LayerPairs, SPOptions, sp_gram
 
 
@@ -65,7 +65,7 @@ def sp_loss(
     students, teachers = layer_pairs(student, teacher, "sp_loss")
     weights = [1.0] * len(students)
     if layer_weights is not None:
-        weights = layer_numbers(layer_weights, len(students), "sp_loss")
+        weights = layer_numbers(layer_weights, "sp_loss", layers=len(students))
     reduction = _check_options(row_norm, reduction, layer_reduction, eps)
     options = SPOptions(weights, reduction, layer_reduction, row_norm, float(eps))
     if group is not None and (many := group_of_many(group, "sp_loss")) is not None:
@@ -75,9 +75,9 @@ def sp_loss(
 
 def _check_options(row_norm: str, reduction: str, layer_reduction: str, eps: float) -> str:
     if row_norm not in ROW_NORMS:
-        raise ValueError(f"row_norm must be one of {ROW_NORMS}, got {row_norm!r}")
+        check_choice("row_norm", row_norm, ROW_NORMS)
     if layer_reduction not in LAYER_REDUCTIONS:
-        raise ValueError(f"layer_reduction must be one of {LAYER_REDUCTIONS}, got {layer_reduction!r}")
+        check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
     check_positive(eps=eps)
     if reduction == "mean" or reduction == "sum":
         return reduction
@@ -99,7 +99,8 @@ class SPLoss(nn.Module):
         super().__init__()
         _check_options(row_norm, reduction, layer_reduction, eps)
         self.row_norm, self.reduction, self.eps, self.group = row_norm, reduction, eps, group
-        self.layer_weights, self.layer_reduction = layer_weights, layer_reduction
+        self.layer_weights = None if layer_weights is None else layer_numbers(layer_weights, "SPLoss")
+        self.layer_reduction = layer_reduction
 
     def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         return sp_loss(
@@ -114,4 +115,7 @@ class SPLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"row_norm={self.row_norm!r}, reduction={self.reduction!r}, layer_reduction={self.layer_reduction!r}"
+        return (
+            f"row_norm={self.row_norm!r}, reduction={self.reduction!r}, layer_weights={self.layer_weights}, "
+            f"layer_reduction={self.layer_reduction!r}, eps={self.eps}"
+        )

@@ -219,5 +219,6 @@ class STKDLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, ce_weight={self.ce_weight}, kd_weight={self.kd_weight}, "
-            f"decouple={self.decouple}"
+            f"decouple={self.decouple}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, "
+            f"class_dim={self.class_dim}, ignore_index={self.ignore_index}"
         )

@@ -112,3 +112,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     for op in backend.OPS:
         assert f"  {op}\n" in text
     assert text.count("-> ") == len(backend.OPS) * (2 if torch.cuda.is_available() else 1)
+
+
+def test_importing_kdkernels_does_not_import_triton() -> None:
+    code = "import sys, kdkernels; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -131,11 +131,11 @@ OPTIONS: dict[str, Case] = {
     "temperature nan": (ValueError, "nan", lambda: KDLoss(math.nan)),
     "temperature tensor": (TypeError, "temperature must be a number, got Tensor", lambda: KDLoss(torch.ones(()))),
     "temperature bool": (TypeError, "got bool", lambda: SupervisedContrastiveLoss(True)),
-    "sp row norm": (ValueError, "row_norm must be one of .'l2', 'l1'., got 'max'", lambda: SPLoss(row_norm="max")),
+    "sp row norm": (ValueError, "row_norm must be one of 'l2', 'l1', got 'max'", lambda: SPLoss(row_norm="max")),
     "sp eps": (ValueError, "eps must be positive", lambda: sp_loss(X, X, eps=0)),
     "sp layer reduction": (
         ValueError,
-        "layer_reduction must be one of .'sum', 'mean', 'none'., got 'max'",
+        "layer_reduction must be one of 'sum', 'mean', 'none', got 'max'",
         lambda: SPLoss(layer_reduction="max"),
     ),
     "sp weights": (
@@ -143,7 +143,11 @@ OPTIONS: dict[str, Case] = {
         "sp_loss: layer_weights has 2 numbers for 1",
         lambda: sp_loss(X, X, layer_weights=[1, 2]),
     ),
-    "sp weights name": (TypeError, "numbers, one per layer, got 'area'", lambda: sp_loss(X, X, layer_weights="area")),
+    "sp weights name": (
+        ValueError,
+        "must be None or one number per layer, got 'area'",
+        lambda: sp_loss(X, X, layer_weights="area"),
+    ),
     "sp weight": (ValueError, "layer_weights must be zero or positive", lambda: sp_loss(X, X, layer_weights=[-1])),
     "sp weight tensor": (
         TypeError,
@@ -163,10 +167,14 @@ OPTIONS: dict[str, Case] = {
     "amd weights": (ValueError, "amd_loss: layer_weights has 2", lambda: amd_loss(MAPS, MAPS, layer_weights=[1, 2])),
     "amd weights name": (
         ValueError,
-        "must be numbers, 'area' or None, got 'height'",
+        "must be None, 'area' or one number per layer, got 'height'",
         lambda: amd_loss(MAPS, MAPS, layer_weights="height"),
     ),
-    "amd weights number": (TypeError, "one per layer, got 2.0", lambda: amd_loss(MAPS, MAPS, layer_weights=2.0)),
+    "amd weights number": (
+        TypeError,
+        "None, 'area' or one number per layer, got 2.0",
+        lambda: amd_loss(MAPS, MAPS, layer_weights=2.0),
+    ),
     "views": (TypeError, "views must be an int, got float", lambda: correlation_loss(X, X, views=2.0)),
     "views of rows": (
         ValueError,

@@ -193,7 +193,7 @@ STAGES = (
     X[None].repeat(2, 1, 1),
 )
 NOT_MEAN = "got 'batchmean': divide the 'sum' by the batch if that is what you want"
-NO_SAMPLES = "reduction must be 'mean' or 'sum', got 'none': it compares samples with each other"
+NO_SAMPLES = "reduction must be 'mean' or 'sum', got 'none': there is no value of a single sample"
 REDUCED: dict[str, Callable[[str], object]] = {
     "kd_loss": lambda r: kd_loss(X, X, reduction=r),
     "kd_loss of positions": lambda r: kd_loss(MAPS, MAPS, class_dim=1, reduction=r),

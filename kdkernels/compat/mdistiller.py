@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kd_loss import kd_loss as kdkernels_kd_loss
-from ..ops.checks import check_pair, check_tensor, compute_dtype
+from ..ops.checks import check_pair, check_tensor, check_weight, compute_dtype
 from ..stkd_loss import stkd_loss
 from .scales import published_sp, warn_of_trained_teacher
 
@@ -47,8 +47,8 @@ def dkd_loss(
         logits_student, logits_teacher: (N, C).
         target: int64 labels with N elements. Also, unlike the original, mixed labels: a floating-point (N, C) with one
             or two positive entries in each row, as mixup makes them without label smoothing; their classes are the
-            labelled ones, however large the entries (the docstring of ``kdkernels.stkd_loss`` has the formula).
-        alpha, beta: weights of the target class and of the others; 1 and 8 in the CIFAR-100 recipe.
+            labelled ones, however large the entries (the formula is in kdkernels/stkd_loss.py).
+        alpha, beta: weights of the target class and of the others, not negative; 1 and 8 in the CIFAR-100 recipe.
 
     Quirk: the warm-up of the weight over the first epochs is the trainer's, not the loss's. Use
     ``kdkernels.stkd_loss(student, teacher, target, ce_weight=1, kd_weight=1, decouple=(alpha, beta))``: the cross
@@ -60,6 +60,8 @@ def dkd_loss(
     """
     check_pair(logits_student, logits_teacher, "dkd_loss")
     check_tensor("dkd_loss: target", target)
+    alpha, beta = float(alpha), float(beta)
+    check_weight("dkd_loss", alpha=alpha, beta=beta)
     warn_of_trained_teacher(logits_teacher)
     if logit_stand:
         logits_student, logits_teacher = _standardised(logits_student), _standardised(logits_teacher)

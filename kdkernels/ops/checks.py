@@ -84,7 +84,7 @@ def check_reduction(reduction: object, caller: str, *, per_sample: bool = True, 
     valid = "'mean', 'sum' or 'none'" if per_sample else "'mean' or 'sum'"
     hint = ""
     if reduction == "none":
-        hint = ": it compares samples with each other, so none has a value of its own"
+        hint = ": there is no value of a single sample"
     elif reduction == "batchmean":
         hint = ": divide the 'sum' by the batch if that is what you want"
     raise ValueError(f"{caller}: reduction must be {valid}, got {reduction!r}{hint}")
@@ -153,24 +153,19 @@ def _check_layers(students: list[Tensor], teachers: list[Tensor], caller: str) -
             raise TypeError(f"{caller}: float64 and other layers cannot be mixed, got {first.dtype} and {s.dtype}")
 
 
-def layer_numbers(layer_weights: Sequence[float], layers: int, caller: str) -> list[float]:
-    """One number per layer, checked."""
+def layer_numbers(
+    layer_weights: Sequence[float] | str, caller: str, *, layers: int | None = None, names: str = "None"
+) -> list[float]:
+    """One number per layer, checked. ``names`` is what else may be given."""
     if isinstance(layer_weights, str) or not isinstance(layer_weights, Iterable):
-        raise TypeError(f"{caller}: layer_weights must be numbers, one per layer, got {layer_weights!r}")
+        kind = ValueError if isinstance(layer_weights, str) else TypeError
+        raise kind(f"{caller}: layer_weights must be {names} or one number per layer, got {layer_weights!r}")
     weights = list(layer_weights)
     for weight in weights:
         check_weight(caller, layer_weights=weight)
-    if len(weights) != layers:
+    if layers is not None and len(weights) != layers:
         raise ValueError(f"{caller}: layer_weights has {len(weights)} numbers for {layers} layers")
     return [float(weight) for weight in weights]
-
-
-def need_grad(*tensors: Tensor) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t.requires_grad:
-                return True
-    return False
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -59,7 +59,7 @@ def flatten(record: tuple[Any, ...]) -> list[Any]:
 
 
 def build(record: type[Record], flat: Sequence[Any]) -> Record:
-    """The record from an op's arguments; what stands behind them is left out."""
+    """The record from an op's arguments; arguments after the record's are left out."""
     fields, at = [], 0
     for part, count in _parts(record):
         fields.append(flat[at] if part is None else part(*flat[at : at + count]))
@@ -174,7 +174,7 @@ def _node(
         return outputs[0]
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative(name)
+        refuse_second_derivative(name)
         found = backward(grad, *_saved(ctx))
         return (None, found) if isinstance(found, Tensor) else (None, *found)
 
@@ -202,7 +202,7 @@ def _register_traced_backward(
         ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
 
     def gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
-        _refuse_second_derivative(name)
+        refuse_second_derivative(name)
         found = backward(grad, *_saved(ctx))
         own = found if isinstance(found, tuple) else (found,)
         return (*own, *ctx.constants)
@@ -210,7 +210,7 @@ def _register_traced_backward(
     torch.library.register_autograd(f"kdkernels::{name}_traced", gradients, setup_context=setup_context, lib=LIBRARY)
 
 
-def _refuse_second_derivative(name: str) -> None:
+def refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
         raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op
+from checking import DEVICE, DTYPES, by_definition, check_close, check_compiled, check_contract, check_op
 from torch import Tensor
 
 from kdkernels.ops.correlation import CorrelationOptions, ViewRows
@@ -76,8 +76,21 @@ def test_a_mixed_pair_of_dtypes() -> None:
     assert value.dtype == torch.float64
     assert leaf.grad is not None
     assert leaf.grad.dtype == torch.float32
-    expected = correlation(student.detach().double(), teacher.double(), views=2, temperature=0.5)
-    torch.testing.assert_close(value.detach(), expected, rtol=1e-6, atol=0)
+    with by_definition():
+        exact = student.detach().double().requires_grad_()
+        expected = correlation(exact, teacher.double(), views=2, temperature=0.5)
+        expected.backward()
+    check_close("loss", value, expected, 1e-6)
+    check_close("gradient", leaf.grad, exact.grad, 1e-5)
+
+
+@pytest.mark.parametrize(("rows_", "views"), [(1, 1), (0, 2)])
+def test_nothing_to_compare_is_zero_whatever_is_in_the_row(rows_: int, views: int) -> None:
+    student = torch.full((rows_, 4000), 60.0, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    loss = correlation(student, student.detach(), views=views, temperature=0.5)
+    assert loss.item() == 0
+    loss.backward()
+    assert (student.grad == 0).all()
 
 
 def test_contract() -> None:

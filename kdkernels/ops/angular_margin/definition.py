@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .op import ActivationPairs
-
-ENERGY_EPS, UNIT_EPS, CLAMP = 1e-6, 1e-12, 1e-7
+from .op import CLAMP, ENERGY_EPS, UNIT_EPS, ActivationPairs
 
 
 def angular_margin(x: ActivationPairs) -> Tensor:

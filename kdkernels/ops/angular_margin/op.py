@@ -17,6 +17,8 @@ from ..backend import choose
 from ..checks import compute_dtype, grad_like
 from ..library import Differentiable, build, register
 
+ENERGY_EPS, UNIT_EPS, CLAMP = 1e-6, 1e-12, 1e-7  # of the energies' norm, of unit vectors, of the cosine
+
 
 class ActivationPairs(NamedTuple):
     """What angular_margin computes."""
@@ -79,7 +81,7 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad: Tensor, kappa: Tensor, student: list[Tensor], reduction: str) -> list[Tensor]:
-    implementation: AngularMargin = choose("angular_margin", *student)
+    implementation: AngularMargin = choose("angular_margin", *student, kappa)
     if grad.dim() == 1 and reduction != "none":  # (L,)
         grad = grad[:, None]
     return implementation.backward(grad.expand(len(student), student[0].shape[0]), student, kappa)

@@ -15,9 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import compute_dtype, grad_like
-from .op import ActivationPairs
+from .op import CLAMP, ENERGY_EPS, UNIT_EPS, ActivationPairs
 
-ENERGY_EPS, UNIT_EPS, CLAMP = 1e-6, 1e-12, 1e-7
 CACHED = 1 << 18  # numbers that stay in a core's cache
 
 

@@ -60,7 +60,7 @@ def comparable(rows: int, views: int) -> bool:
 
 def nothing(student: Tensor, teacher: Tensor, rows: int, options: CorrelationOptions) -> Tensor:
     """The loss where nothing is comparable: 0, in the graph."""
-    zero = student.sum().to(compute_dtype(student, teacher)) * 0
+    zero = student.to(compute_dtype(student, teacher)).sum() * 0
     return zero.expand(rows) if options.reduction == "none" else zero
 
 
@@ -116,13 +116,9 @@ def backward(
     return gradient.view(student.shape)
 
 
-def _implementations(*tensors: Tensor) -> tuple[Gram, SoftmaxKL]:
-    return choose("gram", *tensors), choose("softmax_kl", *tensors)
-
-
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     x = build(ViewRows, args)
-    gram, kl = _implementations(x.student, x.teacher)
+    gram, kl = choose("gram", x.student, x.teacher), choose("softmax_kl", x.student, x.teacher)
     return forward(gram.cosine_forward, kl, *x, args[-1])
 
 
@@ -144,7 +140,9 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _backward(grad: Tensor, *args: Any) -> Tensor:
     *saved, student, views, temperature, reduction = args
     options = CorrelationOptions(views, temperature, reduction)
-    return backward(*_implementations(student, saved[0]), grad, student, saved, options)
+    s, t = saved[0], saved[3]  # the cosines, which may be in fp64 where the student is not
+    gram, kl = choose("gram", student), choose("softmax_kl", s, t)
+    return backward(gram, kl, grad, student, saved, options)
 
 
 _SAVED = "Tensor s, Tensor inverse_a, Tensor inverse_b, Tensor t, Tensor stats, Tensor scale"

@@ -111,7 +111,7 @@ def _sp_fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _sp_backward(grad: Tensor, gradient_matrix: Tensor, student: list[Tensor]) -> list[Tensor]:
-    implementation: Gram = choose("gram", *student)
+    implementation: Gram = choose("gram", *student, gradient_matrix)
     return implementation.sp_backward(grad, student, gradient_matrix)
 
 

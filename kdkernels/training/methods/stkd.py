@@ -7,7 +7,7 @@ from torch import Tensor
 from ...mixing import mixup
 from ...ops.checks import check_weight
 from ...stkd_loss import stkd_loss
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, check_share
 
 
 class STKD(Method):
@@ -20,12 +20,13 @@ class STKD(Method):
         kd_weight: float = 0.9,
         temperature: float = 4.0,
         decouple: tuple[float, float] | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        check_weight("STKD", ce_weight=ce_weight)
-        check_weight("STKD", kd_weight=kd_weight)
+        check_weight("STKD", ce_weight=ce_weight, kd_weight=kd_weight)
+        check_share("STKD: label_smoothing", label_smoothing)
         self.alpha, self.ce_weight, self.kd_weight = alpha, ce_weight, kd_weight
-        self.temperature, self.decouple = temperature, decouple
+        self.temperature, self.decouple, self.label_smoothing = temperature, decouple, label_smoothing
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(*mixup(images, target, alpha=self.alpha))
@@ -42,5 +43,6 @@ class STKD(Method):
             ce_weight=self.ce_weight,
             kd_weight=self.kd_weight,
             decouple=self.decouple,
+            label_smoothing=self.label_smoothing,
         )
         return {"stkd": loss}
