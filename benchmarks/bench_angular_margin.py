@@ -23,7 +23,7 @@ CASES = [
     case("wrn16-2", (64, 32, 32, 32)),
     case("wrn16-2", (64, 128, 8, 8)),
     case("resnet18 of resnet50", (256, 512, 7, 7), (256, 2048, 7, 7)),
-    case("resnet50", (256, 2048, 7, 7), gain=slow_on_cpu("algebra")),
+    case("resnet50", (256, 2048, 7, 7)),
 ]
 
 
