@@ -205,7 +205,10 @@ def test_the_readme_shows_the_report() -> None:
         f"largest ratios {' and '.join(typical)}" in " ".join(readme.split())
     )
     assert max(added["kdkernels"] for added in result["training_step"]["added"].values()) < 0.05
-    assert lost(result["cases"]) == [], "the README says that no row is below 1"
+    (row,) = lost(result["cases"])  # the one that the README names
+    assert row.startswith("mlkd correlation 16 images")
+    assert "takes 0.97 of our time" in row
+    assert "the small correlation, which `torch.compile` makes in 0.97 of our time" in " ".join(readme.split())
     assert [row["case"] for row in result["cases"]] == [case.label for case in CASES]
 
 
