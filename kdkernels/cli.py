@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,24 @@ def _train(args: argparse.Namespace) -> None:
     from .training.run import train
 
     train(args)
+    _leave()
+
+
+def _leave() -> None:
+    """The end of one of several processes: together, and by gloo without its clean-up.
+
+    Torn down at a process's exit, gloo's threads abort it now and then, although it has done all its work.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    dist.barrier()  # no rank leaves while another still needs it
+    if dist.get_backend() == "gloo":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    dist.destroy_process_group()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
