@@ -76,6 +76,7 @@ void squared_distances(const Rows* features, int64_t count, int64_t batch, const
 
 inline double total(const double* x, int64_t n) {
   double sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += x[i];
   return sum;
 }
@@ -85,6 +86,22 @@ template <typename F>
 void over_rows(const Pool& pool, int64_t n, int64_t cost, const F& row) {
   parallel(pool, n, kSmall / (cost + 1), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) row(i);
+  });
+}
+
+// row(i, values) with row i of H + H^T, which it may change
+template <typename F>
+void over_symmetrised(const Pool& pool, int64_t n, const double* h, const F& row) {
+  constexpr int64_t kBlock = 16;  // rows at a time: a column's numbers would be cache lines apart
+  parallel(pool, ceil_div(n, kBlock), kSmall / (4 * kBlock * n + 1), [&](int64_t begin, int64_t end) {
+    Buffer<double> buffer(kBlock * n);
+    double* both = buffer;
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kBlock, count = min(kBlock, n - first);
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t r = 0; r < count; ++r) both[r * n + j] = h[(first + r) * n + j] + h[j * n + first + r];
+      for (int64_t r = 0; r < count; ++r) row(first + r, both + r * n);
+    }
   });
 }
 

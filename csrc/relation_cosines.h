@@ -28,15 +28,19 @@ inline InverseNorm cc_norm(double square, bool normalize) {
 // dloss/dQ = W Q from h = dloss/dC, C_ij = <q_i, q_j> / (|q_i| |q_j|)
 template <typename T>
 void through_cosines(const Pool& pool, int64_t n, const T* k, const InverseNorm* norms, const double* h, T* w) {
-  over_rows(pool, n, 8 * n, [&](int64_t i) {
+  Buffer<double> inverses(n);
+  double* inverse = inverses;
+  for (int64_t i = 0; i < n; ++i) inverse[i] = norms[i].inverse;
+  over_symmetrised(pool, n, h, [&](int64_t i, double* both) {
+    const double own = inverse[i];
     double inner = 0;
+#pragma omp simd reduction(+ : inner)
     for (int64_t j = 0; j < n; ++j) {
-      const double both = h[i * n + j] + h[j * n + i], over = norms[i].inverse * norms[j].inverse;
-      inner += both * (over * double(k[i * n + j]));
-      w[i * n + j] = static_cast<T>(both * over);
+      const double value = both[j] * own * inverse[j];
+      inner += value * double(k[i * n + j]);
+      w[i * n + j] = static_cast<T>(value);
     }
-    w[i * n + i] =
-        static_cast<T>((h[i * n + i] + h[i * n + i]) * norms[i].inverse * norms[i].inverse - norms[i].along * inner);
+    w[i * n + i] = static_cast<T>(both[i] * own * own - norms[i].along * inner);
   });
 }
 
@@ -76,41 +80,43 @@ void pkt(const Pkt& x, const Pool& pool) {
     norms_t[i] = pkt_norm(double(k_t[i * n + i]), x.eps);
   }
   over_rows(pool, n, 40 * n, [&](int64_t i) {
-    Buffer<double> both(2 * n);  // of this row: the student's p, then the teacher's
-    double *p = both, *q = p + n, sum_s = 0, sum_t = 0;
+    Buffer<double> row(2 * n);  // the student's p, then the teacher's
+    double *p = row, *q = p + n, sum_s = 0, sum_t = 0;
+    const double own_s = 0.5 * norms_s[i].inverse, own_t = 0.5 * norms_t[i].inverse;
+#pragma omp simd reduction(+ : sum_s, sum_t)
     for (int64_t j = 0; j < n; ++j) {
-      p[j] = 0.5 * (double(k_s[i * n + j]) * norms_s[i].inverse * norms_s[j].inverse + 1);
-      q[j] = 0.5 * (double(k_t[i * n + j]) * norms_t[i].inverse * norms_t[j].inverse + 1);
+      p[j] = double(k_s[i * n + j]) * own_s * norms_s[j].inverse + 0.5;
+      q[j] = double(k_t[i * n + j]) * own_t * norms_t[j].inverse + 0.5;
       sum_s += p[j];
       sum_t += q[j];
     }
+    const double over_s = 1 / sum_s, over_t = 1 / sum_t;
     double divergence = 0, inner = 0;
 #pragma omp simd reduction(+ : divergence, inner)
     for (int64_t j = 0; j < n; ++j) {
-      p[j] /= sum_s;
-      q[j] /= sum_t;
-      const double ratio = q[j] / (p[j] + x.eps);
-      divergence += q[j] * log_of((q[j] + x.eps) / (p[j] + x.eps));
-      inner += ratio * p[j];
-      q[j] = ratio;
+      const double of_s = p[j] * over_s, of_t = q[j] * over_t, over = 1 / (of_s + x.eps);
+      divergence += of_t * log_of((of_t + x.eps) * over);
+      inner += of_t * over * of_s;
+      q[j] = of_t * over;
     }
     row_losses[i] = divergence;
-    for (int64_t j = 0; h && j < n; ++j) h[i * n + j] = 0.5 * x.scale * (inner - q[j]) / sum_s;
+    const double factor = 0.5 * x.scale * over_s;
+    for (int64_t j = 0; h && j < n; ++j) h[i * n + j] = factor * (inner - q[j]);
   });
   *loss = static_cast<T>(x.scale * total(row_losses, n));
   if (w) through_cosines(pool, n, k_s, norms_s, h, w);
 }
 
-// sum over p of c_p x^p, and its derivative
-inline double power_series(const double* c, int64_t count, double x) {
-  double value = 0;
-  for (int64_t p = count; p-- > 0;) value = value * x + c[p];
-  return value;
-}
-inline double power_series_slope(const double* c, int64_t count, double x) {
-  double value = 0;
-  for (int64_t p = count; p-- > 1;) value = value * x + double(p) * c[p];
-  return value;
+// sum over p of c_p x^p of n numbers, and its derivative
+inline void power_series(const double* c, int64_t count, int64_t n, const double* x, double* value, double* slope) {
+  for (int64_t j = 0; j < n; ++j) value[j] = slope[j] = 0;
+  for (int64_t p = count; p-- > 0;) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      slope[j] = slope[j] * x[j] + value[j];
+      value[j] = value[j] * x[j] + c[p];
+    }
+  }
 }
 
 template <typename T>
@@ -127,14 +133,22 @@ void cc(const Cc& x, const Pool& pool) {
     norms_t[i] = cc_norm(double(k_t[i * n + i]), x.normalize);
   }
   over_rows(pool, n, 8 * x.count * n, [&](int64_t i) {
-    double sum = 0;
+    Buffer<double> row(5 * n);
+    double *s = row, *t = s + n, *value_s = t + n, *value_t = value_s + n, *slope = value_t + n;
+#pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const double s = double(k_s[i * n + j]) * norms_s[i].inverse * norms_s[j].inverse;
-      const double t = double(k_t[i * n + j]) * norms_t[i].inverse * norms_t[j].inverse;
-      const double difference = power_series(x.coefficients, x.count, s) - power_series(x.coefficients, x.count, t);
-      sum += difference * difference;
-      if (h) h[i * n + j] = 2 * x.scale * difference * power_series_slope(x.coefficients, x.count, s);
+      s[j] = double(k_s[i * n + j]) * norms_s[i].inverse * norms_s[j].inverse;
+      t[j] = double(k_t[i * n + j]) * norms_t[i].inverse * norms_t[j].inverse;
     }
+    power_series(x.coefficients, x.count, n, t, value_t, slope);
+    power_series(x.coefficients, x.count, n, s, value_s, slope);
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+      value_s[j] -= value_t[j];
+      sum += value_s[j] * value_s[j];
+    }
+    for (int64_t j = 0; h && j < n; ++j) h[i * n + j] = 2 * x.scale * value_s[j] * slope[j];
     row_losses[i] = sum;
   });
   *loss = static_cast<T>(x.scale * total(row_losses, n));

@@ -10,12 +10,13 @@ namespace {
 
 // dloss/dQ = W Q from dloss/dD, D_ij = |q_i - q_j|^2: pairs count twice, and a row is drawn along every difference
 inline void through_distances(const Pool& pool, int64_t n, const double* d, double* w) {
-  over_rows(pool, n, 4 * n, [&](int64_t i) {
+  over_symmetrised(pool, n, d, [&](int64_t i, double* both) {
+    both[i] = 0;
     double sum = 0;
+#pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
-      const double both = j == i ? 0 : 2 * (d[i * n + j] + d[j * n + i]);
-      w[i * n + j] = -both;
-      sum += both;
+      w[i * n + j] = -2 * both[j];
+      sum += 2 * both[j];
     }
     w[i * n + i] = sum;
   });
@@ -66,9 +67,10 @@ double rkd_distances(const Rkd& x, const double* squares, double* d, const Pool&
   if (d) {
     const double through_mean = total(row_inner, n) * over_s * over_s / pairs;
     over_rows(pool, n, 8 * n, [&](int64_t i) {
+#pragma omp simd
       for (int64_t j = i * n; j < i * n + n; ++j) {
         const double g = smooth_l1_slope(s[j] * over_s - t[j] * over_t) * over_s - through_mean;
-        d[j] = j == i * n + i ? 0 : weight * g * slope(squares[j], s[j], x.eps, x.squared);
+        d[j] = weight * g * slope(squares[j], s[j], x.eps, x.squared);
       }
     });
   }
@@ -144,20 +146,20 @@ void rkd(const Rkd& x, const Pool& pool) {
 // ---- IRG ----
 
 struct Top {
-  double value;
-  int64_t count;
+  double value, count;
 };
 
 // The largest number and how many there are of it; NaN if there is one
 inline Top top_of(const double* x, int64_t n) {
-  Top top{0, 0};
-  double sum = 0;
+  double top = 0, sum = 0, count = 0;
+#pragma omp simd reduction(max : top) reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
+    top = x[i] > top ? x[i] : top;
     sum += 0 * x[i];
-    if (x[i] > top.value) top = {x[i], 0};
-    top.count += x[i] == top.value;
   }
-  return {top.value + sum, max<int64_t>(top.count, 1)};
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < n; ++i) count += x[i] == top ? 1.0 : 0.0;
+  return {top + sum, count};
 }
 
 void irg(const Irg& x, const Pool& pool) {
@@ -174,11 +176,12 @@ void irg(const Irg& x, const Pool& pool) {
   lengths(pool, n, squares, x.eps, x.squared, s);
   lengths(pool, n, squares + n * n, x.eps, x.squared, t);
   const Top top_s = top_of(s, n * n), top_t = top_of(t, n * n);
+  const double over_s = 1 / top_s.value, over_t = 1 / top_t.value;
   over_rows(pool, n, 8 * n, [&](int64_t i) {
     double sum = 0, inner = 0;
 #pragma omp simd reduction(+ : sum, inner)
     for (int64_t j = i * n; j < i * n + n; ++j) {
-      const double difference = s[j] / top_s.value - t[j] / top_t.value;
+      const double difference = s[j] * over_s - t[j] * over_t;
       sum += difference * difference;
       inner += 2 * difference * s[j];
     }
@@ -187,12 +190,12 @@ void irg(const Irg& x, const Pool& pool) {
   });
   *loss = x.scale * total(row_losses, n);
   if (!w) return;
-  const double through_top = total(row_inner, n) / (top_s.value * top_s.value * double(top_s.count));
+  const double through_top = total(row_inner, n) * over_s * over_s / top_s.count;
   over_rows(pool, n, 8 * n, [&](int64_t i) {
+#pragma omp simd
     for (int64_t j = i * n; j < i * n + n; ++j) {
-      const double e = 2 * (s[j] / top_s.value - t[j] / top_t.value) / top_s.value;
-      const double g = e - (s[j] == top_s.value ? through_top : 0);
-      d[j] = j == i * n + i ? 0 : x.scale * g * slope(squares[j], s[j], x.eps, x.squared);
+      const double g = 2 * (s[j] * over_s - t[j] * over_t) * over_s - (s[j] == top_s.value ? through_top : 0);
+      d[j] = x.scale * g * slope(squares[j], s[j], x.eps, x.squared);
     }
   });
   through_distances(pool, n, d, w);

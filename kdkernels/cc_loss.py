@@ -14,7 +14,6 @@ import math
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import relation_of
 from .ops.checks import (
     check_batches,
     check_choice,
@@ -25,6 +24,7 @@ from .ops.checks import (
     compute_dtype,
 )
 from .ops.relation import CC
+from .relations import relation_of
 
 KERNELS = ("gaussian", "bilinear")
 
@@ -46,7 +46,7 @@ def cc_loss(
         student, teacher: (B, ...) features; all sizes but B may differ. float16, bfloat16, float32 or float64, any
             strides. No gradient flows to the teacher.
         kernel: "gaussian", or "bilinear": k = c.
-        gamma, order: of the Gaussian kernel; order >= 1 is the highest power of c.
+        gamma, order: of the Gaussian kernel; order is the highest power of c.
         normalize: divide rows by their length (or by 1e-12, if that is more); False: c_ij = <x_i, x_j>.
         reduction: "mean" over the B^2 pairs, or "sum".
         group: a torch.distributed group whose ranks' rows are one batch, see ``rkd_loss``.
@@ -67,13 +67,11 @@ def cc_loss(
     return relation_of(student, teacher, options, reduction, group, caller)
 
 
-def _options(
-    caller: str, kernel: str, gamma: float, order: int, normalize: bool, reduction: str
-) -> tuple[CC, str]:
+def _options(caller: str, kernel: str, gamma: float, order: int, normalize: bool, reduction: str) -> tuple[CC, str]:
     check_choice(f"{caller}: kernel", kernel, KERNELS)
     check_positive(caller, gamma=gamma)
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 100:
-        raise ValueError(f"{caller}: order must be an int from 1 to 100, got {order!r}")
+    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 100:
+        raise ValueError(f"{caller}: order must be an int from 0 to 100, got {order!r}")
     check_flag(f"{caller}: normalize", normalize)
     series = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
     coefficients = series if kernel == "gaussian" else [0.0, 1.0]
@@ -114,3 +112,23 @@ class CCLoss(nn.Module):
             f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}, normalize={self.normalize}, "
             f"reduction={self.reduction!r}"
         )
+
+
+def neighbour_correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """RepDistiller's ``Correlation``: how much rows that follow each other are off at the same places.
+
+        delta_i = |s_i - t_i|;   L = mean over i of <delta_i, delta_(i + 1)>
+
+    Args:
+        student, teacher: (N, d), the same d. No gradient flows to the teacher.
+
+    Returns:
+        float32 (float64 if an input is). Fewer than two rows give 0. It depends on the order of the rows.
+
+    Source: RepDistiller's distiller_zoo/CC.py, which has it from the paper's first author; the paper's formula is
+    ``cc_loss``.
+    """
+    check_rows(student, teacher, "neighbour_correlation_loss", same_width=True)
+    dtype = compute_dtype(student, teacher)
+    delta = (student.to(dtype) - teacher.detach().to(dtype)).abs()
+    return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)

@@ -47,7 +47,6 @@ from .ops.gram.op import (
     sp_from_grams_op,
 )
 from .ops.library import refuse_second_derivative
-from .ops.relation import op as relations
 
 
 class Ranks(NamedTuple):
@@ -272,41 +271,3 @@ def correlation_over_ranks(
     if not correlation.comparable(ranks.rows, options.views):
         return replicate(correlation.nothing(*shards, ranks.rows, options), ranks)
     return replicate(_CorrelationShards.apply(*shards, options, ranks.group), ranks)
-
-
-class _RelationShards(torch.autograd.Function):
-    """ops/relation/ on column shards: measures are sums over columns, and all that follows is the same everywhere."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, options: relations.Options, reduction: str, group: dist.ProcessGroup
-    ) -> Tensor:
-        name, numbers = relations.pack(options)
-        measures = relations.measures_op([student, teacher], name)
-        dist.all_reduce(measures, group=group)
-        loss, matrix = relations.loss_op(measures, name, numbers, reduction, ctx.needs_input_grad[0])
-        ctx.save_for_backward(matrix, student)
-        return loss.to(compute_dtype(student, teacher))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matrix, student = ctx.saved_tensors
-        return relations.backward_op(grad, matrix, student), None, None, None, None
-
-
-def relation_of(
-    student: Tensor,
-    teacher: Tensor,
-    options: relations.Options,
-    reduction: str,
-    group: dist.ProcessGroup | None,
-    caller: str,
-) -> Tensor:
-    """A loss of ops/relation/, of this process's batch or of the whole group's."""
-    teacher = teacher.detach()
-    if (many := group_of_many(group, caller)) is None:
-        return relations.relation(student, teacher, options, reduction)
-    call = f"{caller} of student {describe([student])}, teacher {describe([teacher])}, {options}, {reduction}"
-    ranks = meet(many, student.shape[0], call, student.device)
-    shards = shard_columns(student, ranks), shard_columns(teacher, ranks)
-    return replicate(_RelationShards.apply(*shards, options, reduction, ranks.group), ranks)

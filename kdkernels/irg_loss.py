@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import relation_of
 from .ops.checks import check_batches, check_flag, check_positive, check_reduction
 from .ops.relation import IRG
+from .relations import relation_of
 
 
 def irg_loss(
@@ -74,9 +74,7 @@ class IRGLoss(nn.Module):
         self.group = group
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return irg_loss(
-            student, teacher, **self.options._asdict(), reduction=self.reduction, group=self.group
-        )
+        return irg_loss(student, teacher, **self.options._asdict(), reduction=self.reduction, group=self.group)
 
     def extra_repr(self) -> str:
         return f"squared={self.options.squared}, reduction={self.reduction!r}, eps={self.options.eps}"

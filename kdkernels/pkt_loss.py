@@ -1,7 +1,7 @@
 """Probabilistic Knowledge Transfer (Passalis & Tefas, ECCV 2018, arXiv 1803.10837), with cosines.
 
-    c_ij = <u_i, u_j>,  u_i = x_i / (|x_i| + eps);   k = (c + 1) / 2;   p_ij = k_ij / sum over j of k_ij
-    L = mean over (i, j) of p_t log((p_t + eps) / (p_s + eps))
+c_ij = <u_i, u_j>,  u_i = x_i / (|x_i| + eps);   k = (c + 1) / 2;   p_ij = k_ij / sum over j of k_ij
+L = mean over (i, j) of p_t log((p_t + eps) / (p_s + eps))
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import relation_of
 from .ops.checks import check_batches, check_positive, check_reduction
 from .ops.relation import PKT
+from .relations import relation_of
 
 
 def pkt_loss(

@@ -2,7 +2,8 @@
 
     d_ij   = |x_i - x_j|,   D = d / mean of d over i != j
     A_ijk  = <e_ij, e_ik>,  e_ij = (x_j - x_i) / |x_j - x_i|
-    L = w_d * mean over (i, j) of H(D_s - D_t) + w_a * mean over (i, j, k) of H(A_s - A_t),   H(x) = x^2 / 2 or |x| - 1/2
+    L = w_d * mean over (i, j) of H(D_s - D_t) + w_a * mean over (i, j, k) of H(A_s - A_t)
+    H(x) = x^2 / 2 for |x| < 1, else |x| - 1/2      smooth L1
 
 All of it is a function of the B x B squared distances: A_ijk = (d_ij^2 + d_ik^2 - d_jk^2) / (2 d_ij d_ik).
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import relation_of
 from .ops.checks import check_batches, check_flag, check_positive, check_reduction, check_weight
 from .ops.relation import RKD
+from .relations import relation_of
 
 
 def rkd_loss(

@@ -1,11 +1,11 @@
 """relation as on a board: differentiable PyTorch, the oracle of the tests.
 
-RKD (arXiv 1904.05068, eq. 4-8)   psi = w_d mean H(d_s / mean d_s - d_t / mean d_t) + w_a mean H(cos_s - cos_t)
-                                  d = |x_i - x_j|, its mean over i != j;  cos = <e_ij, e_ik>, e_ij = (x_j - x_i) / |x_j - x_i|
-                                  H the Huber loss (smooth L1)
+RKD (arXiv 1904.05068, eq. 4-8)   w_d mean H(d_s / mean d_s - d_t / mean d_t) + w_a mean H(cos_s - cos_t),   H smooth L1
+                                  d_ij = |x_i - x_j|, its mean over i != j
+                                  cos_ijk = <e_ij, e_ik>,  e_ij = (x_j - x_i) / |x_j - x_i|
 IRG (CVPR 2019, the edges)        mean (d_s / max d_s - d_t / max d_t)^2
-PKT (arXiv 1803.10837, eq. 5-7)   P[i] = K[i] / sum K[i], K = (cos + 1) / 2;  mean P_t log((P_t + eps) / (P_s + eps))
-CC  (arXiv 1904.01802, eq. 10)    mean (k(cos_s) - k(cos_t))^2,  k(c) = exp(-2 gamma) sum_p (2 gamma c)^p / p!
+PKT (arXiv 1803.10837, eq. 5-7)   mean P_t log((P_t + eps) / (P_s + eps)),   P_ij = k_ij / sum_j k_ij,  k = (cos + 1) / 2
+CC  (arXiv 1904.01802, eq. 10)    mean (k(cos_s) - k(cos_t))^2,   k(c) = exp(-2 gamma) sum_p (2 gamma c)^p / p!
 """
 
 from __future__ import annotations

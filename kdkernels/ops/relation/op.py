@@ -108,9 +108,7 @@ def _measures(features: list[Tensor], name: str) -> Tensor:
     return implementation.measures(features, name)
 
 
-def _loss(
-    measures: Tensor, name: str, numbers: list[float], reduction: str, need_grad: bool
-) -> tuple[Tensor, Tensor]:
+def _loss(measures: Tensor, name: str, numbers: list[float], reduction: str, need_grad: bool) -> tuple[Tensor, Tensor]:
     implementation: Relation = choose("relation", measures)
     return implementation.loss(measures, unpack(name, numbers), reduction, need_grad)
 
@@ -170,5 +168,8 @@ _op = Differentiable(
 
 
 def relation(student: Tensor, teacher: Tensor, options: Options, reduction: str) -> Tensor:
-    """The loss: float32 (float64 if an input is); gradients flow to the student. Arguments are the caller's to check."""
+    """The loss: float32 (float64 if an input is); gradients flow to the student.
+
+    Arguments are the caller's to check.
+    """
     return _op(Relations(student, teacher, *pack(options), reduction))
