@@ -58,7 +58,7 @@ void define(StableLibrary& m) {
       "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
       "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
       "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
-      "relation_distances(Tensor[] features) -> Tensor",
+      "relation_distances(Tensor[] features, bool exact) -> Tensor",
       "relation_rkd(Tensor measures, float distance_weight, float angle_weight, float eps, bool squared" + relation,
       "relation_irg(Tensor measures, float eps, bool squared" + relation,
       "relation_pkt(Tensor measures, float eps" + relation,

@@ -9,10 +9,10 @@
 
 namespace kd {
 
-inline Tensor relation_distances(std::vector<Tensor> features) {
+inline Tensor relation_distances(std::vector<Tensor> features, bool exact) {
   const Features inputs(features);
   Distances x{};
-  x.fp64 = true;
+  x.fp64 = exact || any_double(features);
   x.features = inputs.rows.data();
   x.count = static_cast<int64_t>(features.size());
   x.batch = inputs.batch;

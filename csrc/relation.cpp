@@ -8,7 +8,8 @@
 namespace kd {
 template <>
 void compute<Isa::KD_ISA>(const Distances& x, const Pool& pool) {
-  KD_ISA::squared_distances<double>(x.features, x.count, x.batch, pool, x.distances);
+  x.fp64 ? KD_ISA::squared_distances<double>(x.features, x.count, x.batch, pool, x.distances)
+         : KD_ISA::squared_distances<float>(x.features, x.count, x.batch, pool, x.distances);
 }
 
 template <>

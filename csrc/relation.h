@@ -6,7 +6,7 @@
 
 namespace kd {
 
-// |q_i - q_j|^2 of every matrix, in double: angles are small differences of these.
+// |q_i - q_j|^2 of every matrix, summed in T and kept in double.
 struct Distances : Call {
   const Rows* features;  // [count], of `batch` rows each
   int64_t count, batch;

@@ -34,15 +34,15 @@ def irg_loss(
         group: a torch.distributed group whose ranks' rows are one batch, see ``rkd_loss``.
 
     Returns:
-        float32 (float64 if an input is). B = 1 and an empty batch give 0. Distances are sums of squared differences in
-        float64.
+        float32 (float64 if an input is). B = 1 and an empty batch give 0. Distances are sums of squared differences, so
+        rows that are nearly equal keep their digits.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options. If the calls of a group's ranks differ, all
             ranks raise; a missing rank raises the group's timeout error.
 
-    The graph's vertices (the mean squared difference of the logits) and transformations (distances between a layer's and
-    the next layer's map of one image) compare no two images and are not here.
+    The graph's vertices (the mean squared difference of the logits) and transformations (distances between one image's
+    maps in two layers) compare no two images and are not here.
 
     Source: KD-Zoo's ``IRG``, whose three edge terms (two maps, one feature) are this loss of three pairs, averaged. The
     paper's own code is in Caffe.

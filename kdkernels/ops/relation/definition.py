@@ -4,11 +4,13 @@ RKD (arXiv 1904.05068, eq. 4-8)   w_d mean H(d_s / mean d_s - d_t / mean d_t) + 
                                   d_ij = |x_i - x_j|, its mean over i != j
                                   cos_ijk = <e_ij, e_ik>,  e_ij = (x_j - x_i) / |x_j - x_i|
 IRG (CVPR 2019, the edges)        mean (d_s / max d_s - d_t / max d_t)^2
-PKT (arXiv 1803.10837, eq. 5-7)   mean P_t log((P_t + eps) / (P_s + eps)),   P_ij = k_ij / sum_j k_ij,  k = (cos + 1) / 2
+PKT (arXiv 1803.10837, eq. 5-7)   mean P_t log((P_t + eps) / (P_s + eps)),  P_ij = k_ij / sum_j k_ij,  k = (cos + 1) / 2
 CC  (arXiv 1904.01802, eq. 10)    mean (k(cos_s) - k(cos_t))^2,   k(c) = exp(-2 gamma) sum_p (2 gamma c)^p / p!
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,15 +23,17 @@ CC_EPS = 1e-12  # CC divides a shorter row by that
 DIRECTION_EPS = 1e-12  # rows that are closer have no direction
 
 
+Reduce = Callable[[Tensor], Tensor]
+
+
 def relation(x: Relations) -> Tensor:
     dtype = compute_dtype(x.student, x.teacher)
     s, t = (a.to(dtype).reshape(len(a), a[0].numel() if len(a) else 0) for a in (x.student, x.teacher.detach()))
     options = unpack(x.name, x.numbers)
-    formula = {RKD: _rkd, IRG: _irg, PKT: _pkt, CC: _cc}[type(options)]
+    formulas: dict[str, Callable[..., Tensor]] = {"rkd": _rkd, "irg": _irg, "pkt": _pkt, "cc": _cc}
     if len(s) == 0:
         return s.sum()
-    total: Tensor = formula(s, t, options, torch.sum if x.reduction == "sum" else torch.mean)
-    return total
+    return formulas[x.name](s, t, options, torch.sum if x.reduction == "sum" else torch.mean)
 
 
 def _lengths(x: Tensor, eps: float, squared: bool) -> Tensor:
@@ -38,7 +42,7 @@ def _lengths(x: Tensor, eps: float, squared: bool) -> Tensor:
     return lengths.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0)
 
 
-def _rkd(s: Tensor, t: Tensor, options: RKD, reduce: type) -> Tensor:
+def _rkd(s: Tensor, t: Tensor, options: RKD, reduce: Reduce) -> Tensor:
     if len(s) == 1:
         return s.sum() * 0
     d_s, d_t = (_lengths(x, options.eps, options.squared) for x in (s, t))
@@ -55,14 +59,14 @@ def _angles(x: Tensor) -> Tensor:
     return direction @ direction.transpose(1, 2)
 
 
-def _irg(s: Tensor, t: Tensor, options: IRG, reduce: type) -> Tensor:
+def _irg(s: Tensor, t: Tensor, options: IRG, reduce: Reduce) -> Tensor:
     if len(s) == 1:
         return s.sum() * 0
     d_s, d_t = (_lengths(x, options.eps, options.squared) for x in (s, t))
     return reduce((d_s / d_s.max() - d_t / d_t.max()).square())
 
 
-def _pkt(s: Tensor, t: Tensor, options: PKT, reduce: type) -> Tensor:
+def _pkt(s: Tensor, t: Tensor, options: PKT, reduce: Reduce) -> Tensor:
     p_s, p_t = (_probabilities(x, options.eps) for x in (s, t))
     return reduce(p_t * ((p_t + options.eps) / (p_s + options.eps)).log())
 
@@ -74,7 +78,7 @@ def _probabilities(x: Tensor, eps: float) -> Tensor:
     return k / k.sum(1, keepdim=True)
 
 
-def _cc(s: Tensor, t: Tensor, options: CC, reduce: type) -> Tensor:
+def _cc(s: Tensor, t: Tensor, options: CC, reduce: Reduce) -> Tensor:
     k_s, k_t = (_kernel(x, options) for x in (s, t))
     return reduce((k_s - k_t).square())
 

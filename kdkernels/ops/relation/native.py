@@ -18,8 +18,12 @@ def supports(*tensors: Tensor) -> str | None:
 
 
 def measures(features: list[Tensor], name: str) -> Tensor:
-    make = _native.relation_distances if name in DISTANCES else _native.gram_grams
-    matrices: Tensor = make.default(features)
+    matrices: Tensor
+    if name in DISTANCES:
+        # angles are small differences of these; for IRG differences of fp32 numbers summed in fp32 are as good
+        matrices = _native.relation_distances.default(features, name == "rkd")
+    else:
+        matrices = _native.gram_grams.default(features)
     return matrices
 
 
