@@ -8,40 +8,43 @@ namespace kd {
 namespace KD_ISA {
 namespace {
 
-// 1 / |q_i|, and what a step along q_i changes it by, over |q_i|: 0 where the norm is a constant
+// 1 / |q_i|, and what a step along q_i changes it by, over |q_i|: 0 where the norm is a constant. A zero row has cosine
+// 0 with every row and gets no gradient: it has no direction to normalise.
 struct InverseNorm {
   double inverse, along;
 };
 
 inline InverseNorm pkt_norm(double square, double eps) {
   const double norm = std::sqrt(square), inverse = 1 / (norm + eps);
-  return {inverse, norm == 0 ? 0 : inverse / norm};
+  return norm == 0 ? InverseNorm{0, 0} : InverseNorm{inverse, inverse / norm};
 }
 
 inline InverseNorm cc_norm(double square, bool normalize) {
   constexpr double eps = 1e-12;
   if (!normalize) return {1 + 0 * square, 0};
   const double norm = std::sqrt(square), inverse = 1 / max(norm, eps);
-  return {inverse, norm < eps ? 0 : inverse * inverse};
+  return norm == 0 ? InverseNorm{0, 0} : InverseNorm{inverse, norm < eps ? 0 : inverse * inverse};
+}
+
+// Row i of W from that of H + H^T; w may be the latter
+template <typename T, typename H>
+inline void row_through_cosines(int64_t n, int64_t i, const T* k, const InverseNorm* norms, const H* both, T* w) {
+  const double own = norms[i].inverse;
+  double inner = 0;
+#pragma omp simd reduction(+ : inner)
+  for (int64_t j = 0; j < n; ++j) {
+    const double value = double(both[j]) * own * norms[j].inverse;
+    inner += value * double(k[j]);
+    w[j] = static_cast<T>(value);
+  }
+  w[i] = static_cast<T>(double(w[i]) - norms[i].along * inner);
 }
 
 // dloss/dQ = W Q from h = dloss/dC, C_ij = <q_i, q_j> / (|q_i| |q_j|)
 template <typename T>
 void through_cosines(const Pool& pool, int64_t n, const T* k, const InverseNorm* norms, const double* h, T* w) {
-  Buffer<double> inverses(n);
-  double* inverse = inverses;
-  for (int64_t i = 0; i < n; ++i) inverse[i] = norms[i].inverse;
-  over_symmetrised(pool, n, h, [&](int64_t i, double* both) {
-    const double own = inverse[i];
-    double inner = 0;
-#pragma omp simd reduction(+ : inner)
-    for (int64_t j = 0; j < n; ++j) {
-      const double value = both[j] * own * inverse[j];
-      inner += value * double(k[i * n + j]);
-      w[i * n + j] = static_cast<T>(value);
-    }
-    w[i * n + i] = static_cast<T>(both[i] * own * own - norms[i].along * inner);
-  });
+  over_symmetrised(
+      pool, n, h, [&](int64_t i, const double* both) { row_through_cosines(n, i, k + i * n, norms, both, w + i * n); });
 }
 
 // The logarithm of a normal number, in loops that vectorise; NaN for everything else
@@ -108,13 +111,15 @@ void pkt(const Pkt& x, const Pool& pool) {
 }
 
 // sum over p of c_p x^p of n numbers, and its derivative
-inline void power_series(const double* c, int64_t count, int64_t n, const double* x, double* value, double* slope) {
+template <typename T>
+inline void power_series(const double* c, int64_t count, int64_t n, const T* x, T* value, T* slope) {
   for (int64_t j = 0; j < n; ++j) value[j] = slope[j] = 0;
   for (int64_t p = count; p-- > 0;) {
+    const T own = static_cast<T>(c[p]);
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       slope[j] = slope[j] * x[j] + value[j];
-      value[j] = value[j] * x[j] + c[p];
+      value[j] = value[j] * x[j] + own;
     }
   }
 }
@@ -125,34 +130,34 @@ void cc(const Cc& x, const Pool& pool) {
   const T *k_s = static_cast<const T*>(x.measures), *k_t = k_s + n * n;
   T *loss = static_cast<T*>(x.loss), *w = static_cast<T*>(x.gradient_matrix);
   Buffer<InverseNorm> norms(2 * n);
-  Buffer<double> buffer(n + (w ? n * n : 0));
+  Buffer<double> row_losses(n);
   InverseNorm *norms_s = norms, *norms_t = norms_s + n;
-  double *row_losses = buffer, *h = w ? row_losses + n : nullptr;
+  double* losses = row_losses;
   for (int64_t i = 0; i < n; ++i) {
     norms_s[i] = cc_norm(double(k_s[i * n + i]), x.normalize);
     norms_t[i] = cc_norm(double(k_t[i * n + i]), x.normalize);
   }
   over_rows(pool, n, 8 * x.count * n, [&](int64_t i) {
-    Buffer<double> row(5 * n);
-    double *s = row, *t = s + n, *value_s = t + n, *value_t = value_s + n, *slope = value_t + n;
+    Buffer<T> row(5 * n);
+    T *s = row, *t = s + n, *value_s = t + n, *value_t = value_s + n, *slope = value_t + n;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      s[j] = double(k_s[i * n + j]) * norms_s[i].inverse * norms_s[j].inverse;
-      t[j] = double(k_t[i * n + j]) * norms_t[i].inverse * norms_t[j].inverse;
+      s[j] = static_cast<T>(double(k_s[i * n + j]) * norms_s[i].inverse * norms_s[j].inverse);
+      t[j] = static_cast<T>(double(k_t[i * n + j]) * norms_t[i].inverse * norms_t[j].inverse);
     }
     power_series(x.coefficients, x.count, n, t, value_t, slope);
     power_series(x.coefficients, x.count, n, s, value_s, slope);
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
-      value_s[j] -= value_t[j];
-      sum += value_s[j] * value_s[j];
+      const double difference = double(value_s[j]) - double(value_t[j]);
+      sum += difference * difference;
+      slope[j] = static_cast<T>(4 * x.scale * difference * double(slope[j]));  // H is symmetric: twice its own
     }
-    for (int64_t j = 0; h && j < n; ++j) h[i * n + j] = 2 * x.scale * value_s[j] * slope[j];
-    row_losses[i] = sum;
+    losses[i] = sum;
+    if (w) row_through_cosines(n, i, k_s + i * n, norms_s, slope, w + i * n);
   });
-  *loss = static_cast<T>(x.scale * total(row_losses, n));
-  if (w) through_cosines(pool, n, k_s, norms_s, h, w);
+  *loss = static_cast<T>(x.scale * total(losses, n));
 }
 
 }  // namespace

@@ -51,12 +51,13 @@ double rkd_distances(const Rkd& x, const double* squares, double* d, const Pool&
   double *s = buffer, *t = s + n * n, *row_losses = t + n * n, *row_inner = row_losses + n;
   lengths(pool, n, squares, x.eps, x.squared, s);
   lengths(pool, n, squares + n * n, x.eps, x.squared, t);
-  const double pairs = double(n) * double(n - 1), over_s = pairs / total(s, n * n), over_t = pairs / total(t, n * n);
+  const double pairs = double(n) * double(n - 1), sum_s = total(s, n * n), over_s = pairs / sum_s;
+  const double ratio = sum_s / total(t, n * n);  // 1 for equal networks, whose differences are then exactly 0
   over_rows(pool, n, 8 * n, [&](int64_t i) {
     double loss = 0, inner = 0;
 #pragma omp simd reduction(+ : loss, inner)
     for (int64_t j = i * n; j < i * n + n; ++j) {
-      const double difference = s[j] * over_s - t[j] * over_t, g = smooth_l1_slope(difference);
+      const double difference = (s[j] - t[j] * ratio) * over_s, g = smooth_l1_slope(difference);
       loss += g * (difference - 0.5 * g);
       inner += g * s[j];
     }
@@ -69,7 +70,7 @@ double rkd_distances(const Rkd& x, const double* squares, double* d, const Pool&
     over_rows(pool, n, 8 * n, [&](int64_t i) {
 #pragma omp simd
       for (int64_t j = i * n; j < i * n + n; ++j) {
-        const double g = smooth_l1_slope(s[j] * over_s - t[j] * over_t) * over_s - through_mean;
+        const double g = smooth_l1_slope((s[j] - t[j] * ratio) * over_s) * over_s - through_mean;
         d[j] = weight * g * slope(squares[j], s[j], x.eps, x.squared);
       }
     });
@@ -80,25 +81,29 @@ double rkd_distances(const Rkd& x, const double* squares, double* d, const Pool&
 constexpr double kUnitSquare = 1e-24;  // rows closer than 1e-12 have no direction
 
 // The angles at every row i between the directions to row j and to all rows k, for one j:
-// A = (D_ij + D_ik - D_jk) / (2 |ij| |ik|). Returns the loss's part and writes row j of dloss/dD.
+// A = (D_ij + D_ik - D_jk) / (2 |ij| |ik|). Returns the loss's part and writes row j of dloss/dD. The angles are stored
+// first: fused with the subtraction, equal ones would differ by a rounding. `angles` has room for 2 n.
 template <bool GRAD>
 double rkd_angle_row(int64_t n, int64_t j, const double* d_s, const double* d_t, const double* r_s, const double* r_t,
-                     double* d) {
-  double loss = 0;
+                     double* angles, double* d) {
+  double loss = 0, *angle = angles, *angle_t = angles + n;
   const double *j_s = d_s + j * n, *j_t = d_t + j * n;
   for (int64_t i = 0; i < n; ++i) {
     const double *i_s = d_s + i * n, *i_t = d_t + i * n, *over_s = r_s + i * n, *over_t = r_t + i * n;
     const double a_s = 0.5 * over_s[j], a_t = 0.5 * over_t[j], ij_s = i_s[j], ij_t = i_t[j];
     double along = 0;
+#pragma omp simd
+    for (int64_t k = 0; k < n; ++k) {
+      angle[k] = a_s * (ij_s + i_s[k] - j_s[k]) * over_s[k];
+      angle_t[k] = a_t * (ij_t + i_t[k] - j_t[k]) * over_t[k];
+    }
 #pragma omp simd reduction(+ : loss, along)
     for (int64_t k = 0; k < n; ++k) {
-      const double angle = a_s * (ij_s + i_s[k] - j_s[k]) * over_s[k];
-      const double difference = angle - a_t * (ij_t + i_t[k] - j_t[k]) * over_t[k];
-      const double g = smooth_l1_slope(difference);
+      const double difference = angle[k] - angle_t[k], g = smooth_l1_slope(difference);
       loss += g * (difference - 0.5 * g);
       if (GRAD) {
         const double through = g * over_s[k];
-        along += through - 2 * a_s * g * angle;
+        along += through - 2 * a_s * g * angle[k];
         d[k] -= a_s * through;
       }
     }
@@ -118,13 +123,13 @@ double rkd_angles(const Rkd& x, const double* squares, double* d, const Pool& po
   const double weight = x.angle_weight * x.angle_scale;
   const double *d_t = squares + n * n, *r_t = inverse + n * n;
   over_rows(pool, n, 20 * n * n, [&](int64_t j) {
+    Buffer<double> row(2 * n), angles(2 * n);  // by D_jk, and by D_ij
     if (!d) {
-      row_losses[j] = rkd_angle_row<false>(n, j, squares, d_t, inverse, r_t, nullptr);
+      row_losses[j] = rkd_angle_row<false>(n, j, squares, d_t, inverse, r_t, angles, nullptr);
       return;
     }
-    Buffer<double> row(2 * n);  // by D_jk, and by D_ij
     for (int64_t k = 0; k < 2 * n; ++k) row[k] = 0;
-    row_losses[j] = rkd_angle_row<true>(n, j, squares, d_t, inverse, r_t, row);
+    row_losses[j] = rkd_angle_row<true>(n, j, squares, d_t, inverse, r_t, angles, row);
     for (int64_t k = 0; k < n; ++k) d[j * n + k] += weight * (row[k] + row[n + k]);
   });
   return weight * total(row_losses, n);
@@ -176,12 +181,12 @@ void irg(const Irg& x, const Pool& pool) {
   lengths(pool, n, squares, x.eps, x.squared, s);
   lengths(pool, n, squares + n * n, x.eps, x.squared, t);
   const Top top_s = top_of(s, n * n), top_t = top_of(t, n * n);
-  const double over_s = 1 / top_s.value, over_t = 1 / top_t.value;
+  const double over_s = 1 / top_s.value, ratio = top_s.value / top_t.value;
   over_rows(pool, n, 8 * n, [&](int64_t i) {
     double sum = 0, inner = 0;
 #pragma omp simd reduction(+ : sum, inner)
     for (int64_t j = i * n; j < i * n + n; ++j) {
-      const double difference = s[j] * over_s - t[j] * over_t;
+      const double difference = (s[j] - t[j] * ratio) * over_s;
       sum += difference * difference;
       inner += 2 * difference * s[j];
     }
@@ -194,7 +199,7 @@ void irg(const Irg& x, const Pool& pool) {
   over_rows(pool, n, 8 * n, [&](int64_t i) {
 #pragma omp simd
     for (int64_t j = i * n; j < i * n + n; ++j) {
-      const double g = 2 * (s[j] * over_s - t[j] * over_t) * over_s - (s[j] == top_s.value ? through_top : 0);
+      const double g = 2 * ((s[j] - t[j] * ratio) * over_s) * over_s - (s[j] == top_s.value ? through_top : 0);
       d[j] = x.scale * g * slope(squares[j], s[j], x.eps, x.squared);
     }
   });

@@ -52,7 +52,8 @@ def cc_loss(
         group: a torch.distributed group whose ranks' rows are one batch, see ``rkd_loss``.
 
     Returns:
-        float32 (float64 if an input is). An empty batch gives 0.
+        float32 (float64 if an input is). An empty batch gives 0. With ``normalize`` an all-zero row has cosine 0 with
+        every row and gets no gradient, where the published code multiplies by 1e12.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options. If the calls of a group's ranks differ, all

@@ -33,8 +33,7 @@ def pkt_loss(
 
     Returns:
         float32 (float64 if an input is). An empty batch gives 0, and B = 1 too: a row's probability of itself is 1. An
-        all-zero row has cosine 0 with every row and gets no gradient through its norm, where the published code
-        gives NaN.
+        all-zero row has cosine 0 with every row and gets no gradient, where the published code gives NaN.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options. If the calls of a group's ranks differ, all

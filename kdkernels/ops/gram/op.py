@@ -235,8 +235,8 @@ _own_op = Differentiable(
     "own_gram",
     Features,
     "Tensor gram",
-    lambda q, need_grad: (choose("gram", q).grams([q])[0],),
-    lambda q, need_grad: (q.new_empty((q.shape[0], q.shape[0]), dtype=compute_dtype(q)),),
+    lambda q, need_grad: choose("gram", q).grams([q])[0],
+    lambda q, need_grad: q.new_empty((q.shape[0], q.shape[0]), dtype=compute_dtype(q)),
     keep=itemgetter(slice(0, 1)),
     backward=register(
         "own_gram_backward", "(Tensor grad, Tensor q) -> Tensor", _own_backward, lambda grad, q: grad_like(q)
@@ -246,8 +246,8 @@ _pair_op = Differentiable(
     "gram_of",
     RowPair,
     "Tensor gram",
-    lambda a, b, need_grad: (choose("gram", a, b).products(a, b)[0],),
-    lambda a, b, need_grad: _cosine_fake(a, b)[:1],
+    lambda a, b, need_grad: choose("gram", a, b).products(a, b)[0],
+    lambda a, b, need_grad: _cosine_fake(a, b)[0],
     keep=itemgetter(slice(0, 2)),
     backward=register(
         "gram_of_backward",

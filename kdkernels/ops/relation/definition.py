@@ -71,9 +71,14 @@ def _pkt(s: Tensor, t: Tensor, options: PKT, reduce: Reduce) -> Tensor:
     return reduce(p_t * ((p_t + options.eps) / (p_s + options.eps)).log())
 
 
+def _zero_rows(x: Tensor) -> Tensor:
+    """They have no direction to normalise, so nothing goes back through that."""
+    return (x.detach() == 0).all(1, keepdim=True)
+
+
 def _probabilities(x: Tensor, eps: float) -> Tensor:
-    zero = (x.detach() == 0).all(1, keepdim=True)
-    unit = x / (x.masked_fill(zero, 1).norm(dim=1, keepdim=True).masked_fill(zero, 0) + eps)
+    zero = _zero_rows(x)
+    unit = (x / (x.masked_fill(zero, 1).norm(dim=1, keepdim=True) + eps)).masked_fill(zero, 0)
     k = (unit @ unit.t() + 1) / 2
     return k / k.sum(1, keepdim=True)
 
@@ -85,7 +90,7 @@ def _cc(s: Tensor, t: Tensor, options: CC, reduce: Reduce) -> Tensor:
 
 def _kernel(x: Tensor, options: CC) -> Tensor:
     if options.normalize:
-        x = F.normalize(x, dim=1, eps=CC_EPS)
+        x = F.normalize(x, dim=1, eps=CC_EPS).masked_fill(_zero_rows(x), 0)
     c = x @ x.t()
     powers = [coefficient * c**p for p, coefficient in enumerate(options.coefficients)]
     return torch.stack(powers).sum(0)

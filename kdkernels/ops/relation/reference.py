@@ -37,7 +37,9 @@ def loss(measures: Tensor, options: Options, reduction: str, need_grad: bool) ->
     scale = 1 / batch**2 if mean and batch else 1.0
     if isinstance(options, PKT | CC):
         formula = _pkt if isinstance(options, PKT) else _cc
-        value, matrix = formula(student, teacher, options, scale)  # type: ignore[arg-type]
+        wide = torch.float64 if student.device.type in ("cpu", "cuda") else student.dtype
+        value, matrix = formula(student.to(wide), teacher.to(wide), options, scale)  # type: ignore[arg-type]
+        value, matrix = value.to(measures.dtype), matrix.to(measures.dtype)
     elif batch < 2:
         value, matrix = 0 * student.sum(), torch.zeros_like(student)
     elif isinstance(options, IRG):
@@ -137,46 +139,50 @@ def _irg(d_s: Tensor, d_t: Tensor, options: IRG, scale: float) -> tuple[Tensor, 
 # ---- cosines
 
 
+def _inverse_norms(k: Tensor, eps: float, clamp: bool) -> tuple[Tensor, Tensor]:
+    """The rows' inverse norms, and these over the norms, 0 where a norm is a constant. Zero rows have no direction."""
+    norm = k.diagonal().sqrt()
+    zero = norm == 0
+    inverse = (1 / (norm.clamp(min=eps) if clamp else norm + eps)).masked_fill(zero, 0)
+    return inverse, (inverse / norm).masked_fill(zero | (norm < eps) if clamp else zero, 0)
+
+
+def _cosines(k: Tensor, inverse: Tensor) -> Tensor:
+    return k * inverse[:, None] * inverse
+
+
 def _through_cosines(h: Tensor, cosines: Tensor, inverse: Tensor, along: Tensor) -> Tensor:
-    """W of dL/dcosines = h: ``inverse`` are the rows' inverse norms, ``along`` these over the norm, or 0."""
+    """W of dL/dcosines = h; ``inverse`` and ``along`` are _inverse_norms."""
     both = h + h.t()
-    matrix = both * inverse[:, None] * inverse
+    matrix = _cosines(both, inverse)
     matrix.diagonal().sub_(along * (both * cosines).sum(1))
     return matrix
 
 
 def _pkt(k_s: Tensor, k_t: Tensor, options: PKT, scale: float) -> tuple[Tensor, Tensor]:
     eps = options.eps
-    norm, inverse, cosines = _cosines(k_s, eps)
-    _, _, cosines_t = _cosines(k_t, eps)
-    m, q = cosines / 2 + 0.5, cosines_t / 2 + 0.5
+    inverse, along = _inverse_norms(k_s, eps, clamp=False)
+    s, t = _cosines(k_s, inverse), _cosines(k_t, _inverse_norms(k_t, eps, clamp=False)[0])
+    m, q = s / 2 + 0.5, t / 2 + 0.5
     sums = m.sum(1, keepdim=True)
     p, q = m / sums, q / q.sum(1, keepdim=True)
     # log1p: the fractions are nearly 1, and what they miss of it is the loss
     value = scale * (q * ((q - p) / (p + eps)).log1p()).sum()
     h = -scale * q / (p + eps)
     h = (h - (h * p).sum(1, keepdim=True)) / (2 * sums)
-    along = (inverse / norm).masked_fill(norm == 0, 0)
-    return value, _through_cosines(h, cosines, inverse, along)
-
-
-def _cosines(k: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    norm = k.diagonal().sqrt()
-    inverse = 1 / (norm + eps)
-    return norm, inverse, k * inverse[:, None] * inverse
+    return value, _through_cosines(h, s, inverse, along)
 
 
 def _cc(k_s: Tensor, k_t: Tensor, options: CC, scale: float) -> tuple[Tensor, Tensor]:
-    inverse, inverse_t = (
-        k.diagonal().sqrt().clamp(min=CC_EPS).reciprocal() if options.normalize else torch.ones_like(k.diagonal())
-        for k in (k_s, k_t)
-    )
-    s, t = k_s * inverse[:, None] * inverse, k_t * inverse_t[:, None] * inverse_t
+    if options.normalize:
+        inverse, along = _inverse_norms(k_s, CC_EPS, clamp=True)
+        s, t = _cosines(k_s, inverse), _cosines(k_t, _inverse_norms(k_t, CC_EPS, clamp=True)[0])
+    else:
+        inverse, along = k_s.new_ones(len(k_s)), k_s.new_zeros(len(k_s))
+        s, t = k_s, k_t
     difference = _series(options.coefficients, s) - _series(options.coefficients, t)
     slopes = _series([p * c for p, c in enumerate(options.coefficients)][1:], s)
     h = 2 * scale * difference * slopes
-    constant = inverse >= 1 / CC_EPS if options.normalize else torch.ones_like(inverse, dtype=torch.bool)
-    along = inverse.square().masked_fill(constant, 0)
     return scale * difference.square().sum(), _through_cosines(h, s, inverse, along)
 
 
