@@ -48,9 +48,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     x = torch.randn(*shape, dtype=torch.float64)
-    return (x / math.prod(shape[1:]) ** 0.5).to(
-        DEVICE, dtype
-    )  # rows of length 1 or so, as products with powers want them
+    # rows of length 1 or so, as powers of products want them
+    return (x / math.prod(shape[1:]) ** 0.5).to(DEVICE, dtype)
 
 
 def run(student: Tensor, teacher: Tensor, name: str = "rkd", reduction: str = "mean") -> Tensor:

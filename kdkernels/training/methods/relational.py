@@ -1,4 +1,4 @@
-"""RKD, PKT, CC and IRG: CE + weight * the loss on the last stage, averaged over its positions, as the papers take it."""
+"""RKD, PKT, CC and IRG: CE + weight * the loss on the last stage, averaged over positions as in the papers."""
 
 from __future__ import annotations
 
