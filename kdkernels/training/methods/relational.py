@@ -13,7 +13,7 @@ from ...irg_loss import irg_loss
 from ...ops.checks import check_weight
 from ...pkt_loss import pkt_loss
 from ...rkd_loss import rkd_loss
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, pooled
 
 
 class _Relational(Method):
@@ -31,15 +31,11 @@ class _Relational(Method):
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        s, t = (_pooled(x.features[0]) for x in (student, teacher))
+        s, t = (pooled(x.features[0]) for x in (student, teacher))
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
             self.name: self.weight * type(self).loss(s, t, group=self.group),
         }
-
-
-def _pooled(x: Tensor) -> Tensor:
-    return x.flatten(2).mean(2) if x.dim() > 2 else x
 
 
 class RKD(_Relational):
