@@ -225,7 +225,7 @@ def test_angles_in_tiles_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> No
     student, teacher = features(9, 6, dtype=torch.float64).requires_grad_(), features(9, 5, dtype=torch.float64)
     with kdkernels.use_backend("reference"):
         whole = run(student, teacher)
-        monkeypatch.setattr(reference, "TILE", 200)
+        monkeypatch.setitem(reference.TILES, DEVICE, 200)
         tiled = run(student, teacher)
     check_close("loss", tiled, whole, 1e-14)
     check_close("gradient", gradients(tiled, [student])[0], gradients(whole, [student])[0], 1e-13)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..gram.reference import grams, rows, sp_backward
 from .op import CC, DISTANCES, IRG, PKT, RKD, Options, measure_dtype
 
-TILE = 1 << 18  # angles that are made at a time
+TILES = {"cpu": 1 << 16}  # angles that are made at a time: what a cache holds ...
+TILE = 1 << 20  # ... and elsewhere, where a launch costs more than memory
 CC_EPS, DIRECTION_EPS = 1e-12, 1e-12
 
 
@@ -108,7 +109,7 @@ def _rkd_angles(d_s: Tensor, d_t: Tensor, scale: float) -> tuple[Tensor, Tensor]
     """
     r_s, r_t = _directions(d_s), _directions(d_t)
     value, h = d_s.new_zeros(()), torch.zeros_like(d_s)
-    step = max(1, TILE // max(d_s.numel(), 1))
+    step = max(1, TILES.get(d_s.device.type, TILE) // max(d_s.numel(), 1))
     for i in range(0, len(d_s), step):
         anchors = slice(i, i + step)
         s, t = _angles(d_s, r_s, anchors), _angles(d_t, r_t, anchors)
