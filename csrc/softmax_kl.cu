@@ -1,5 +1,6 @@
 // softmax_kl on CUDA. A row belongs to one warp (narrow rows, four to a block) or to one block; its two passes read the
-// logits from memory once and from the cache once. A last small kernel sums the rows in a fixed order.
+// logits from memory once and from the cache once. A last small kernel sums the rows in a fixed order. Kernels with
+// PLAIN know that the divergence is the forward KL of logits as they are, which takes no further passes.
 #include "cuda.h"
 #include "softmax_kl_row.cuh"
 
@@ -42,15 +43,15 @@ template <typename T, bool WARP>
 __device__ Sums row_sums(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
                          const Labels& l, RowStats<T>& r) {
   const bool ce = x.ce != 0, soft = x.soft();
-  const T inverse_t = static_cast<T>(1 / x.temperature);
-  const int n = integer_temperature(x.temperature);
+  const T inverse_s = static_cast<T>(r.s.inverse_t), inverse_t = static_cast<T>(r.t.inverse_t);
+  const int n = integer_temperature(x);
   T other_s = -infinity<T>(), other_t = -infinity<T>();
   Sums z;
   for (int64_t k = team.rank; k < x.classes; k += team.size) {
     const T d = s[k] - r.s.max;
     T es = 0;
     if (soft) {
-      const T a = d * inverse_t, b = (t[k] - r.t.max) * inverse_t;
+      const T a = d * inverse_s, b = (t[k] - r.t.max) * inverse_t;
       es = exp(a);
       add_class(a, b, es, T(exp(b)), z);
       if (!l.has(k)) {
@@ -63,8 +64,7 @@ __device__ Sums row_sums(const SoftmaxKl& x, const Team<T, WARP>& team, const Lo
   if (ce) r.log_p = log(z.p = team.sum(z.p));
   if (soft) {
     add_threads(team, z);
-    r.s.log_z = log(z.s);
-    r.t.log_z = log(z.t);
+    r.set_log_z(log(z.s), log_ratio(z));
   }
   if (x.decoupled()) {
     r.s.non_target_max = team.max(other_s);
@@ -104,11 +104,11 @@ __device__ double decoupled_terms(const SoftmaxKl& x, const Team<T, WARP>& team,
                                   const Labels& l, RowStats<T>& r) {
   settle_non_target_max(r.s);
   settle_non_target_max(r.t);
-  const T inverse_t = static_cast<T>(1 / x.temperature);
+  const T inverse_s = static_cast<T>(r.s.inverse_t), inverse_t = static_cast<T>(r.t.inverse_t);
   Sums z;
   for (int64_t k = team.rank; k < x.classes; k += team.size) {
     if (l.has(k)) continue;
-    const T a = (s[k] - r.s.max) * inverse_t - r.s.non_target_max,
+    const T a = (s[k] - r.s.max) * inverse_s - r.s.non_target_max,
             b = (t[k] - r.t.max) * inverse_t - r.t.non_target_max;
     add_class(a, b, T(exp(a)), T(exp(b)), z);
   }
@@ -117,11 +117,79 @@ __device__ double decoupled_terms(const SoftmaxKl& x, const Team<T, WARP>& team,
   r.t.non_target_log_z = log(z.t);
   double result = (r.s.log_z + r.t.log_z) * 0;  // NaN and infinity show here too
   if (x.non_target_kl != 0) result += x.non_target_kl * non_target_divergence(z);
-  if (x.target_kl != 0) result += x.target_kl * target_divergence(l, s, t, r, x.temperature);
+  if (x.target_kl != 0) result += x.target_kl * target_divergence(l, s, t, r);
   return result;
 }
 
 template <typename T, bool WARP>
+__device__ Spread spread(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& z, T max) {
+  double sum = 0, squares = 0;
+  for (int64_t k = team.rank; k < x.classes; k += team.size) sum += double(z[k] - max);
+  const double mean = team.sum(sum) / double(x.classes);
+  for (int64_t k = team.rank; k < x.classes; k += team.size) {
+    const double difference = double(z[k] - max) - mean;
+    squares += difference * difference;
+  }
+  return {mean, team.sum(squares), x.classes};
+}
+
+// Another divergence than the forward KL, and the mean of its slopes into `r`
+template <typename T, bool WARP>
+__device__ double sum_parts(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
+                            RowStats<T>& r) {
+  const Shares<T> shares(x);
+  const LogRatio<T> log_ratio(r);
+  const T inverse_s = static_cast<T>(r.s.inverse_t), inverse_t = static_cast<T>(r.t.inverse_t),
+          of_s = static_cast<T>(exp(-r.s.log_z)), of_t = static_cast<T>(exp(-r.t.log_z));
+  double value = 0, slope = 0;
+  for (int64_t k = team.rank; k < x.classes; k += team.size) {
+    const T a = s[k], b = t[k];
+    const T q = T(exp((a - r.s.max) * inverse_s)) * of_s, p = T(exp((b - r.t.max) * inverse_t)) * of_t;
+    const Part<T> of_class = class_part(x.divergence, log_ratio(a, b), p, q, shares);
+    value += of_class.value;
+    slope += of_student(q, of_class.slope);
+  }
+  r.slope = static_cast<T>(team.sum(slope));
+  return team.sum(value);
+}
+
+// The gradient of the terms with a teacher by the student's logit of class k, or by the standardised one; es is left
+// for CE.
+template <bool PLAIN, typename T>
+__device__ T soft_gradient(const SoftmaxKl& x, int64_t k, T s, T t, const Labels& l, const RowStats<T>& r,
+                           const Factors<T>& f, T& es) {
+  const T a = (s - f.s_max) * f.inverse_s, b = (t - f.t_max) * f.inverse_t;
+  T g = 0;
+  if (x.kl != 0) {
+    es = exp(a);
+    if (PLAIN || x.divergence == Divergence::forward) {
+      g = f.soft * (es - f.ratio * T(exp(b)));
+    } else {
+      const T h = class_slope(x.divergence, LogRatio<T>(r)(s, t), Shares<T>(x));
+      g = of_student(f.soft * es, h - r.slope);
+    }
+  }
+  if (!x.decoupled()) return g;
+  if (l.has(k)) return static_cast<T>(g + (k == l.a ? f.target_a : f.target_b));
+  return g + f.non_target_s * T(exp(a - f.non_target_s_max)) - f.non_target_t * T(exp(b - f.non_target_t_max));
+}
+
+// <dL/dz', z'>, whose share the gradient loses on its way from the standardised logits z'
+template <typename T, bool WARP>
+__device__ double along_logits(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
+                               const Labels& l, const RowStats<T>& r) {
+  Factors<T> f = gradient_factors(x, r, 1.0, 0.0);
+  if (x.decoupled()) add_decoupled(x, l, s, t, r, 1.0, f);
+  double sum = 0;
+  for (int64_t k = team.rank; k < x.classes; k += team.size) {
+    T es = 0;
+    const T g = soft_gradient<false>(x, k, s[k], t[k], l, r, f, es);
+    sum += double(g) * double((s[k] - r.s.max) * r.s.inverse_std);
+  }
+  return team.sum(sum);
+}
+
+template <bool PLAIN, typename T, bool WARP>
 __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& team) {
   const Labels l = read_labels<T>(x, team.row);
   RowStats<T> r;
@@ -131,24 +199,34 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
   } else {
     const Logits<T> s = student_of<T>(x, team.row), t = teacher_of<T>(x, team.row);
     row_maxima(x, team, s, t, r);
+    Spread of_s, of_t;
+    if (!PLAIN && x.standardize && x.soft()) {
+      of_s = spread(x, team, s, r.s.max);
+      of_t = spread(x, team, t, r.t.max);
+    }
+    r.standardise(x, of_s, of_t);
     const Sums z = row_sums(x, team, s, t, l, r);
     if (x.ce != 0) {
       const double ce = x.dense ? dense_cross_entropy(x, team, s, r) : cross_entropy(l, s, r);
       result += x.ce * (x.smoothing == 0 ? ce : smoothed(x, ce, sum_of_logits(x, team, s, r), r.log_p));
     }
-    if (x.kl != 0) result += x.kl * divergence(z);
+    if (x.kl != 0) {
+      const bool forward_kl = PLAIN || x.divergence == Divergence::forward;
+      result += x.kl * (forward_kl ? divergence(z) : sum_parts(x, team, s, t, r));
+    }
     if (x.decoupled()) result += decoupled_terms(x, team, s, t, l, r);
+    if (!PLAIN && x.standardize && x.soft() && x.stats) r.lose(along_logits(x, team, s, t, l, r), x.classes);
   }
   if (team.rank == 0) save_stats(x, team.row, r);
   return result;
 }
 
-template <typename T, bool WARP>
+template <typename T, bool WARP, bool PLAIN>
 __global__ void forward_kernel(const __grid_constant__ SoftmaxKlForward x) {
   __shared__ double shared[32];
   const Team<T, WARP> team(shared);
   if (team.row >= x.rows) return;
-  const double loss = row_forward(x, team);
+  const double loss = row_forward<PLAIN>(x, team);
   if (team.rank) return;
   if (x.reduction == Reduction::none) static_cast<T*>(x.loss)[team.row] = static_cast<T>(loss);
   else static_cast<double*>(x.workspace)[team.row] = loss;
@@ -172,29 +250,24 @@ __global__ void finish_kernel(const __grid_constant__ SoftmaxKlForward x) {
 }
 
 // The gradient by the student's logit of class k.
-template <typename T>
+template <bool PLAIN, typename T>
 __device__ T class_gradient(const SoftmaxKlBackward& x, int64_t row, int64_t k, T s, T t, const Labels& l,
-                            const Factors<T>& f) {
-  const bool ce = x.ce != 0 && (x.target || x.dense), soft = x.kl != 0;
-  const int n = integer_temperature(x.temperature);
-  const T d = s - f.s_max, a = d * f.inverse_t, b = (t - f.t_max) * f.inverse_t;
-  T g = 0, es = 0;
-  if (soft) {
-    es = exp(a);
-    g = f.soft * (es - f.ratio * exp(b));
-  }
+                            const RowStats<T>& r, const Factors<T>& f) {
+  const bool ce = x.ce != 0 && (x.target || x.dense);
+  const int n = x.kl != 0 ? integer_temperature(x) : 0;
+  const T d = s - f.s_max;
+  T es = 0, g = soft_gradient<PLAIN>(x, k, s, t, l, r, f, es);
+  if (!PLAIN && x.standardize) g = f.through_standard(g, d);
   if (ce) {
-    g += f.hard * (soft && n ? power(es, n) : exp(d)) - f.uniform;
+    g += f.hard * (n ? power(es, n) : T(exp(d))) - f.uniform;
     if (x.dense) g -= f.label * dense_target<T>(x, row, k);
     if (k == l.a) g -= f.label * static_cast<T>(l.weight_a);
     if (l.mixed && k == l.b) g -= f.label * static_cast<T>(l.weight_b);
   }
-  if (!x.decoupled()) return g;
-  if (l.has(k)) return static_cast<T>(g + (k == l.a ? f.target_a : f.target_b));
-  return g + f.non_target_s * exp(a - f.non_target_s_max) - f.non_target_t * exp(b - f.non_target_t_max);
+  return g;
 }
 
-template <typename T, bool WARP>
+template <typename T, bool WARP, bool PLAIN>
 __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
   __shared__ double shared[32];
   const Team<T, WARP> team(shared);
@@ -218,31 +291,39 @@ __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
   Factors<T> f = gradient_factors(x, r, upstream, y_sum);
   if (x.decoupled()) add_decoupled(x, l, s, t, r, upstream, f);
   const bool teacher = x.soft();
+  if (x.decoupled() && x.out == x.student) team.wait();  // until all have read the labels' logits
   for (int64_t k = team.rank; k < n; k += team.size) {
-    const T g = class_gradient(x, row, k, s[k], teacher ? t[k] : T(0), l, f);
+    const T g = class_gradient<PLAIN>(x, row, k, s[k], teacher ? t[k] : T(0), l, r, f);
     store<T>(x.student_type, x.out, out + k, g);
   }
 }
 
+template <typename T, bool PLAIN>
+void forward_rows(const SoftmaxKlForward& x, cudaStream_t stream) {
+  if (x.classes <= kWarpRow)
+    forward_kernel<T, true, PLAIN><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
+  else forward_kernel<T, false, PLAIN><<<x.rows, kBlockThreads, 0, stream>>>(x);
+  check_launch("softmax_kl forward");
+}
+
 template <typename T>
 void forward(const SoftmaxKlForward& x, cudaStream_t stream) {
-  if (x.rows > 0) {
-    if (x.classes <= kWarpRow)
-      forward_kernel<T, true><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-    else forward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
-    check_launch("softmax_kl forward");
-  }
+  if (x.rows > 0) x.plain() ? forward_rows<T, true>(x, stream) : forward_rows<T, false>(x, stream);
   finish_kernel<T><<<1, kSumThreads, 0, stream>>>(x);
   check_launch("softmax_kl sum");
 }
 
+template <typename T, bool PLAIN>
+void backward_rows(const SoftmaxKlBackward& x, cudaStream_t stream) {
+  if (x.classes <= kWarpRow)
+    backward_kernel<T, true, PLAIN><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
+  else backward_kernel<T, false, PLAIN><<<x.rows, kBlockThreads, 0, stream>>>(x);
+  check_launch("softmax_kl backward");
+}
+
 template <typename T>
 void backward(const SoftmaxKlBackward& x, cudaStream_t stream) {
-  if (x.rows == 0) return;
-  if (x.classes <= kWarpRow)
-    backward_kernel<T, true><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-  else backward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
-  check_launch("softmax_kl backward");
+  if (x.rows > 0) x.plain() ? backward_rows<T, true>(x, stream) : backward_rows<T, false>(x, stream);
 }
 
 }  // namespace
