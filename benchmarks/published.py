@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,3 +70,56 @@ def correlation(student: Tensor, teacher: Tensor, views: int = 4, tau: float = 0
         rows, columns = x[:, 1:].flatten(0, 1), x[:, 0]
         matrices.append(F.cosine_similarity(rows[:, :, None], columns.t()[None], dim=1) / tau)
     return F.kl_div(F.log_softmax(matrices[0], 1), F.softmax(matrices[1], 1), reduction="batchmean")
+
+
+def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
+    """Distances from a Gram matrix, angles from all B^2 differences."""
+    lengths, angles = [], []
+    for x in (student, teacher):
+        d = _squared_distances(x).sqrt()
+        d = d.masked_fill(torch.eye(len(d), dtype=torch.bool, device=d.device), 0)
+        lengths.append(d / d[d > 0].mean())
+        e = F.normalize(x.unsqueeze(0) - x.unsqueeze(1), p=2, dim=2)
+        angles.append(torch.bmm(e, e.transpose(1, 2)).view(-1))
+    return distance_weight * F.smooth_l1_loss(*lengths) + angle_weight * F.smooth_l1_loss(*angles)
+
+
+def _squared_distances(x: Tensor, eps: float = 1e-12) -> Tensor:
+    squares = x.pow(2).sum(dim=1)
+    return (squares.unsqueeze(1) + squares.unsqueeze(0) - 2 * x @ x.t()).clamp(min=eps)
+
+
+def pkt(student: Tensor, teacher: Tensor, eps: float = 1e-7) -> Tensor:
+    probabilities = []
+    for x in (student, teacher):
+        x = x / (x.pow(2).sum(dim=1, keepdim=True).sqrt() + eps)
+        k = (x @ x.t() + 1) / 2
+        probabilities.append(k / k.sum(dim=1, keepdim=True))
+    p, q = probabilities
+    return torch.mean(q * torch.log((q + eps) / (p + eps)))
+
+
+def cc(student: Tensor, teacher: Tensor, gamma: float = 0.4, order: int = 2) -> Tensor:
+    kernels = []
+    for x in (student, teacher):
+        x = F.normalize(x, p=2, dim=-1)
+        c = x @ x.t()
+        k = torch.zeros_like(c)
+        for p in range(order + 1):
+            k = k + math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) * torch.pow(c, p)
+        kernels.append(k)
+    return F.mse_loss(*kernels)
+
+
+def irg(student: Tensor, teacher: Tensor) -> Tensor:
+    edges = []
+    for x in (student, teacher):
+        d = _squared_distances(x)
+        d = d.masked_fill(torch.eye(len(d), dtype=torch.bool, device=d.device), 0)
+        edges.append(d / d.max())
+    return F.mse_loss(*edges)
+
+
+def neighbour_correlation(student: Tensor, teacher: Tensor) -> Tensor:
+    delta = torch.abs(student - teacher)
+    return torch.mean((delta[:-1] * delta[1:]).sum(1))

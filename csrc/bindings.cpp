@@ -2,6 +2,7 @@
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
 #include "bindings_gram.h"
+#include "bindings_relation.h"
 #include "bindings_softmax_kl.h"
 #include "boxing.h"
 
@@ -43,6 +44,7 @@ void define(StableLibrary& m) {
       "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction, "
       "str divergence, float beta, bool standardize";
   const std::string sp = "str row_norm, float[] scales, float eps, bool zero_row_grad, bool per_layer, bool need_grad";
+  const std::string relation = ", bool mean, bool need_grad) -> (Tensor loss, Tensor gradient_matrix)";
   const std::string schemas[] = {
       "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
       "softmax_kl_backward(Tensor grad, " + softmax_kl + ", Tensor stats, Tensor scale) -> Tensor",
@@ -58,6 +60,11 @@ void define(StableLibrary& m) {
       "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
       "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
       "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
+      "relation_distances(Tensor[] features, bool exact) -> Tensor",
+      "relation_rkd(Tensor measures, float distance_weight, float angle_weight, float eps, bool squared" + relation,
+      "relation_irg(Tensor measures, float eps, bool squared" + relation,
+      "relation_pkt(Tensor measures, float eps" + relation,
+      "relation_cc(Tensor measures, float[] coefficients, bool normalize" + relation,
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -77,6 +84,14 @@ void implement(StableLibrary& m) {
   m.impl("angular_margin_backward", kd::boxed<kd::angular_margin_backward>);
 }
 
+void implement_on_cpu(StableLibrary& m) {
+  m.impl("relation_distances", kd::boxed<kd::relation_distances>);
+  m.impl("relation_rkd", kd::boxed<kd::relation_rkd>);
+  m.impl("relation_irg", kd::boxed<kd::relation_irg>);
+  m.impl("relation_pkt", kd::boxed<kd::relation_pkt>);
+  m.impl("relation_cc", kd::boxed<kd::relation_cc>);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(kdkernels_native, m) {
@@ -85,7 +100,10 @@ STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   m.def("has_cuda() -> bool");  // never called: that it exists says that there are CUDA kernels
 #endif
 }
-STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
+  implement(m);
+  implement_on_cpu(m);
+}
 #ifdef KD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) { implement(m); }
 #endif

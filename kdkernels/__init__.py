@@ -3,12 +3,17 @@
 from .accumulation import cached_backward
 from .alignment_loss import AlignmentLoss, alignment_loss
 from .amd_loss import AMDLoss, amd_loss
+from .cc_loss import CCLoss, cc_loss, neighbour_correlation_loss
 from .correlation_loss import CorrelationLoss, correlation_loss
 from .corsd_loss import CORSDLoss, corsd_loss
+from .gram import cosine_similarity, gram
+from .irg_loss import IRGLoss, irg_loss
 from .kd_loss import KDLoss, kd_loss
 from .mixing import cutmix, mixup
 from .mlkd_loss import MLKDLoss, mlkd_loss
 from .ops.backend import BackendError, use_backend
+from .pkt_loss import PKTLoss, pkt_loss
+from .rkd_loss import RKDLoss, rkd_loss
 from .sp_loss import SPLoss, sp_loss
 from .stkd_loss import STKDLoss, stkd_loss
 from .supervised_contrastive_loss import SupervisedContrastiveLoss, supervised_contrastive_loss
@@ -19,10 +24,14 @@ __all__ = [
     "AMDLoss",
     "AlignmentLoss",
     "BackendError",
+    "CCLoss",
     "CORSDLoss",
     "CorrelationLoss",
+    "IRGLoss",
     "KDLoss",
     "MLKDLoss",
+    "PKTLoss",
+    "RKDLoss",
     "SPLoss",
     "STKDLoss",
     "SupervisedContrastiveLoss",
@@ -30,12 +39,19 @@ __all__ = [
     "alignment_loss",
     "amd_loss",
     "cached_backward",
+    "cc_loss",
     "correlation_loss",
     "corsd_loss",
+    "cosine_similarity",
     "cutmix",
+    "gram",
+    "irg_loss",
     "kd_loss",
     "mixup",
     "mlkd_loss",
+    "neighbour_correlation_loss",
+    "pkt_loss",
+    "rkd_loss",
     "sp_loss",
     "stkd_loss",
     "supervised_contrastive_loss",

@@ -16,10 +16,13 @@ import kdkernels
 from kdkernels.ops import backend as backends
 from kdkernels.ops.angular_margin import definition as angular_definition
 from kdkernels.ops.angular_margin import op as angular_op
+from kdkernels.ops.checks import compute_dtype
 from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
 from kdkernels.ops.gram import definition as gram_definition
 from kdkernels.ops.gram import op as gram_op
+from kdkernels.ops.relation import definition as relation_definition
+from kdkernels.ops.relation import op as relation_op
 from kdkernels.ops.softmax_kl import definition as softmax_definition
 from kdkernels.ops.softmax_kl import op as softmax_op
 
@@ -44,6 +47,9 @@ def by_definition() -> Iterator[None]:
         patch.setattr(softmax_op, "_op", softmax_definition.softmax_kl)
         patch.setattr(gram_op, "_sp_op", gram_definition.sp_gram)
         patch.setattr(gram_op, "_cosine_op", lambda x: gram_definition.cosine_similarity(*x))
+        patch.setattr(gram_op, "_own_op", lambda x: gram_definition.gram(x.q.to(compute_dtype(x.q))))
+        patch.setattr(gram_op, "_pair_op", lambda x: gram_definition.products(*x))
+        patch.setattr(relation_op, "_op", relation_definition.relation)
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
         yield

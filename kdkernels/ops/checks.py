@@ -43,6 +43,21 @@ def check_rows(student: Tensor, teacher: Tensor, caller: str, *, same_width: boo
         raise ValueError(f"{caller}: student and teacher must have the same width (project the student), got {shapes}")
 
 
+def check_batches(student: Tensor, teacher: Tensor, caller: str) -> None:
+    """Student and teacher are (B, ...) with the same B."""
+    check_pair(student, teacher, caller)
+    if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{caller}: student and teacher must be (B, ...) with the same B, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -123,12 +138,7 @@ def layer_pairs(
         raise ValueError(f"{caller}: needs as many student as teacher layers, got {len(students)} and {len(teachers)}")
     constants = []
     for s, t in zip(students, teachers, strict=True):
-        check_pair(s, t, caller)
-        if s.dim() < 2 or t.dim() < 2 or s.shape[0] != t.shape[0]:
-            raise ValueError(
-                f"{caller}: student and teacher must be (B, ...) with the same B, "
-                f"got {tuple(s.shape)} and {tuple(t.shape)}"
-            )
+        check_batches(s, t, caller)
         constants.append(t.detach())
     if len(students) > 1:
         _check_layers(students, teachers, caller)

@@ -48,12 +48,17 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
+WEIGHTED = ("sp", "amd", "kd", "rkd", "pkt", "cc", "irg")  # methods of one weight, which the command line sets
+
+
 def _method(name: str, weight: float | None) -> Method:
     if weight is None:
         return make_method(name)
-    if name in ("sp", "amd", "kd"):
+    if name in WEIGHTED:
         return make_method(name, weight=weight)
-    raise ValueError(f"--weight belongs to the methods sp, amd and kd, got {name!r} (methods: {', '.join(METHODS)})")
+    raise ValueError(
+        f"--weight belongs to the methods {', '.join(WEIGHTED)}, got {name!r} (methods: {', '.join(METHODS)})"
+    )
 
 
 def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:

@@ -21,7 +21,7 @@ from kdkernels.training import (
 from kdkernels.training.loop import evaluate
 
 
-@pytest.mark.parametrize("method", ["alone", "kd", "sp", "stkd", "amd"])
+@pytest.mark.parametrize("method", ["alone", "kd", "sp", "stkd", "amd", "rkd", "pkt", "cc", "irg"])
 def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
     teacher, student, (x, y) = network(6, 7, 8), network(), images()
     module = Distillation(teacher, student, method).eval()  # eval: nothing is mixed
@@ -30,12 +30,17 @@ def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
         z_s, z_t, f_s, f_t = student(x), teacher(x), student.stages(x), teacher.stages(x)
         ce = F.cross_entropy(z_s, y)
         kd = kdkernels.kd_loss(z_s, z_t)
+        p_s, p_t = (f.mean((2, 3)) for f in (f_s, f_t))
         stages_s, stages_t = ([m.stages[: i + 1](x) for i in range(3)] for m in (student, teacher))
         expected = {
             "alone": ce,
             "kd": 0.1 * ce + 0.9 * kd,
             "sp": ce + 3000 * kdkernels.sp_loss(f_s, f_t),
             "stkd": 0.1 * ce + 0.9 * kd,
+            "rkd": ce + kdkernels.rkd_loss(p_s, p_t),
+            "pkt": ce + 30000 * kdkernels.pkt_loss(p_s, p_t),
+            "cc": ce + 100 * kdkernels.cc_loss(p_s, p_t),
+            "irg": ce + 5 * kdkernels.irg_loss(p_s, p_t),
             "amd": 0.1 * ce + 0.9 * kd + 0.2 * kdkernels.amd_loss(stages_s, stages_t, layer_weights="area"),
         }[method]
     torch.testing.assert_close(result.loss.detach(), expected)

@@ -10,6 +10,7 @@ from .base import Batch, Method, Outputs
 from .corsd import CORSD
 from .kd import KD
 from .mlkd import MLKD
+from .relational import CC, IRG, PKT, RKD
 from .sp import SP
 from .stkd import STKD
 
@@ -21,6 +22,10 @@ METHODS: dict[str, type[Method]] = {
     "amd": AMD,
     "mlkd": MLKD,
     "corsd": CORSD,
+    "rkd": RKD,
+    "pkt": PKT,
+    "cc": CC,
+    "irg": IRG,
 }
 
 
@@ -31,4 +36,21 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name](**options)
 
 
-__all__ = ["AMD", "CORSD", "KD", "METHODS", "MLKD", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]
+__all__ = [
+    "AMD",
+    "CC",
+    "CORSD",
+    "IRG",
+    "KD",
+    "METHODS",
+    "MLKD",
+    "PKT",
+    "RKD",
+    "SP",
+    "STKD",
+    "Alone",
+    "Batch",
+    "Method",
+    "Outputs",
+    "make_method",
+]
