@@ -1,14 +1,15 @@
-"""The two formulas behind the presets, with the scales and the quirks that the published code shares."""
+"""The formulas behind the presets, with the scales and the quirks that the published code shares."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from ..kd_loss import kd_loss
-from ..ops.checks import check_tensor, layer_pairs
+from ..ops.checks import check_number, check_tensor, layer_pairs
 from ..ops.gram import LayerPairs, SPOptions, sp_gram
 
 
@@ -32,6 +33,16 @@ def published_sp(
     reduction = "mean" if reduction == "batchmean" else "sum"
     options = SPOptions([1.0] * len(students), reduction, row_norm=row_norm, zero_row_grad=True)
     return sp_gram(LayerPairs(students, teachers, options))
+
+
+def generalized_jsd(beta: float) -> dict[str, Any]:
+    """The divergence that TRL and Liger mean by beta: at 0 and 1, where their JSD is 0, they switch to a KL."""
+    check_number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    if beta in (0, 1):
+        return {"divergence": "reverse" if beta else "forward"}
+    return {"divergence": "jsd", "beta": float(beta)}
 
 
 def warn_of_trained_teacher(teacher: Tensor) -> None:
