@@ -4,6 +4,9 @@
     kdkernels.compat.mdistiller      kd_loss, dkd_loss, sp_loss
     kdkernels.compat.torchdistill    KDLoss, SPKDLoss; importing it replaces torchdistill's own in its registry
     kdkernels.compat.kd_zoo          SoftTarget, SP
+    kdkernels.compat.trl             generalized_jsd_loss
+    kdkernels.compat.liger           LigerFusedLinearJSDLoss
+    kdkernels.compat.torchtune       ForwardKLLoss
 
 As in the originals: signatures, defaults, attributes, return types and shapes, scales, and the gradient of an all-zero
 row of student features, which is that of its normalised row times 1 / eps = 1e12 (``kdkernels.sp_loss`` gives that row

@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from ..heads import Head, TopK
-from ..linear_kd_loss import linear_kd_loss
+from ..heads import RESTS, Head, TopK
+from ..linear_kd_loss import LinearKDLoss
+from ..ops.checks import check_choice
 from .distillation import eval_mode
 from .sequence_data import IGNORED
 
 if TYPE_CHECKING:
     from .teacher_cache import TeacherCache
 
-OWN = ("target", "mask", "ignore_index", "reduction", "denominator", "group")  # of linear_kd_loss; set here
+OWN = ("reduction", "ignore_index", "group")  # options of linear_kd_loss that are set here
 TEACHERS = ("teacher_ids", "teacher_logprobs")  # a batch's columns of a TeacherCache
 
 
@@ -104,28 +105,28 @@ class SequenceDistillation:
         student: a causal language model with ``get_output_embeddings()``, such as ``AutoModelForCausalLM`` makes.
         teacher: another one with the same tokens, or a ``TeacherCache``, whose columns the batches then have.
         rest: what a cache's teacher says beyond its k tokens: "bucket", "drop", "renormalise" or "renormalise_both".
-        options: of ``linear_kd_loss``, with other defaults: temperature=1, kd_weight=1, ce_weight=0. A cache is for the
-            temperature that it was made at.
+        options: of ``LinearKDLoss``: temperature, divergence, ce_weight and so on.
 
     A batch is a mapping with ``labels`` (B, L), in which token i + 1 is what position i is to predict and -100 does not
     count (padding, prompts), or ``shift_labels``, which are moved already. Everything else goes to both models.
 
     Raises:
         TypeError: a model without ``get_output_embeddings()``; a batch without labels, or without a cache's columns.
-        ValueError: a head that is not a plain ``nn.Linear``, or whose logits are then changed by more than a scale and a
-            soft cap; the student as its own teacher; an option that is set here; a cache for another vocabulary or
-            temperature.
+        ValueError: a head that is not a plain ``nn.Linear``, or whose logits are then changed by more than a scale and
+            a soft cap; the student as its own teacher; an option that is set here; a cache for another vocabulary, or
+            for another temperature unless ``rest`` renormalises it.
     """
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module | TeacherCache, *, rest: str = "bucket", **options: Any
     ) -> None:
         if taken := sorted(set(OWN) & options.keys()):
-            raise ValueError(f"SequenceDistillation sets {', '.join(taken)} itself, from the batch")
+            raise ValueError(f"SequenceDistillation sets {', '.join(taken)} itself")
         if teacher is student:
             raise ValueError("teacher and student are the same module: the teacher must be another one, or a copy")
+        check_choice("SequenceDistillation: rest", rest, RESTS)
         self.student, self.teacher, self.rest = student, teacher, rest
-        self.options = {"temperature": 1.0, "kd_weight": 1.0, "ce_weight": 0.0, **options}
+        self.loss = LinearKDLoss(**options)
         self._student = LanguageModel(student, "student")
         self._teacher = None
         if isinstance(teacher, nn.Module):
@@ -134,15 +135,17 @@ class SequenceDistillation:
             self._check_cache(teacher)
 
     def _check_cache(self, cache: TeacherCache) -> None:
-        vocabulary = self.options.get("vocab_size") or self._student.head.out_features
+        vocabulary = self.loss.options["vocab_size"] or self._student.head.out_features
         if cache.vocab_size != vocabulary:
             raise ValueError(
                 f"the cache is of a vocabulary of {cache.vocab_size} tokens, and the student's has {vocabulary}: give "
                 "the number of real tokens as vocab_size= here and when the cache is made"
             )
-        if cache.temperature != self.options["temperature"]:
+        temperature = self.loss.options["temperature"]
+        if cache.temperature != temperature and self.rest in ("bucket", "drop"):
             raise ValueError(
-                f"the cache was made at temperature {cache.temperature}, got temperature={self.options['temperature']}"
+                f"the cache was made at temperature {cache.temperature}, and temperature={temperature}: with "
+                f"rest={self.rest!r} they must be the same"
             )
 
     def __call__(
@@ -159,9 +162,7 @@ class SequenceDistillation:
         inputs = {name: x for name, x in batch.items() if name not in ("labels", "shift_labels", *TEACHERS)}
         target = _next_tokens(batch)
         teacher = self._teacher_on(batch, inputs)
-        return linear_kd_loss(
-            self._student(inputs, model), teacher, target.flatten(), denominator=denominator, **self.options
-        )
+        return self.loss(self._student(inputs, model), teacher, target.flatten(), denominator=denominator)
 
     def _teacher_on(self, batch: Mapping[str, Any], inputs: Mapping[str, Any]) -> Head | TopK:
         if self._teacher is not None:
@@ -172,7 +173,7 @@ class SequenceDistillation:
                 f"the batch has no {', '.join(missing)}: train on cache.join(dataset), with SequenceCollator"
             )
         ids, logprobs = (batch[name].flatten(0, 1) for name in TEACHERS)
-        return TopK(ids, logprobs, self.rest, self.options["temperature"])
+        return TopK(ids, logprobs, self.rest, self.teacher.temperature)
 
 
 def counted_tokens(batch: Mapping[str, Any]) -> Tensor:

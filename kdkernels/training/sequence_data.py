@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b, sha256
 from pathlib import Path
@@ -89,13 +90,13 @@ class SequenceCollator:
             "attention_mask": _padded([torch.ones_like(x) for x in ids], 0),
             "labels": _padded(labels, IGNORED),
         }
-        for name in ("teacher_ids", "teacher_logprobs"):
-            if name in rows[0]:
-                batch[name] = _padded([torch.as_tensor(row[name]) for row in rows], 0)
+        if "teacher_ids" in rows[0]:
+            batch["teacher_ids"] = _padded([row["teacher_ids"].long() for row in rows], 0)
+            batch["teacher_logprobs"] = _padded([row["teacher_logprobs"] for row in rows], -math.inf)
         return batch
 
 
-def _padded(rows: list[Tensor], value: int) -> Tensor:
+def _padded(rows: list[Tensor], value: float) -> Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=value)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..heads import Head
-from ..ops.checks import check_choice, check_positive
+from ..ops.checks import check_choice, check_positive, compute_dtype
+from ..ops.linear_kd.products import Linear, logits
 from .sequence import LanguageModel
 from .sequence_data import Row, SequenceCollator, batches, row_hash, vocabulary_hash
 
@@ -169,10 +170,13 @@ def _top_k(model: LanguageModel, rows: Sequence[Row], settings: dict[str, Any], 
 
 
 def _of_chunks(head: Head, settings: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    for hidden in head.hidden.split(max(1, CHUNK_BYTES // (4 * settings["vocab_size"]))):
-        logits = head._replace(hidden=hidden).logits()[:, : settings["vocab_size"]].float() / settings["temperature"]
-        top, found = logits.topk(settings["top_k"], dim=1)
-        yield top - logits.logsumexp(1, keepdim=True), found
+    hidden, columns = head.hidden, settings["vocab_size"]
+    linear = Linear(head.weight, head.bias, head.scale, head.softcap or 0.0).narrow(columns)
+    for part in hidden.split(max(1, CHUNK_BYTES // (4 * columns))):
+        z = logits(linear, part, part.new_empty(len(part), columns, dtype=compute_dtype(hidden, head.weight)))
+        z.div_(settings["temperature"])
+        top, found = z.topk(settings["top_k"], dim=1)
+        yield top - z.logsumexp(1, keepdim=True), found
 
 
 class TeacherCache:

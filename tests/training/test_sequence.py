@@ -116,7 +116,12 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
         r"teacher \(Odd\) does more to its logits",
         lambda: SequenceDistillation(llama(), Odd()),
     ),
-    "own option": (ValueError, "sets mask itself", lambda: SequenceDistillation(llama(), teacher(), mask=None)),
+    "own option": (
+        ValueError,
+        "sets reduction itself",
+        lambda: SequenceDistillation(llama(), teacher(), reduction="sum"),
+    ),
+    "rest": (ValueError, "rest must be one of", lambda: SequenceDistillation(llama(), teacher(), rest="zero")),
     "no labels": (
         TypeError,
         "no labels, only input_ids",
