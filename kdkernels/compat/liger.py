@@ -85,8 +85,8 @@ class LigerFusedLinearJSDLoss(nn.Module):
             if not self.pad_smaller_vocabulary:
                 raise ValueError(
                     f"the student's vocabulary has {student_weight.shape[0]} tokens and the teacher's "
-                    f"{teacher_weight.shape[0]}: pad_smaller_vocabulary=True sets the student's missing logits to 0, as "
-                    "Liger does; kdkernels.linear_kd_loss(..., vocab_size=) compares the tokens that both have"
+                    f"{teacher_weight.shape[0]}: pad_smaller_vocabulary=True sets the student's missing logits to 0, "
+                    "as Liger does; kdkernels.linear_kd_loss(..., vocab_size=) compares those that both have"
                 )
             return self._padded(student, teacher, true_labels, missing)
         loss = self._loss(student, teacher, true_labels, self.weight_hard_loss, self.weight_soft_loss)

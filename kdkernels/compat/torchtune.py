@@ -17,7 +17,7 @@ from .scales import warn_of_trained_teacher
 
 
 class ForwardKLLoss(nn.Module):
-    """``ForwardKLLoss()(student_logits, teacher_logits, labels)``: -sum of p log q, of teacher p and student q at T = 1.
+    """``ForwardKLLoss()(student_logits, teacher_logits, labels)``: -sum of p log q of teacher p and student q, T = 1.
 
     Args:
         ignore_index: the label of a position that does not count.

@@ -70,10 +70,10 @@ def generalized_jsd_loss(
         return total / num_items_in_batch
     if reduction == "sum":
         return total
-    count = positions.numel() if counted is None else counted.sum()
     if reduction == "mean":
+        count = positions.numel() if counted is None else counted.sum()
         return total / (count * student_logits.shape[-1])
-    return total / (max(len(student_logits), 1) if counted is None else count.clamp_min(1))
+    return total / (max(len(student_logits), 1) if counted is None else counted.sum().clamp_min(1))
 
 
 def _elements(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:

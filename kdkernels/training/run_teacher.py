@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .sequence_data import token_rows
@@ -16,8 +17,9 @@ def write(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     rows = token_rows(args.data, tokenizer, args.max_length)
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    teacher: nn.Module = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     cache = write_teacher_cache(
-        AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(device),
+        teacher.to(device),
         rows,
         args.output,
         top_k=args.top_k,

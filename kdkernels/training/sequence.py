@@ -125,16 +125,20 @@ class SequenceDistillation:
         if teacher is student:
             raise ValueError("teacher and student are the same module: the teacher must be another one, or a copy")
         check_choice("SequenceDistillation: rest", rest, RESTS)
-        self.student, self.teacher, self.rest = student, teacher, rest
+        self.student, self.teacher = student, teacher
         self.loss = LinearKDLoss(**options)
         self._student = LanguageModel(student, "student")
-        self._teacher = None
-        if isinstance(teacher, nn.Module):
-            self._teacher = LanguageModel(teacher.eval(), "teacher")
-        else:
+        self._teacher = LanguageModel(teacher.eval(), "teacher") if isinstance(teacher, nn.Module) else None
+        self._rest, self._made_at = rest, 1.0
+        if not isinstance(teacher, nn.Module):
             self._check_cache(teacher)
+            self._made_at = teacher.temperature
 
     def _check_cache(self, cache: TeacherCache) -> None:
+        from .teacher_cache import TeacherCache  # which needs safetensors
+
+        if not isinstance(cache, TeacherCache):
+            raise TypeError(f"the teacher must be a causal language model or a TeacherCache, got {type(cache).__name__}")
         vocabulary = self.loss.options["vocab_size"] or self._student.head.out_features
         if cache.vocab_size != vocabulary:
             raise ValueError(
@@ -142,10 +146,10 @@ class SequenceDistillation:
                 "the number of real tokens as vocab_size= here and when the cache is made"
             )
         temperature = self.loss.options["temperature"]
-        if cache.temperature != temperature and self.rest in ("bucket", "drop"):
+        if cache.temperature != temperature and self._rest in ("bucket", "drop"):
             raise ValueError(
                 f"the cache was made at temperature {cache.temperature}, and temperature={temperature}: with "
-                f"rest={self.rest!r} they must be the same"
+                f"rest={self._rest!r} they must be the same"
             )
 
     def __call__(
@@ -173,7 +177,7 @@ class SequenceDistillation:
                 f"the batch has no {', '.join(missing)}: train on cache.join(dataset), with SequenceCollator"
             )
         ids, logprobs = (batch[name].flatten(0, 1) for name in TEACHERS)
-        return TopK(ids, logprobs, self.rest, self.teacher.temperature)
+        return TopK(ids, logprobs, self._rest, self._made_at)
 
 
 def counted_tokens(batch: Mapping[str, Any]) -> Tensor:

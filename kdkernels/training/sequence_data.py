@@ -63,7 +63,7 @@ def _tokens(row: dict[str, Any], tokenizer: Any, where: str) -> dict[str, list[i
         if tokenizer is None:
             raise ValueError(f"{where} is text: give the tokenizer")
         row = {"input_ids": tokenizer(row["text"])["input_ids"]}
-    found = {name: row[name] for name in ("input_ids", "labels") if name in row}
+    found: dict[str, list[int]] = {name: row[name] for name in ("input_ids", "labels") if name in row}
     if not found["input_ids"] or len({len(ids) for ids in found.values()}) > 1:
         raise ValueError(f"{where} must have one or more tokens, and a label for each if it has labels")
     return found

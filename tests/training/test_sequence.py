@@ -105,6 +105,7 @@ def lora() -> nn.Module:
 
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "no language model": (TypeError, "get_output_embeddings", lambda: SequenceDistillation(nn.Linear(2, 2), llama())),
+    "no teacher": (TypeError, "or a TeacherCache, got str", lambda: SequenceDistillation(llama(), "teacher")),
     "same module": (ValueError, "same module", lambda: SequenceDistillation(teacher(), teacher())),
     "wrapped head": (
         ValueError,
