@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import FLOATING, check_choice, check_number, check_positive
+from .ops.linear_kd import Teacher
 
 RESTS = ("bucket", "drop", "renormalise", "renormalise_both")
 
@@ -93,8 +94,8 @@ def check_plain(x: object, name: str) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if hasattr(x, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor, of which this process has a shard: pass {name.split()[-1]}.full_tensor(), or a slice "
-            "of the vocabulary as a plain tensor (to_local()) with group="
+            f"{name} is a DTensor, of which this process has a shard: pass {name.split()[-1]}.full_tensor(), or a "
+            "slice of the vocabulary as a plain tensor (to_local()) with group="
         )
     if hasattr(x, "ds_shape") and x.numel() == 0:
         raise ValueError(
@@ -124,11 +125,45 @@ def check_top_k(teacher: TopK, caller: str, temperature: float, divergence: str)
     check_positive(f"{caller}: TopK's", temperature=made_at)
     if made_at != temperature and rest in ("bucket", "drop"):
         raise ValueError(
-            f"{caller}: TopK's log-probabilities are at temperature {made_at} and the loss at {temperature}: the mass of "
-            f"k tokens at another temperature is not known from them. Take them at {temperature}, or rest='renormalise'"
+            f"{caller}: TopK's log-probabilities are at temperature {made_at} and the loss at {temperature}: the mass "
+            f"of k tokens at another temperature is not known from them. Take them at {temperature}, or "
+            "rest='renormalise'"
         )
     if rest == "renormalise" and divergence == "reverse":
         raise ValueError(
             f"{caller}: the reverse KL is infinite where the teacher has no mass, which with rest='renormalise' is "
-            "everywhere but at the k ids: use rest='bucket' or 'renormalise_both', or divergence='jsd' or 'skew_reverse'"
+            "everywhere but at the k ids: use rest='bucket' or 'renormalise_both', divergence='jsd' or 'skew_reverse'"
         )
+
+
+def read_teacher(
+    teacher: Head | TopK | Tensor, student: Head, temperature: float, divergence: str, caller: str
+) -> Teacher:
+    """The teacher as the op takes it: checked, a constant, positions flattened."""
+    if isinstance(teacher, Head):
+        check_head(teacher, "teacher", caller)
+        positions, first = teacher.hidden.shape[:-1], teacher.hidden
+        hidden = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
+        bias = None if teacher.bias is None else teacher.bias.detach()
+        softcap = float(teacher.softcap or 0)
+        found = Teacher(hidden, teacher.weight.detach(), bias, float(teacher.scale), softcap)
+    elif isinstance(teacher, TopK):
+        check_top_k(teacher, caller, temperature, divergence)
+        positions, first = teacher.ids.shape[:-1], teacher.ids
+        k = teacher.ids.shape[-1]
+        ids, logprobs = teacher.ids.reshape(-1, k), teacher.logprobs.detach().reshape(-1, k)
+        found = Teacher(ids=ids, logprobs=logprobs, rest=teacher.rest, made_at=float(teacher.temperature))
+    else:
+        check_plain(teacher, f"{caller}: teacher (a Head, a TopK or logits)")
+        positions, first = teacher.shape[:-1], teacher
+        found = Teacher(teacher_logits=teacher.detach().reshape(-1, teacher.shape[-1]))
+    if positions != student.hidden.shape[:-1]:
+        raise ValueError(
+            f"{caller}: student and teacher must have the same positions, got {tuple(student.hidden.shape[:-1])} and "
+            f"{tuple(positions)}"
+        )
+    if first.device != student.hidden.device:
+        raise ValueError(
+            f"{caller}: student is on {student.hidden.device} and teacher on {first.device}; move one of them"
+        )
+    return found

@@ -4,7 +4,7 @@
     L = mean over tokens of  ce_weight CE(target, softmax(z_s)) + kd_weight T^2 D(p, q)      D: the KL, or divergence=
 
 tokens x vocabulary logits of two networks are what a large vocabulary fills a GPU with. Here they are made for a chunk
-of tokens at a time, turned into their gradient in place, and multiplied into the gradients of hidden states and weights.
+of tokens at a time, turned into their gradient in place, and that into gradients of hidden states and weights.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import describe, group_of_many, meet
-from .heads import Head, TopK, check_head, check_plain, check_top_k
+from .heads import Head, TopK, check_head, read_teacher
 from .ops.checks import check_labels, check_number, check_reduction
-from .ops.linear_kd import LinearKD, Options, Teacher, linear_kd
+from .ops.linear_kd import LinearKD, Options, linear_kd
 from .ops.linear_kd.columns import Columns
 from .ops.linear_kd.op import linear_kd_over_ranks
 from .ops.softmax_kl import Terms
-from .stkd_loss import _check_options
+from .stkd_loss import _check_divergence, _check_options
 
 CALLER = "linear_kd_loss"
 
@@ -40,7 +40,8 @@ def linear_kd_loss(
     decouple: tuple[float, float] | None = None,
     label_smoothing: float = 0.0,
     divergence: str = "forward",
-    beta: float = 0.5,
+    beta: float | None = None,
+    standardize: bool = False,
     scale_by_t2: bool = True,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -57,8 +58,9 @@ def linear_kd_loss(
         teacher: a ``Head``, logits (..., V), or a ``TopK``. No gradient flows to it. Its positions are the student's.
         target: int64 labels in the shape of the positions, already aligned with them (nothing is shifted here), or None
             for pure distillation. ``ce_weight`` and ``decouple`` need them.
-        temperature, ce_weight, kd_weight, decouple, label_smoothing: as in ``stkd_loss``; decouple not with a TopK.
-        divergence, beta, scale_by_t2: as in ``kd_loss``.
+        temperature, ce_weight, kd_weight, decouple, label_smoothing: as in ``stkd_loss``.
+        divergence, beta, standardize, scale_by_t2: as in ``kd_loss``. Neither decouple nor standardize goes together
+            with a TopK or ``group``, where no process has a whole row.
         reduction: "mean" over the positions that count, "sum", or "none": a value per position. "none" makes the logits
             once more in the backward pass.
         ignore_index, mask: positions with this label, or where the bool ``mask`` is False, do not count and get no
@@ -72,7 +74,7 @@ def linear_kd_loss(
             the same hidden states and labels, and with its slice of both weights (or of the teacher's logits; a TopK is
             whole). The loss and the gradient of ``hidden`` are whole on every rank, summed over the ranks here (as
             after Megatron's ``copy_to_tensor_model_parallel_region``: do not reduce it again); weights get the gradient
-            of their slice. Not with ``decouple``.
+            of their slice.
 
     Returns:
         float32 (float64 if an input is). If nothing counts, 0. Logits, whatever the inputs' dtypes, are float32 from
@@ -87,16 +89,17 @@ def linear_kd_loss(
     Source: the gradient of a chunk in the forward pass is Liger-Kernel's fused linear losses' (arXiv 2410.10989).
     """
     _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
+    divergence, beta = _check_divergence(divergence, beta, decouple)
     reduction = check_reduction(reduction, CALLER)
     if not isinstance(student, Head):
         raise TypeError(f"{CALLER}: student must be a Head(hidden, weight), got {type(student).__name__}")
     check_head(student, "student", CALLER)
     count = _check_counted(student, target, mask, ce_weight, label_smoothing, decouple)
     many = group_of_many(group, CALLER)
-    known = _teacher(teacher, student, temperature, divergence)
-    if decouple is not None and (many is not None or known.ids is not None):
-        what = "group=" if many is not None else "a TopK, which has not every class"
-        raise ValueError(f"{CALLER}: decouple does not go together with {what}")
+    known = read_teacher(teacher, student, temperature, divergence, CALLER)
+    if (decouple is not None or standardize) and (many is not None or known.ids is not None):
+        what = "group=" if many is not None else "a TopK"
+        raise ValueError(f"{CALLER}: decouple and standardize need every class of a row, which {what} has not")
     kd = kd_weight * (temperature**2 if scale_by_t2 else 1)
     needed = torch.is_grad_enabled()
     x = LinearKD(
@@ -113,7 +116,8 @@ def linear_kd_loss(
         Options(
             float(temperature),
             divergence,
-            float(beta),
+            beta,
+            bool(standardize),
             reduction,
             ignore_index,
             float(label_smoothing),
@@ -151,36 +155,6 @@ def _check_counted(
     return shape
 
 
-def _teacher(teacher: Head | TopK | Tensor, student: Head, temperature: float, divergence: str) -> Teacher:
-    if isinstance(teacher, Head):
-        check_head(teacher, "teacher", CALLER)
-        positions, first = teacher.hidden.shape[:-1], teacher.hidden
-        hidden = teacher.hidden.detach().reshape(-1, teacher.hidden.shape[-1])
-        bias = None if teacher.bias is None else teacher.bias.detach()
-        softcap = float(teacher.softcap or 0)
-        found = Teacher(hidden, teacher.weight.detach(), bias, float(teacher.scale), softcap)
-    elif isinstance(teacher, TopK):
-        check_top_k(teacher, CALLER, temperature, divergence)
-        positions, first = teacher.ids.shape[:-1], teacher.ids
-        k = teacher.ids.shape[-1]
-        ids, logprobs = teacher.ids.reshape(-1, k), teacher.logprobs.detach().reshape(-1, k)
-        found = Teacher(ids=ids, logprobs=logprobs, rest=teacher.rest, made_at=float(teacher.temperature))
-    else:
-        check_plain(teacher, f"{CALLER}: teacher (a Head, a TopK or logits)")
-        positions, first = teacher.shape[:-1], teacher
-        found = Teacher(teacher_logits=teacher.detach().reshape(-1, teacher.shape[-1]))
-    if positions != student.hidden.shape[:-1]:
-        raise ValueError(
-            f"{CALLER}: student and teacher must have the same positions, got {tuple(student.hidden.shape[:-1])} and "
-            f"{tuple(positions)}"
-        )
-    if first.device != student.hidden.device:
-        raise ValueError(
-            f"{CALLER}: student is on {student.hidden.device} and teacher on {first.device}; move one of them"
-        )
-    return found
-
-
 def _positive(name: str, value: int | None) -> int:
     """The op's 0 for None."""
     if value is None:
@@ -189,7 +163,7 @@ def _positive(name: str, value: int | None) -> int:
         raise TypeError(f"{CALLER}: {name} must be an int or None, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{CALLER}: {name} must be 1 or more, got {value}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def _denominator(value: Tensor | float | None, reduction: str, like: Tensor) -> Tensor | None:
@@ -225,8 +199,8 @@ def _with_vocabulary(x: LinearKD) -> LinearKD:
         raise ValueError(f"{CALLER}: vocab_size must be at most {min(columns)}, got {size}")
     if not size and len(set(columns)) > 1:
         raise ValueError(
-            f"{CALLER}: student and teacher have vocabularies of {columns[0]} and {columns[1]}: if the first ids mean the "
-            "same in both, give vocab_size="
+            f"{CALLER}: student and teacher have vocabularies of {columns[0]} and {columns[1]}: if the first ids mean "
+            "the same in both, give vocab_size="
         )
     return x
 
@@ -237,7 +211,9 @@ def _meet(x: LinearKD, group: dist.ProcessGroup) -> Columns:
     tensors: Sequence[Any] = [x.hidden, x.weight, x.bias, *t, x.target, x.mask, x.denominator]
     kinds = ", ".join("None" if y is None else describe([y]) if isinstance(y, Tensor) else repr(y) for y in tensors)
     same = "one slice" if len(set(columns)) == 1 else f"slices of {columns} columns"
-    head = f"positions {x.hidden.shape[0]}, {kinds}, scale {x.scale}, softcap {x.softcap}, {same}, {x.terms}, {x.options}"
+    head = (
+        f"positions {x.hidden.shape[0]}, {kinds}, scale {x.scale}, softcap {x.softcap}, {same}, {x.terms}, {x.options}"
+    )
     ranks = meet(group, x.weight.shape[0], f"{CALLER} of {head}", x.hidden.device)
     if len(set(columns)) > 1:
         raise ValueError(f"{CALLER}: on every rank student and teacher must have the same columns, got {columns}")
@@ -261,7 +237,8 @@ class LinearKDLoss(nn.Module):
         decouple: tuple[float, float] | None = None,
         label_smoothing: float = 0.0,
         divergence: str = "forward",
-        beta: float = 0.5,
+        beta: float | None = None,
+        standardize: bool = False,
         scale_by_t2: bool = True,
         reduction: str = "mean",
         ignore_index: int = -100,
@@ -271,6 +248,7 @@ class LinearKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
+        _check_divergence(divergence, beta, decouple)
         check_reduction(reduction, "LinearKDLoss")
         _positive("vocab_size", vocab_size)
         _positive("chunk", chunk)
@@ -282,6 +260,7 @@ class LinearKDLoss(nn.Module):
             "label_smoothing": label_smoothing,
             "divergence": divergence,
             "beta": beta,
+            "standardize": standardize,
             "scale_by_t2": scale_by_t2,
             "reduction": reduction,
             "ignore_index": ignore_index,

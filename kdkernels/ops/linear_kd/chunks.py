@@ -54,34 +54,29 @@ class Tokens(NamedTuple):
         return Tokens(*(None if t is None else t[rows] for t in self))
 
 
-def chunk_size(x: LinearKD, columns: int) -> int:
+def chunk_size(x: LinearKD, columns: Columns) -> int:
     """Tokens at a time: what the budget allows, and at most a quarter of all."""
     if x.options.chunk:
         return x.options.chunk
     matrices = 2 + (x.softcap != 0) + (x.teacher.ids is not None and x.terms.ce != 0)
     budget = BUDGET.get(x.hidden.device.type, BUDGET_ACCELERATOR)
-    rows = budget // max(matrices * columns * x.dtype.itemsize, 1)
+    rows = budget // max(matrices * columns.share * x.dtype.itemsize, 1)
     return max(1, min(rows, -(-x.hidden.shape[0] // 4)))
 
 
-def _nothing(x: LinearKD) -> Gradients:
+def _nothing(x: LinearKD, columns: Columns) -> Gradients:
     """Where the gradients are summed up, in the logits' dtype."""
 
-    def sums(like: Tensor | None, columns: int | None) -> Tensor | None:
+    def sums(like: Tensor | None, written: int) -> Tensor | None:
+        """The first chunk's products write so many rows; the others are columns that do not exist."""
         if like is None:
             return None
         result = torch.empty(like.shape, dtype=x.dtype, device=like.device)
-        # the products' first chunk overwrites; columns that do not exist, and everything if there is no token, is 0
-        return result.zero_() if not x.hidden.shape[0] or columns is None else _with_zeros(result, columns)
+        result[written if x.hidden.shape[0] else 0 :].zero_()
+        return result
 
     hidden, weight, bias = x.inputs
-    columns = x.options.vocab_size or x.weight.shape[0]
-    return Gradients(sums(hidden, x.hidden.shape[0]), sums(weight, columns), sums(bias, None))
-
-
-def _with_zeros(x: Tensor, begin: int) -> Tensor:
-    x[begin:].zero_()
-    return x
+    return Gradients(sums(hidden, x.hidden.shape[0]), sums(weight, columns.size), sums(bias, 0))
 
 
 def sweep(
@@ -89,9 +84,9 @@ def sweep(
 ) -> Tensor:
     """The rows' losses (N,); with ``gradients``, theirs times ``upstream`` (N,) are added to them."""
     n = x.hidden.shape[0]
-    head = Linear(x.weight, x.bias, x.scale, x.softcap).narrow(columns.count)
-    size = chunk_size(x, columns.count)
-    buffers = [torch.empty(min(size, n), columns.count, dtype=x.dtype, device=x.hidden.device) for _ in range(2)]
+    head = Linear(x.weight, x.bias, x.scale, x.softcap).narrow(columns.size)
+    size = chunk_size(x, columns)
+    buffers = [torch.empty(min(size, n), columns.size, dtype=x.dtype, device=x.hidden.device) for _ in range(2)]
     losses = torch.empty(n, dtype=x.dtype, device=x.hidden.device)
     one = torch.ones((), dtype=x.dtype, device=x.hidden.device)
     for begin in range(0, n, size):
@@ -124,20 +119,22 @@ def _row_pass(
     if columns.group is not None:
         return ranks.row_pass(x, z, t, tokens.keep, tokens.target, columns, upstream)
     labels = Labels(tokens.target, ignore_index=IGNORED, smoothing=x.options.smoothing)
-    record = Rows(z, t, labels, x.terms, x.options.temperature, "none")
+    temperature, divergence, beta, standardize, *_ = x.options
+    record = Rows(z, t, labels, x.terms, temperature, "none", divergence, beta, standardize)
     implementation = choose("softmax_kl", z, t)
     losses, stats, scale = implementation.forward(record, upstream is not None)
     if upstream is None:
         return losses, None
-    return losses, implementation.backward(upstream, record, stats, scale)
+    return losses, implementation.backward(upstream, record, stats, scale, in_place=True)
 
 
 def _teacher_logits(x: LinearKD, rows: slice, out: Tensor, tokens: Tokens, columns: Columns) -> Tensor:
     t = x.teacher
     if t.teacher_logits is not None:
-        return t.teacher_logits[rows, : columns.count]
-    assert t.teacher_hidden is not None and t.teacher_weight is not None
-    head = Linear(t.teacher_weight, t.teacher_bias, t.teacher_scale, t.teacher_softcap).narrow(columns.count)
+        return t.teacher_logits[rows, : columns.size]
+    assert t.teacher_hidden is not None
+    assert t.teacher_weight is not None
+    head = Linear(t.teacher_weight, t.teacher_bias, t.teacher_scale, t.teacher_softcap).narrow(columns.size)
     return logits(head, _counted(t.teacher_hidden[rows], tokens.keep), out)
 
 
@@ -146,7 +143,7 @@ def forward(x: LinearKD, need_grad: bool, columns: Columns | None = None) -> tup
     columns = Columns.alone(x) if columns is None else columns
     tokens = Tokens.of(x)
     now = need_grad and x.options.reduction != "none"
-    gradients = _nothing(x) if now else None
+    gradients = _nothing(x, columns) if now else None
     losses = sweep(x, tokens, columns, gradients)
     scale = tokens.scale(x)
     loss = losses if x.options.reduction == "none" else losses.sum() * scale
@@ -158,7 +155,7 @@ def forward(x: LinearKD, need_grad: bool, columns: Columns | None = None) -> tup
 def backward(grad: Tensor, x: LinearKD, columns: Columns | None = None) -> tuple[Tensor, ...]:
     """The gradients of "none": the logits are made again."""
     columns = Columns.alone(x) if columns is None else columns
-    gradients = _nothing(x)
+    gradients = _nothing(x, columns)
     sweep(x, Tokens.of(x), columns, gradients, grad)
     return _outputs(x, gradients, columns)
 

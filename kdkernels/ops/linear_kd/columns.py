@@ -12,17 +12,22 @@ from .record import LinearKD
 
 
 class Columns(NamedTuple):
-    """This process has the columns begin .. begin + count of ``total``; without a group, all of them."""
+    """This process has the columns begin .. begin + size of ``total``; without a group, all of them."""
 
     begin: int
-    count: int
+    size: int
     total: int
     group: dist.ProcessGroup | None = None
 
     @classmethod
     def alone(cls, x: LinearKD) -> Columns:
-        count = x.options.vocab_size or x.weight.shape[0]
-        return cls(0, count, count)
+        size = x.options.vocab_size or x.weight.shape[0]
+        return cls(0, size, size)
+
+    @property
+    def share(self) -> int:
+        """How many columns a rank has on average: the same number on all of them."""
+        return self.size if self.group is None else -(-self.total // dist.get_world_size(self.group))
 
     def add(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place."""
@@ -41,8 +46,8 @@ class Columns(NamedTuple):
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Of ids of the whole vocabulary: where they are here, any place for the others; and which are here."""
         place = ids - self.begin
-        here = (place >= 0) & (place < self.count)
-        return place.clamp(0, self.count - 1), here
+        here = (place >= 0) & (place < self.size)
+        return place.clamp(0, self.size - 1), here
 
 
 class Softmax(NamedTuple):

@@ -111,4 +111,4 @@ class _OverRanks(torch.autograd.Function):
 
 def linear_kd_over_ranks(x: LinearKD, columns: Columns) -> Tensor:
     """``linear_kd`` where every rank of ``columns.group`` calls with its columns of both networks' weights."""
-    return _OverRanks.apply(x, columns, any(x.options[-3:]), *x[:3])  # type: ignore[no-any-return]
+    return _OverRanks.apply(x, columns, any(x.options[-3:]), *x[:3])

@@ -1,4 +1,4 @@
-"""The matrix products of an output head, for a chunk of tokens. Logits and sums are fp32 (fp64) whatever the inputs are.
+"""The matrix products of an output head, for a chunk of tokens. Logits and sums are fp32 (fp64) whatever the inputs.
 
 Half-precision operands go to a GPU's tensor cores with an fp32 result. Elsewhere they are widened, a slice of the
 weights at a time. In the gradients' products the tensor cores take the logits' gradient rounded to half precision: each

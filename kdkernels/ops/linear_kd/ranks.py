@@ -36,8 +36,8 @@ def row_pass(
         sums.append((0, 1.0, _exp_sum(z, tops[0], 1.0)))
     of_s, of_t, *hard = softmaxes(columns, tops, sums)
     log_q, log_p, delta = _logs(z, t, of_s, of_t, temperature)
-    terms, g = divergence(x.options.divergence, x.options.beta, log_p, log_q, delta)
-    exact = [terms.sum(1, keepdim=True), g.sum(1, keepdim=True)]
+    value, g = divergence(x.options.divergence, x.options.beta, log_p, log_q, delta)
+    exact = [value, g.sum(1, keepdim=True)]
     valid = torch.ones_like(exact[0], dtype=torch.bool)
     if ce and target is not None:
         place, here = columns.find(target[:, None])

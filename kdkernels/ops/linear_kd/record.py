@@ -32,6 +32,7 @@ class Options(NamedTuple):
     temperature: float = 1.0
     divergence: str = "forward"
     beta: float = 0.5
+    standardize: bool = False
     reduction: str = "mean"
     ignore_index: int = -100
     smoothing: float = 0.0

@@ -141,10 +141,10 @@ def row_pass(
     log_q, moves = _outcomes(x, entries, student)
     has_teacher = entries.real.any(1, keepdim=True)
     options = x.options
-    terms, g = divergence(
+    value, g = divergence(
         options.divergence, options.beta, entries.log_p, log_q, entries.log_p - log_q, x.teacher.rest == "drop"
     )
-    losses = x.terms.kl * terms.masked_fill(~has_teacher, 0).sum(1, keepdim=True)
+    losses = x.terms.kl * value.masked_fill(~has_teacher, 0)
     valid = entries.valid
     if target is not None:
         losses = losses + x.terms.ce * cross_entropy(x, student.hard, student.at_label, student.mean)
