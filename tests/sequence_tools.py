@@ -17,6 +17,7 @@ from kdkernels.training.sequence_data import SequenceCollator
 TEXT = (Path(__file__).parents[1] / "LICENSE").read_text()[:6000]
 LETTERS = sorted(set(TEXT))
 VOCABULARY = len(LETTERS)
+BATCH, STEPS, LR = 16, 12, 0.01
 
 
 def rows() -> list[dict[str, Any]]:
@@ -84,3 +85,20 @@ def dense_loss(
 
 def counted(batch: dict[str, Tensor]) -> Tensor:
     return (batch["labels"][:, 1:] != -100).sum()
+
+
+def by_whole_logits(student: nn.Module, steps: int = STEPS, **options: float) -> list[float]:
+    """The same training in a plain loop, with the logits of both models."""
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0)
+    losses, collate = [], SequenceCollator()
+    student.train()
+    for step in range(steps):
+        start = step * BATCH % len(ROWS)
+        batch = on_device(collate(ROWS[start : start + BATCH]))
+        loss = dense_loss(student, batch, **options) / counted(batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses

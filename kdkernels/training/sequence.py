@@ -138,7 +138,9 @@ class SequenceDistillation:
         from .teacher_cache import TeacherCache  # which needs safetensors
 
         if not isinstance(cache, TeacherCache):
-            raise TypeError(f"the teacher must be a causal language model or a TeacherCache, got {type(cache).__name__}")
+            raise TypeError(
+                f"the teacher must be a causal language model or a TeacherCache, got {type(cache).__name__}"
+            )
         vocabulary = self.loss.options["vocab_size"] or self._student.head.out_features
         if cache.vocab_size != vocabulary:
             raise ValueError(

@@ -8,14 +8,25 @@ from typing import Any
 import pytest
 import torch
 from checking import DEVICE
-from sequence_tools import ROWS, VOCABULARY, counted, dense_loss, gpt2, llama, on_device, teacher
-from torch import nn
+from sequence_tools import (
+    BATCH,
+    LR,
+    ROWS,
+    STEPS,
+    VOCABULARY,
+    by_whole_logits,
+    counted,
+    dense_loss,
+    gpt2,
+    llama,
+    on_device,
+    teacher,
+)
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from kdkernels.integrations.hf import SequenceDistillationTrainer
 from kdkernels.training import SequenceCollator, SequenceDistillation, TeacherCache, write_teacher_cache
 
-BATCH, STEPS, LR = 16, 12, 0.01
 QUIET: dict[str, Any] = {"disable_tqdm": True, "report_to": [], "logging_steps": 1, "save_strategy": "no"}
 
 
@@ -40,23 +51,6 @@ def make_trainer(
 def curve(trainer: SequenceDistillationTrainer) -> list[float]:
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def by_whole_logits(student: nn.Module, steps: int = STEPS, **options: float) -> list[float]:
-    """The same training in a plain loop, with the logits of both models."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LR, weight_decay=0)
-    losses, collate = [], SequenceCollator()
-    student.train()
-    for step in range(steps):
-        start = step * BATCH % len(ROWS)
-        batch = on_device(collate(ROWS[start : start + BATCH]))
-        loss = dense_loss(student, batch, **options) / counted(batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
 
 
 @pytest.fixture(scope="module")
