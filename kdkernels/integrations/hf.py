@@ -122,14 +122,10 @@ class SequenceDistillationTrainer(Trainer):
         For some models (GPT-2) transformers also counts first tokens, which nothing predicts.
         """
         samples = list(islice(epoch_iterator, num_batches))
-        count = (
-            torch.stack([torch.zeros((), dtype=torch.int64), *(counted_tokens(x).cpu() for x in samples)])
-            .sum()
-            .to(device)
-        )
+        count = sum((counted_tokens(batch) for batch in samples), torch.zeros((), dtype=torch.int64)).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
-        return samples, count
+        return samples, count.clamp_min(1)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,8 @@ class LanguageModel:
                 "or leave it out of target_modules, modules_to_save and quantisation"
             )
         self.model, self.role, self.head = model, role, head
+        # the keys and values that only generation needs
+        self._options = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
         self.scale, self.softcap = self._after_the_head()
 
     def __call__(self, inputs: Mapping[str, Any], model: nn.Module | None = None) -> Head:
@@ -56,7 +59,7 @@ class LanguageModel:
             return (args[0][:, :0], *args[1:])
 
         with _removed(self.head.register_forward_pre_hook(cut)):
-            (self.model if model is None else model)(**inputs)
+            (self.model if model is None else model)(**{**self._options, **inputs})
         if len(seen) != 1 or seen[0].dim() != 3:
             raise ValueError(
                 f"the {self.role} must call its head once, with (B, L, d), got {[tuple(x.shape) for x in seen]}: "

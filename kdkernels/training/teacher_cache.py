@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,14 @@ def write_teacher_cache(
         TypeError, ValueError: a model without a plain head, options out of range, no rows, or a folder with the cache
             of other rows or options.
     """
-    check_positive("write_teacher_cache", temperature=temperature)
-    check_choice("write_teacher_cache: dtype", dtype, tuple(DTYPES))
     model = LanguageModel(teacher.eval(), "teacher")
     width = model.head.out_features
-    limits = {
-        "vocab_size": (vocab_size, width),
-        "top_k": (top_k, vocab_size or width),
-        "batch_size": (batch_size, 2**31),
-    }
-    for name, (value, most) in {**limits, "rows_per_shard": (rows_per_shard, 2**31)}.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            raise ValueError(f"write_teacher_cache: {name} must be a whole number from 1 to {most}, got {value!r}")
+    check_positive("write_teacher_cache", temperature=temperature)
+    check_choice("write_teacher_cache: dtype", dtype, tuple(DTYPES))
+    _check_whole("vocab_size", width if vocab_size is None else vocab_size, width)
+    _check_whole("top_k", top_k, vocab_size or width)
+    _check_whole("batch_size", batch_size)
+    _check_whole("rows_per_shard", rows_per_shard)
     if not len(rows):
         raise ValueError("write_teacher_cache: there are no rows")
     settings = {
@@ -91,16 +88,21 @@ def write_teacher_cache(
     }
     folder = Path(folder)
     _begin(folder, settings)
-    shards = list(batches(rows, rows_per_shard))
-    for number, shard in enumerate(shards):
+    shards = _shards(settings)
+    for number, shard in enumerate(batches(rows, rows_per_shard)):
         path = _shard(folder, number)
         if path.is_file():
             _check_hashes(path, shard, number * rows_per_shard)
         else:
-            _write(path, _top_k(model, shard, settings, batch_size))
+            _write(path, partial(save_file, _top_k(model, shard, settings, batch_size)))
         if progress is not None:
-            progress(number + 1, len(shards))
+            progress(number + 1, shards)
     return TeacherCache(folder)
+
+
+def _check_whole(name: str, value: int, most: int = 2**31) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"write_teacher_cache: {name} must be a whole number from 1 to {most}, got {value!r}")
 
 
 def _begin(folder: Path, settings: dict[str, Any]) -> None:
@@ -112,7 +114,8 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
         if other := [f"{k} {there.get(k)!r} (asked: {v!r})" for k, v in settings.items() if there.get(k) != v]:
             raise ValueError(f"{folder} has a cache of other settings: {', '.join(other)}; give another folder")
     else:
-        path.write_text(json.dumps(settings, indent=1) + "\n")
+        text = json.dumps(settings, indent=1) + "\n"
+        _write(path, lambda unfinished: unfinished.write_text(text))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -129,10 +132,15 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)  # a shard is there as a whole or not at all
+def _shards(settings: dict[str, Any]) -> int:
+    return -(-settings["rows"] // settings["rows_per_shard"])
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """A file is there as a whole or not at all."""
+    unfinished = path.with_suffix(".partial")
+    write(unfinished)
+    os.replace(unfinished, path)
 
 
 def _check_hashes(path: Path, rows: Sequence[Row], first: int) -> None:
@@ -193,7 +201,7 @@ class TeacherCache:
         self.settings = _settings(self.folder)
         self.top_k, self.temperature = self.settings["top_k"], self.settings["temperature"]
         self.vocab_size, self.vocabulary = self.settings["vocab_size"], self.settings["vocabulary"]
-        shards = -(-len(self) // self.settings["rows_per_shard"])
+        shards = _shards(self.settings)
         there = sum(_shard(self.folder, number).is_file() for number in range(shards))
         if there < shards:
             raise ValueError(f"{self.folder} has {there} of {shards} shards: run the command that made it again")

@@ -36,6 +36,7 @@ def make_trainer(
     options = {"per_device_train_batch_size": BATCH, "max_steps": STEPS, "learning_rate": LR} | QUIET | options
     arguments = TrainingArguments(
         str(folder),
+        per_device_eval_batch_size=len(ROWS),
         optim="adamw_torch",
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
@@ -90,7 +91,7 @@ def test_tied_weights_a_temperature_and_labels(tmp_path: Path) -> None:
     assert losses == pytest.approx(by_whole_logits(gpt2(), 4, **options), rel=1e-4)
 
 
-def test_64_tokens_of_a_larger_vocabulary_are_nearly_all(tmp_path: Path) -> None:
+def test_half_of_the_tokens_are_nearly_all(tmp_path: Path) -> None:
     """k below the vocabulary: what is left over is one bucket."""
     few = write_teacher_cache(teacher(), ROWS, tmp_path / "cache", top_k=VOCABULARY // 2)
     losses = curve(make_trainer(SequenceDistillation(llama(), few), tmp_path, few.join(ROWS), max_steps=4))
@@ -108,7 +109,7 @@ def test_evaluation_and_checkpoints_are_the_students(tmp_path: Path) -> None:
     batch = on_device(SequenceCollator()(ROWS))
     with torch.no_grad():
         loss = dense_loss(student.eval(), batch) / counted(batch)
-    assert trainer.evaluate(ROWS[:])["eval_loss"] == pytest.approx(loss.item(), rel=2e-2)  # a mean of batches' means
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2").to(DEVICE)
     torch.testing.assert_close(saved(batch["input_ids"]).logits, student(batch["input_ids"]).logits)
     assert all(p.grad is None for p in teacher().parameters())

@@ -43,6 +43,9 @@ def test_micro_batches_with_a_denominator_are_one_batch() -> None:
         check_close("gradient", a, e, 1e-5)
     moved = {**BATCH, "shift_labels": nn.functional.pad(BATCH["labels"][:, 1:], (0, 1), value=-100)}
     assert torch.equal(distil({**moved, "labels": torch.zeros_like(BATCH["labels"])}), distil(BATCH))
+    nothing = distil({**BATCH, "labels": torch.full_like(BATCH["labels"], -100)})
+    assert nothing == 0
+    assert all(not g.any() for g in weight_gradients(student, nothing))
 
 
 WIDE = 500  # tokens of a vocabulary that outweighs everything else in these models
