@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..training.distillation import Distillation
 from ..training.sequence import SequenceDistillation, counted_tokens
+from ..training.sequence_data import SequenceCollator
 from .relational import whole_batches
 
 try:
@@ -82,7 +83,7 @@ class SequenceDistillationTrainer(Trainer):
             other training of it; a live teacher is only moved to the device.
         args: TrainingArguments. remove_unused_columns is set to False and prediction_loss_only to True: ``evaluate``
             gives the loss, as there are no logits.
-        options: those of ``Trainer``; ``SequenceCollator`` is a data_collator that pads rows of tokens.
+        options: those of ``Trainer``, whose data_collator is by default a ``SequenceCollator``.
 
     A step's loss is the sum over the tokens that count, in all its micro-batches and processes, divided by their number
     (transformers' num_items_in_batch): four micro-batches are one batch.
@@ -99,7 +100,7 @@ class SequenceDistillationTrainer(Trainer):
             raise TypeError(
                 f"SequenceDistillationTrainer needs a SequenceDistillation, got {type(distillation).__name__}"
             )
-        super().__init__(distillation.student, args, **options)
+        super().__init__(distillation.student, args, **{"data_collator": SequenceCollator(), **options})
         _one_gpu(self)
         if self.args.label_smoothing_factor:
             raise ValueError(

@@ -34,12 +34,12 @@ class LanguageModel:
     """
 
     def __init__(self, model: nn.Module, role: str) -> None:
-        find = getattr(model, "get_output_embeddings", None)
-        if find is None:
+        head = getattr(model, "get_output_embeddings", lambda: None)()  # type: ignore[operator]
+        if head is None:
             raise TypeError(
-                f"the {role} must be a causal language model with get_output_embeddings(), got {type(model).__name__}"
+                f"the {role} must be a causal language model whose get_output_embeddings() is its head "
+                f"(AutoModelForCausalLM), got {type(model).__name__}"
             )
-        head = find()
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
             raise ValueError(
                 f"the {role}'s head must be a plain nn.Linear, got {type(head).__name__}: merge LoRA into it, "

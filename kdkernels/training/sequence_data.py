@@ -113,4 +113,6 @@ def row_hash(row: Row) -> int:
 
 def vocabulary_hash(tokenizer: Any) -> str:
     """Of all tokens with their indices: equal for two tokenizers that give a text the same meaning."""
+    if not hasattr(tokenizer, "get_vocab"):
+        raise TypeError(f"the tokenizer must be one of transformers, with get_vocab(), got {type(tokenizer).__name__}")
     return sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

@@ -43,10 +43,7 @@ def make_trainer(
         train_sampling_strategy="sequential",
         **options,
     )
-    collate = SequenceCollator()
-    return SequenceDistillationTrainer(
-        distillation, arguments, train_dataset=rows, data_collator=collate, eval_dataset=rows
-    )
+    return SequenceDistillationTrainer(distillation, arguments, train_dataset=rows, eval_dataset=rows)
 
 
 def curve(trainer: SequenceDistillationTrainer) -> list[float]:

@@ -80,7 +80,7 @@ def with_language_models(folder: str) -> Any:
     from transformers import TrainingArguments
 
     from kdkernels.integrations.hf import SequenceDistillationTrainer
-    from kdkernels.training import SequenceCollator, SequenceDistillation
+    from kdkernels.training import SequenceDistillation
 
     distillation = SequenceDistillation(gpt2(), teacher(), ce_weight=0.5)
     arguments = TrainingArguments(
@@ -95,7 +95,7 @@ def with_language_models(folder: str) -> Any:
         save_strategy="no",
         report_to=[],
     )
-    SequenceDistillationTrainer(distillation, arguments, train_dataset=ROWS, data_collator=SequenceCollator()).train()
+    SequenceDistillationTrainer(distillation, arguments, train_dataset=ROWS).train()
     return distillation
 
 

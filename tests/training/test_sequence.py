@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from kdkernels.training import SequenceCollator, SequenceDistillation
+from kdkernels.training.sequence_data import vocabulary_hash
 
 BATCH = on_device(SequenceCollator()(ROWS[:8]))
 
@@ -108,6 +109,12 @@ def lora() -> nn.Module:
 
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "no language model": (TypeError, "get_output_embeddings", lambda: SequenceDistillation(nn.Linear(2, 2), llama())),
+    "no head": (
+        TypeError,
+        r"student must be a causal .*AutoModelForCausalLM\), got LlamaModel",
+        lambda: SequenceDistillation(llama().model, teacher()),
+    ),
+    "no tokenizer": (TypeError, "tokenizer must be one of transformers", lambda: vocabulary_hash("gpt2")),
     "no teacher": (TypeError, "or a TeacherCache, got str", lambda: SequenceDistillation(llama(), "teacher")),
     "same module": (ValueError, "same module", lambda: SequenceDistillation(teacher(), teacher())),
     "wrapped head": (
