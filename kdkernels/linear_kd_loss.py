@@ -208,13 +208,13 @@ def _with_vocabulary(x: LinearKD) -> LinearKD:
 def _meet(x: LinearKD, group: dist.ProcessGroup) -> Columns:
     """This rank's columns, after all ranks have agreed on the call."""
     columns, t = _columns(x), x.teacher
+    if t.teacher_logits is not None:
+        t = t._replace(teacher_logits=t.teacher_logits[:, :0])  # as wide as this rank's slice
     tensors: Sequence[Any] = [x.hidden, x.weight, x.bias, *t, x.target, x.mask, x.denominator]
     kinds = ", ".join("None" if y is None else describe([y]) if isinstance(y, Tensor) else repr(y) for y in tensors)
     same = "one slice" if len(set(columns)) == 1 else f"slices of {columns} columns"
-    head = (
-        f"positions {x.hidden.shape[0]}, {kinds}, scale {x.scale}, softcap {x.softcap}, {same}, {x.terms}, {x.options}"
-    )
-    ranks = meet(group, x.weight.shape[0], f"{CALLER} of {head}", x.hidden.device)
+    call = f"{CALLER} of {x.hidden.shape[0]} positions, {kinds}, scale {x.scale}, softcap {x.softcap}, {same}"
+    ranks = meet(group, x.weight.shape[0], f"{call}, {x.terms}, {x.options}", x.hidden.device)
     if len(set(columns)) > 1:
         raise ValueError(f"{CALLER}: on every rank student and teacher must have the same columns, got {columns}")
     begin, total = sum(ranks.sizes[: ranks.rank]), ranks.rows
