@@ -34,7 +34,7 @@ class LanguageModel:
     """
 
     def __init__(self, model: nn.Module, role: str) -> None:
-        head = getattr(model, "get_output_embeddings", lambda: None)()  # type: ignore[operator]
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         if head is None:
             raise TypeError(
                 f"the {role} must be a causal language model whose get_output_embeddings() is its head "
