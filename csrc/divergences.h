@@ -36,7 +36,7 @@ struct LogRatio {
         t_max(r.t.max),
         inverse_t(static_cast<T>(r.t.inverse_t)),
         more(static_cast<T>(r.t.inverse_t - r.s.inverse_t)),
-        constant(r.log_ratio) {}
+        constant(static_cast<T>(r.log_ratio)) {}
   KD_BOTH T operator()(T s, T t) const {
     const T a = t - t_max, b = s - s_max, d = (a - b) * inverse_t - constant;
     return more == 0 ? d : d + b * more;

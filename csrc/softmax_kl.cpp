@@ -96,7 +96,7 @@ template <typename T>
 double row_divergence(const SoftmaxKl& x, const Logits<T>& z, const Sums& sums, RowStats<T>& r) {
   double result = 0;
   choose_divergence(x.divergence, [&](auto kind) {
-    if constexpr (kind.value == Divergence::forward) result = divergence(sums);
+    if constexpr (kind.value == Divergence::forward) result = divergence(sums, r.log_ratio);
     else result = sum_parts(kind, z, x.classes, Shares<T>(x), r);
   });
   return result;
@@ -122,8 +122,10 @@ double along_logits(const SoftmaxKl& x, const Logits<T>& z, const Labels& l, con
   Factors<T> f = gradient_factors(x, r, 1.0, 0.0);
   T* g = z.spare;
   soft_gradient(x, z, l, r, 1.0, f, g);
+  const T *s = z.s, max = r.s.max, inverse_std = r.s.inverse_std;
   double sum = 0;
-  for (int64_t k = 0; k < x.classes; ++k) sum += double(g[k]) * double((z.s[k] - r.s.max) * r.s.inverse_std);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t k = 0; k < x.classes; ++k) sum += double(g[k]) * double((s[k] - max) * inverse_std);
   return sum;
 }
 

@@ -115,7 +115,7 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
     }
     if (x.kl != 0) {
       const bool forward_kl = PLAIN || x.divergence == Divergence::forward;
-      result += x.kl * (forward_kl ? divergence(z) : sum_parts(x, team, s, t, r));
+      result += x.kl * (forward_kl ? divergence(z, r.log_ratio) : sum_parts(x, team, s, t, r));
     }
     if (x.decoupled()) result += decoupled_terms(x, team, s, t, l, r);
     if (!PLAIN && x.standardize && x.soft() && x.stats) r.lose(along_logits(x, team, s, t, l, r), x.classes);

@@ -3,6 +3,7 @@
 
 #include "cpu.h"
 #include "divergences.h"
+#include "softmax_kl_gradient.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -39,18 +40,13 @@ struct Logits {
         spare(buffer + 2 * x.classes) {}
 };
 
-// f(begin, end) of every chunk, within which numbers are summed in their own precision
-template <typename F>
-inline void for_chunks(int64_t n, const F& f) {
-  for (int64_t begin = 0; begin < n; begin += kChunk) f(begin, min(n, begin + kChunk));
-}
-
 // ---- forward ----
 
 template <typename T, typename V>
 Sums sum_classes(V, const T* s, const T* t, int64_t n, T s_max, T t_max, T inverse_s, T inverse_t) {
   Sums total;
-  for_chunks(n, [&](int64_t begin, int64_t end) {
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = min(n, begin + kChunk);
     T p = 0, zs = 0, zt = 0, cross = 0, gap = 0;
 #pragma omp simd reduction(+ : p, zs, zt, cross, gap)
     for (int64_t k = begin; k < end; ++k) {
@@ -71,7 +67,7 @@ Sums sum_classes(V, const T* s, const T* t, int64_t n, T s_max, T t_max, T inver
     total.t += zt;
     total.cross += cross;
     total.gap += gap;
-  });
+  }
   return total;
 }
 
@@ -95,7 +91,8 @@ double sum_parts(D, const Logits<T>& z, int64_t n, const Shares<T>& shares, RowS
           inverse_t = static_cast<T>(r.t.inverse_t), of_s = static_cast<T>(std::exp(-r.s.log_z)),
           of_t = static_cast<T>(std::exp(-r.t.log_z));
   double value = 0, slope = 0;
-  for_chunks(n, [&](int64_t begin, int64_t end) {
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = min(n, begin + kChunk);
     T values = 0, slopes = 0;
 #pragma omp simd reduction(+ : values, slopes)
     for (int64_t k = begin; k < end; ++k) {
@@ -106,7 +103,7 @@ double sum_parts(D, const Logits<T>& z, int64_t n, const Shares<T>& shares, RowS
     }
     value += values;
     slope += slopes;
-  });
+  }
   r.slope = static_cast<T>(slope);
   return value;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "divergences.h"
+#include "softmax_kl_gradient.h"
 
 namespace kd {
 namespace cuda {

@@ -78,10 +78,12 @@ KD_BOTH inline double log_ratio(const Sums& z) {
   return std::log(z.t / z.s);
 }
 
-KD_BOTH inline double divergence(const Sums& z) { return z.cross / z.t - log_ratio(z); }
+KD_BOTH inline double divergence(const Sums& z, double log_ratio) { return z.cross / z.t - log_ratio; }
 
 // The same over the non-target classes, which may have no mass left.
-KD_BOTH inline double non_target_divergence(const Sums& z) { return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z); }
+KD_BOTH inline double non_target_divergence(const Sums& z) {
+  return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z, log_ratio(z));
+}
 
 // A row's mean, counted from its maximum, and its unbiased standard deviation: 0 for a single class
 struct Spread {
@@ -102,9 +104,9 @@ struct Softmax {
   T non_target_max = 0;
   double non_target_log_z = 0;
 
-  KD_BOTH void scale(T inverse, double temperature) {
+  KD_BOTH void scale(T inverse, double over_temperature) {
     inverse_std = inverse;
-    inverse_t = double(inverse) / temperature;
+    inverse_t = double(inverse) * over_temperature;
   }
   KD_BOTH double log_q(T z) const { return double(z - max) * inverse_t - log_z; }
   KD_BOTH double non_target_log_mass() const { return double(non_target_max) + non_target_log_z - log_z; }
@@ -115,14 +117,16 @@ template <typename T>
 struct RowStats {
   Softmax<T> s, t;
   double log_p = 0;
-  T log_ratio = 0;       // log(Z_t / Z_s)
+  double log_ratio = 0;  // log(Z_t / Z_s)
   T slope = 0;           // the mean of the divergence's slopes
   double std = 0;        // of the standardised student: 1, or 0 without spread
   T mean = 0, lost = 0;  // its mean, counted from its maximum; how much of it the gradient by it loses
 
   KD_BOTH void standardise(const SoftmaxKl& x, const Spread& of_s, const Spread& of_t) {
-    s.scale(x.standardize ? static_cast<T>(of_s.inverse()) : T(1), x.temperature);
-    t.scale(x.standardize ? static_cast<T>(of_t.inverse()) : T(1), x.temperature);
+    s.inverse_t = t.inverse_t = 1 / x.temperature;
+    if (!x.standardize) return;
+    s.scale(static_cast<T>(of_s.inverse()), s.inverse_t);
+    t.scale(static_cast<T>(of_t.inverse()), t.inverse_t);
     mean = static_cast<T>(of_s.mean * s.inverse_std);
     std = of_s.std * s.inverse_std;
   }
@@ -132,7 +136,7 @@ struct RowStats {
   }
   KD_BOTH void set_log_z(double of_s, double ratio) {
     s.log_z = of_s;
-    log_ratio = static_cast<T>(ratio);
+    log_ratio = ratio;
     t.log_z = of_s + ratio;
   }
 };
@@ -145,7 +149,7 @@ KD_BOTH inline void save_stats(const SoftmaxKlForward& x, int64_t row, const Row
   to[x.rows] = r.t.max;
   to[2 * x.rows] = static_cast<T>(r.log_p);
   to[3 * x.rows] = static_cast<T>(r.s.log_z);
-  to[4 * x.rows] = r.log_ratio;
+  to[4 * x.rows] = static_cast<T>(r.log_ratio);
   to += 5 * x.rows;
   if (x.decoupled()) {
     to[0] = r.s.non_target_max;
@@ -186,9 +190,10 @@ KD_BOTH inline RowStats<T> read_stats(const SoftmaxKlBackward& x, int64_t row) {
     r.slope = from[0];
     from += x.rows;
   }
-  r.s.scale(x.standardize ? from[0] : T(1), x.temperature);
-  r.t.scale(x.standardize ? from[x.rows] : T(1), x.temperature);
+  r.s.inverse_t = r.t.inverse_t = 1 / x.temperature;
   if (x.standardize) {
+    r.s.scale(from[0], r.s.inverse_t);
+    r.t.scale(from[x.rows], r.t.inverse_t);
     r.mean = from[2 * x.rows];
     r.lost = from[3 * x.rows];
   }
@@ -233,65 +238,6 @@ KD_BOTH inline double target_divergence(const Labels& l, const Logits& s, const 
   if (l.two()) sum += weighted(qt.b, r.t.log_q(t[l.b]) - r.s.log_q(s[l.b]));
   const double log_s = log_non_target(qs.mass(), r.s), log_t = log_non_target(qt.mass(), r.t);
   return sum + weighted(std::exp(log_t), log_t - log_s);
-}
-
-// What a row's gradient is made of, upstream gradient included. With e = exp(logit - max):
-//   soft (e_s - ratio e_t) + hard e_p - label y - uniform + non_target_s e_s' - non_target_t e_t'      non-target: e'
-//   from target_a or target_b in place of the last two at the labels                              their own maximum
-// soft e_s (h - slope) in place of the first of these for another divergence than the forward KL. Where logits are
-// standardised, the teacher's terms are (g - lost z') inverse_std, z' = (s - s_max) inverse_std - mean.
-template <typename T>
-struct Factors {
-  T inverse_s, inverse_t, s_max, t_max, soft, ratio, hard, label, uniform;
-  T non_target_s_max = 0, non_target_t_max = 0, non_target_s = 0, non_target_t = 0;
-  double target_a = 0, target_b = 0;
-  T inverse_std = 1, mean = 0, lost = 0;
-
-  // The gradient by a logit from that by the standardised one; z is the logit, counted from the maximum.
-  KD_BOTH T through_standard(T g, T z) const { return (g - lost * (z * inverse_std - mean)) * inverse_std; }
-};
-
-// The ratio is exactly 1, and so the gradient 0, where both networks agree, whether or not the compiler fuses the
-// product.
-template <typename T>
-KD_BOTH inline Factors<T> gradient_factors(const SoftmaxKl& x, const RowStats<T>& r, double upstream, double y_sum) {
-  Factors<T> f;
-  f.inverse_s = static_cast<T>(r.s.inverse_t);
-  f.inverse_t = static_cast<T>(r.t.inverse_t);
-  f.s_max = r.s.max;
-  f.t_max = r.t.max;
-  f.soft = static_cast<T>(x.kl / x.temperature * upstream * std::exp(-r.s.log_z));
-  f.ratio = static_cast<T>(std::exp(-double(r.log_ratio)));
-  const double e = x.smoothing;
-  f.hard = static_cast<T>(x.ce * upstream * ((1 - e) * y_sum + e) * std::exp(-r.log_p));
-  f.label = static_cast<T>(x.ce * upstream * (1 - e));
-  f.uniform = static_cast<T>(x.ce * upstream * e / double(x.classes));
-  f.inverse_std = r.s.inverse_std;
-  f.mean = r.mean;
-  f.lost = static_cast<T>(r.lost * upstream);
-  return f;
-}
-
-// -inf, the log-sum of no mass, gives a factor of 0
-template <typename T>
-KD_BOTH inline T non_target_factor(double factor, double log_z) {
-  return log_z == -HUGE_VAL ? T(0) : static_cast<T>(factor * std::exp(-log_z));
-}
-
-template <typename T, typename Logits>
-KD_BOTH inline void add_decoupled(const SoftmaxKl& x, const Labels& l, const Logits& s, const Logits& t,
-                                  const RowStats<T>& r, double upstream, Factors<T>& f) {
-  const double scale = upstream / x.temperature;
-  const Labelled qs = labelled(l, s, r.s), qt = labelled(l, t, r.t);
-  // S_s - S_t from whichever side has the smaller numbers
-  const double difference = qs.mass() < 0.5 ? qt.mass() - qs.mass()
-                                            : std::exp(r.s.non_target_log_mass()) - std::exp(r.t.non_target_log_mass());
-  f.target_a = scale * x.target_kl * (qs.a - qt.a);
-  f.target_b = scale * x.target_kl * (qs.b - qt.b);
-  f.non_target_s_max = r.s.non_target_max;
-  f.non_target_t_max = r.t.non_target_max;
-  f.non_target_s = non_target_factor<T>(scale * (x.target_kl * difference + x.non_target_kl), r.s.non_target_log_z);
-  f.non_target_t = non_target_factor<T>(scale * x.non_target_kl, r.t.non_target_log_z);
 }
 
 }  // namespace
