@@ -40,11 +40,13 @@ using torch::stable::detail::StableLibrary;
 void define(StableLibrary& m) {
   const std::string softmax_kl =
       "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, "
-      "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction";
+      "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction, "
+      "str divergence, float beta, bool standardize";
   const std::string sp = "str row_norm, float[] scales, float eps, bool zero_row_grad, bool per_layer, bool need_grad";
   const std::string schemas[] = {
       "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
       "softmax_kl_backward(Tensor grad, " + softmax_kl + ", Tensor stats, Tensor scale) -> Tensor",
+      "softmax_kl_backward_(Tensor grad, Tensor(a!) " + softmax_kl.substr(7) + ", Tensor stats, Tensor scale) -> ()",
       "gram_grams(Tensor[] features) -> Tensor",
       "gram_sp_forward(Tensor[] student, Tensor[] teacher, " + sp + ") -> (Tensor loss, Tensor gradient_matrix)",
       "gram_sp_from_grams(Tensor grams, " + sp + ") -> (Tensor loss, Tensor gradient_matrix)",
@@ -63,6 +65,7 @@ void define(StableLibrary& m) {
 void implement(StableLibrary& m) {
   m.impl("softmax_kl_forward", kd::boxed<kd::softmax_kl_forward>);
   m.impl("softmax_kl_backward", kd::boxed<kd::softmax_kl_backward>);
+  m.impl("softmax_kl_backward_", kd::boxed<kd::softmax_kl_backward_in_place>);
   m.impl("gram_grams", kd::boxed<kd::gram_grams>);
   m.impl("gram_sp_forward", kd::boxed<kd::gram_sp_forward>);
   m.impl("gram_sp_from_grams", kd::boxed<kd::gram_sp_from_grams>);

@@ -5,7 +5,9 @@ from .alignment_loss import AlignmentLoss, alignment_loss
 from .amd_loss import AMDLoss, amd_loss
 from .correlation_loss import CorrelationLoss, correlation_loss
 from .corsd_loss import CORSDLoss, corsd_loss
+from .heads import Head, TopK
 from .kd_loss import KDLoss, kd_loss
+from .linear_kd_loss import LinearKDLoss, linear_kd_loss
 from .mixing import cutmix, mixup
 from .mlkd_loss import MLKDLoss, mlkd_loss
 from .ops.backend import BackendError, use_backend
@@ -21,11 +23,14 @@ __all__ = [
     "BackendError",
     "CORSDLoss",
     "CorrelationLoss",
+    "Head",
     "KDLoss",
+    "LinearKDLoss",
     "MLKDLoss",
     "SPLoss",
     "STKDLoss",
     "SupervisedContrastiveLoss",
+    "TopK",
     "__version__",
     "alignment_loss",
     "amd_loss",
@@ -34,6 +39,7 @@ __all__ = [
     "corsd_loss",
     "cutmix",
     "kd_loss",
+    "linear_kd_loss",
     "mixup",
     "mlkd_loss",
     "sp_loss",

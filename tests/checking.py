@@ -20,6 +20,8 @@ from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
 from kdkernels.ops.gram import definition as gram_definition
 from kdkernels.ops.gram import op as gram_op
+from kdkernels.ops.linear_kd import definition as linear_definition
+from kdkernels.ops.linear_kd import op as linear_op
 from kdkernels.ops.softmax_kl import definition as softmax_definition
 from kdkernels.ops.softmax_kl import op as softmax_op
 
@@ -46,6 +48,7 @@ def by_definition() -> Iterator[None]:
         patch.setattr(gram_op, "_cosine_op", lambda x: gram_definition.cosine_similarity(*x))
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
+        patch.setattr(linear_op, "_op", linear_definition.linear_kd)
         yield
 
 

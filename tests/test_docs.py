@@ -22,11 +22,14 @@ import torch.distributed as dist
 from torch.autograd import forward_ad
 
 import kdkernels.compat.kd_zoo
+import kdkernels.compat.liger
 import kdkernels.compat.mdistiller
 import kdkernels.compat.mlld
 import kdkernels.compat.repdistiller
 import kdkernels.compat.torchdistill.features
 import kdkernels.compat.torchdistill.logits
+import kdkernels.compat.torchtune
+import kdkernels.compat.trl
 import kdkernels.integrations.hf
 import kdkernels.integrations.lightning
 import kdkernels.training
@@ -220,6 +223,7 @@ def test_every_public_name_is_found_by_a_search() -> None:
 PRESETS = [kdkernels.compat.kd_zoo, kdkernels.compat.mdistiller, kdkernels.compat.mlld, kdkernels.compat.repdistiller]
 PRESETS += [kdkernels.compat.torchdistill.features, kdkernels.compat.torchdistill.logits]
 PRESETS += [kdkernels.integrations.hf, kdkernels.integrations.lightning]
+PRESETS += [kdkernels.compat.trl, kdkernels.compat.liger, kdkernels.compat.torchtune]
 
 
 @pytest.mark.parametrize("module", PRESETS, ids=lambda module: module.__name__)

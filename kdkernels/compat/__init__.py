@@ -5,6 +5,9 @@
     kdkernels.compat.mlld            Multi-Level-Logit-Distillation's, which is a fork of mdistiller
     kdkernels.compat.torchdistill    its mid-level losses; importing it replaces torchdistill's own in its registry
     kdkernels.compat.kd_zoo          Knowledge-Distillation-Zoo's classes
+    kdkernels.compat.trl             generalized_jsd_loss
+    kdkernels.compat.liger           LigerFusedLinearJSDLoss
+    kdkernels.compat.torchtune       ForwardKLLoss
 
 As in the originals: signatures, defaults, attributes, return types and shapes, scales, and the gradient of an all-zero
 row of student features, which is that of its normalised row times 1 / eps = 1e12 (``kdkernels.sp_loss`` gives that row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from ..at_loss import at_loss
 from ..kd_loss import kd_loss
 from ..nst_loss import nst_loss
-from ..ops.checks import check_tensor, compute_dtype, layer_pairs
+from ..ops.checks import check_number, check_tensor, compute_dtype, layer_pairs
 from ..ops.gram import LayerPairs, SPOptions, sp_gram
 
 
@@ -90,6 +91,14 @@ def root(x: Tensor) -> Tensor:
     """The square root, whose gradient at 0 is 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+def generalized_jsd(beta: float) -> dict[str, Any]:
+    """The divergence that TRL and Liger mean by beta: at 0 and 1, where their JSD is 0, they switch to a KL."""
+    check_number("beta", beta)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    if beta in (0, 1):
+        return {"divergence": "reverse" if beta else "forward"}
+    return {"divergence": "jsd", "beta": float(beta)}
 
 
 def warn_of_trained_teacher(teacher: Tensor) -> None:

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import aligned, alignment, device_reason, launch, power_of_2, store
-from .op import STATS, STATS_DECOUPLED, Rows
+from . import reference
+from .op import Rows
 from .triton_device import (
     Has,
     Inputs,
@@ -155,10 +156,12 @@ def _tile_size(x: Rows) -> int:
 
 
 def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if x.divergence != "forward" or x.standardize:
+        return reference.forward(x, need_grad)
     n, classes = x.student.shape
     device, reduction = x.student.device, x.reduction
     float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
-    stats = torch.empty((STATS_DECOUPLED if x.terms.decoupled else STATS, n) if need_grad else (0,), **float32)
+    stats = torch.empty((x.stats, n) if need_grad else (0,), **float32)
     shape = (n,) if reduction == "none" else ()
     if n == 0:
         return torch.zeros(shape, **float32), stats, torch.ones((), **float32)
@@ -190,7 +193,11 @@ def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     return loss, stats, scale
 
 
-def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor) -> Tensor:
+def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
+    if x.divergence != "forward" or x.standardize:
+        return reference.backward(grad, x, stats, scale, in_place)
+    if in_place:
+        return x.student.copy_(backward(grad, x, stats, scale))
     n, classes = x.student.shape
     out = torch.empty((n, classes), dtype=x.student.dtype, device=x.student.device)
     if n == 0:
