@@ -91,6 +91,8 @@ def root(x: Tensor) -> Tensor:
     """The square root, whose gradient at 0 is 0."""
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
 def generalized_jsd(beta: float) -> dict[str, Any]:
     """The divergence that TRL and Liger mean by beta: at 0 and 1, where their JSD is 0, they switch to a KL."""
     check_number("beta", beta)
