@@ -7,8 +7,10 @@ from .cc_loss import CCLoss, cc_loss, neighbour_correlation_loss
 from .correlation_loss import CorrelationLoss, correlation_loss
 from .corsd_loss import CORSDLoss, corsd_loss
 from .gram import cosine_similarity, gram
+from .heads import Head, TopK
 from .irg_loss import IRGLoss, irg_loss
 from .kd_loss import KDLoss, kd_loss
+from .linear_kd_loss import LinearKDLoss, linear_kd_loss
 from .mixing import cutmix, mixup
 from .mlkd_loss import MLKDLoss, mlkd_loss
 from .ops.backend import BackendError, use_backend
@@ -27,14 +29,17 @@ __all__ = [
     "CCLoss",
     "CORSDLoss",
     "CorrelationLoss",
+    "Head",
     "IRGLoss",
     "KDLoss",
+    "LinearKDLoss",
     "MLKDLoss",
     "PKTLoss",
     "RKDLoss",
     "SPLoss",
     "STKDLoss",
     "SupervisedContrastiveLoss",
+    "TopK",
     "__version__",
     "alignment_loss",
     "amd_loss",
@@ -47,6 +52,7 @@ __all__ = [
     "gram",
     "irg_loss",
     "kd_loss",
+    "linear_kd_loss",
     "mixup",
     "mlkd_loss",
     "neighbour_correlation_loss",

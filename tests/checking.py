@@ -21,6 +21,8 @@ from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
 from kdkernels.ops.gram import definition as gram_definition
 from kdkernels.ops.gram import op as gram_op
+from kdkernels.ops.linear_kd import definition as linear_definition
+from kdkernels.ops.linear_kd import op as linear_op
 from kdkernels.ops.relation import definition as relation_definition
 from kdkernels.ops.relation import op as relation_op
 from kdkernels.ops.softmax_kl import definition as softmax_definition
@@ -52,6 +54,7 @@ def by_definition() -> Iterator[None]:
         patch.setattr(relation_op, "_op", relation_definition.relation)
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
+        patch.setattr(linear_op, "_op", linear_definition.linear_kd)
         yield
 
 
