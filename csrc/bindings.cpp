@@ -2,7 +2,9 @@
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
 #include "bindings_gram.h"
+#include "bindings_nkd.h"
 #include "bindings_softmax_kl.h"
+#include "bindings_softmax_pearson.h"
 #include "boxing.h"
 
 #ifdef KD_CUDA
@@ -41,6 +43,8 @@ void define(StableLibrary& m) {
   const std::string softmax_kl =
       "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, "
       "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction";
+  const std::string nkd =
+      "Tensor student, Tensor teacher, Tensor target, float temperature, float gamma, int ignore_index, str reduction";
   const std::string sp = "str row_norm, float[] scales, float eps, bool zero_row_grad, bool per_layer, bool need_grad";
   const std::string schemas[] = {
       "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
@@ -56,6 +60,12 @@ void define(StableLibrary& m) {
       "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
       "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
       "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
+      "nkd_forward(" + nkd + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
+      "nkd_backward(Tensor grad, " + nkd + ", Tensor stats, Tensor scale) -> Tensor",
+      "softmax_pearson_forward(Tensor student, Tensor teacher, float temperature, float beta, float gamma, float eps) "
+      "-> (Tensor loss, Tensor p_s, Tensor p_t, Tensor row_factors, Tensor column_factors)",
+      "softmax_pearson_backward(Tensor grad, Tensor p_s, Tensor p_t, Tensor row_factors, Tensor column_factors, "
+      "Tensor student, float temperature) -> Tensor",
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -74,6 +84,14 @@ void implement(StableLibrary& m) {
   m.impl("angular_margin_backward", kd::boxed<kd::angular_margin_backward>);
 }
 
+// Those without kernels for CUDA.
+void implement_on_cpu(StableLibrary& m) {
+  m.impl("nkd_forward", kd::boxed<kd::nkd_forward>);
+  m.impl("nkd_backward", kd::boxed<kd::nkd_backward>);
+  m.impl("softmax_pearson_forward", kd::boxed<kd::softmax_pearson_forward>);
+  m.impl("softmax_pearson_backward", kd::boxed<kd::softmax_pearson_backward>);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(kdkernels_native, m) {
@@ -82,7 +100,10 @@ STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   m.def("has_cuda() -> bool");  // never called: that it exists says that there are CUDA kernels
 #endif
 }
-STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
+  implement(m);
+  implement_on_cpu(m);
+}
 #ifdef KD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) { implement(m); }
 #endif

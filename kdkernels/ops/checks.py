@@ -106,6 +106,13 @@ def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.
         raise ValueError(f"{name} is on {labels.device} and the student's tensors are on {device}; move one of them")
 
 
+def check_label_values(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise for a label out of range. On the CPU alone: reading values would stall an accelerator."""
+    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if bad.numel():
+        raise ValueError(f"{name} has label {int(bad[0])}; valid are 0..{classes - 1}, and {ignore_index} to ignore")
+
+
 def layer_pairs(
     student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], caller: str
 ) -> tuple[list[Tensor], list[Tensor]]:
