@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from . import bench_angular_margin, bench_gram, bench_losses, bench_softmax_kl
+from . import bench_angular_margin, bench_gram, bench_logit_losses, bench_losses, bench_softmax_kl
 from .bench_training_step import training_step
 from .cases import PEERS, Case, Inputs, Provider, check, errors, oracle, providers
 from .timing import CUDA, Timed, cold, graphed, launches, machine, peak_memory, quantile, take_turns, timed
@@ -33,6 +33,7 @@ CASES: list[Case] = [
     *bench_gram.CASES,
     *bench_angular_margin.CASES,
     *bench_losses.CASES,
+    *bench_logit_losses.CASES,
 ]
 RESULTS = Path(__file__).parent / "results"
 

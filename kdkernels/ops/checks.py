@@ -95,6 +95,11 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """int64 class indices of that shape on that device."""
     check_tensor(name, labels)
