@@ -2,6 +2,7 @@
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
 #include "bindings_gram.h"
+#include "bindings_multi_level.h"
 #include "bindings_nkd.h"
 #include "bindings_softmax_kl.h"
 #include "bindings_softmax_pearson.h"
@@ -66,6 +67,10 @@ void define(StableLibrary& m) {
       "-> (Tensor loss, Tensor p_s, Tensor p_t, Tensor row_factors, Tensor column_factors)",
       "softmax_pearson_backward(Tensor grad, Tensor p_s, Tensor p_t, Tensor row_factors, Tensor column_factors, "
       "Tensor student, float temperature) -> Tensor",
+      "multi_level_rows(Tensor student, Tensor teacher, float temperature) "
+      "-> (Tensor q_s, Tensor difference, Tensor middle, Tensor divergence)",
+      "multi_level_gradient(Tensor(a!) total, Tensor q_s, Tensor difference, Tensor? by_batch, Tensor? by_class, "
+      "float kd, float batch, float of_class) -> Tensor(a!)",
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -90,6 +95,8 @@ void implement_on_cpu(StableLibrary& m) {
   m.impl("nkd_backward", kd::boxed<kd::nkd_backward>);
   m.impl("softmax_pearson_forward", kd::boxed<kd::softmax_pearson_forward>);
   m.impl("softmax_pearson_backward", kd::boxed<kd::softmax_pearson_backward>);
+  m.impl("multi_level_rows", kd::boxed<kd::multi_level_rows>);
+  m.impl("multi_level_gradient", kd::boxed<kd::multi_level_gradient>);
 }
 
 }  // namespace
