@@ -14,8 +14,8 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_pearson_forwar
   static_cast<SoftmaxPearsonOptions&>(x) = {temperature, beta, gamma, eps};
   const ScalarType type = compute_type(x.fp64);
   Tensor loss = empty({}, type, student), p_s = empty({x.rows, x.classes}, type, student),
-         p_t = empty({x.rows, x.classes}, type, student), rows = empty({2, x.rows}, type, student),
-         columns = empty({4, x.classes}, type, student);
+         p_t = empty({x.rows, x.classes}, type, student), rows = empty({3, x.rows}, type, student),
+         columns = empty({5, x.classes}, type, student);
   ask_for_huge_pages(p_s);
   ask_for_huge_pages(p_t);
   x.loss = loss.mutable_data_ptr();
@@ -35,8 +35,8 @@ inline Tensor softmax_pearson_backward(Tensor grad, Tensor p_s, Tensor p_t, Tens
                rows = contiguous_as(row_factors, x.fp64), columns = contiguous_as(column_factors, x.fp64);
   x.rows = a.size(0);
   x.classes = a.size(1);
-  STD_TORCH_CHECK(g.numel() == 1 && b.numel() == a.numel() && rows.numel() == 2 * x.rows &&
-                      columns.numel() == 4 * x.classes && student.numel() == a.numel(),
+  STD_TORCH_CHECK(g.numel() == 1 && b.numel() == a.numel() && rows.numel() == 3 * x.rows &&
+                      columns.numel() == 5 * x.classes && student.numel() == a.numel(),
                   "kdkernels: what was saved is not this call's");
   Tensor out = grad_like(student);
   x.grad = g.const_data_ptr();

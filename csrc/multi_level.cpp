@@ -48,10 +48,16 @@ double row_forward(const MultiLevelRows& x, int64_t row, T* buffer) {
   const T of_s = static_cast<T>(1 / sums.s), of_t = static_cast<T>(1 / sums.t);
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
-    const T q_s = a[k] * of_s, difference = d[k] * of_t - q_s;
-    a[k] = q_s;
+    a[k] *= of_s;
+    d[k] *= of_t;
+  }
+  // a loop of its own: in one with the last, the difference would be fused with the product, and not 0 for equal
+  // networks
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    const T difference = d[k] - a[k];
     d[k] = difference;
-    middle[k] = q_s + T(0.5) * difference;
+    middle[k] = a[k] + T(0.5) * difference;
   }
   return divergence(sums);
 }

@@ -21,6 +21,9 @@ struct Row {
         spare(buffer + 2 * x.classes),
         n(x.classes),
         target(x.target[row]) {}
+
+  // The target's logit: NaN where it is infinite, which the softmax cannot take either
+  double at_target(const T* z) const { return z[target] == HUGE_VALF ? std::nan("") : double(z[target]); }
 };
 
 struct NkdSums {
@@ -79,8 +82,8 @@ double row_forward(const NkdForward& x, int64_t row, T* buffer) {
   add(z.target + 1, z.n);
   const double log_s = std::log(sums.s), log_t = std::log(sums.t), log_p = std::log(sums.p);
   // how much likelier the others are than the target, as a logarithm
-  const double against_s = double(s_max) + log_p - z.s[z.target];
-  const double against_t = double(t_max) + std::log(sums.u) - z.t[z.target];
+  const double against_s = double(s_max) + log_p - z.at_target(z.s);
+  const double against_t = double(t_max) + std::log(sums.u) - z.at_target(z.t);
   const double weight = sigmoid(-against_t);
   if (x.stats) {
     T* to = static_cast<T*>(x.stats) + row;
@@ -146,7 +149,7 @@ void row_gradient(const NkdBackward& x, int64_t row, T* buffer, T* out) {
   const double log_s = from[x.rows], log_p = from[2 * x.rows], log_t = from[4 * x.rows], weight = from[5 * x.rows];
   const double upstream = double(static_cast<const T*>(x.grad)[row * x.grad_stride]) * *static_cast<const T*>(x.scale);
   const double soft = upstream * x.gamma * x.temperature;
-  const double miss = sigmoid(double(from[0]) + log_p - z.s[z.target]);  // 1 - p[target]
+  const double miss = sigmoid(double(from[0]) + log_p - z.at_target(z.s));  // 1 - p[target]
   const double hard = upstream * weight * miss;
   Factors<T> f{from[0], from[3 * x.rows], T(1 / x.temperature), 0, 0, 0};
   f.q_t = static_cast<T>(soft * inverse_z(log_t));

@@ -1,6 +1,5 @@
-// softmax_pearson on the CPU: rows first, which leaves both networks' probabilities in memory; then columns, a stripe
-// of them at a time. Sums are of the student's probabilities a and of d = b - a, the difference to the teacher's, so
-// that networks close to each other keep their digits.
+// softmax_pearson on the CPU: rows first, which leaves both networks' probabilities a and b in memory; then columns, a
+// stripe of them at a time.
 #include "softmax_pearson.h"
 
 #include "cpu.h"
@@ -13,23 +12,25 @@ constexpr int64_t kSmall = 1 << 14;  // logits that are not worth a second threa
 constexpr int64_t kStripe = 64;      // columns that one sweep takes: their part of all rows fits the second-level cache
 constexpr int64_t kFlush = 128;      // rows that are summed in their own precision
 
-// Sums over a row or a column, of centred numbers
+// Sums over a row or a column of centred numbers, d = b - a
 struct Centred {
-  double aa = 0, ad = 0, dd = 0;
+  double aa = 0, ab = 0, bb = 0, ad = 0, dd = 0;
 };
 
-// With r = <a, b> / (|a| |b| + eps):  1 - r, and dr/da = on_d d + on_a a
+// With r = <a, b> / (|a| |b| + eps):  1 - r, and dr/da = on_b (b - near a) + on_a a. Where the two are close to each
+// other their difference keeps the digits: |a|^2 |b|^2 - <a, b>^2 = |a|^2 |d|^2 - <a, d>^2.
 struct Correlation {
-  double loss, on_d, on_a;
+  double loss, on_b, on_a, near;
 
   Correlation(const Centred& z, double eps) {
-    const double ab = z.aa + z.ad, bb = max(ab + z.ad + z.dd, 0.0);
-    const double norm_a = std::sqrt(z.aa), norm_b = std::sqrt(bb), norms = norm_a * norm_b, all = norms + eps;
-    // |a|^2 |b|^2 - <a, b>^2 = |a|^2 |d|^2 - <a, d>^2
-    const double gap = ab > 0 ? max(z.aa * z.dd - z.ad * z.ad, 0.0) / (norms + ab) : norms - ab;
+    const double norm_a = std::sqrt(z.aa), norm_b = std::sqrt(z.bb), norms = norm_a * norm_b, all = norms + eps;
+    const bool close = 4 * z.dd < z.aa;
+    const double gap = close ? max(z.aa * z.dd - z.ad * z.ad, 0.0) / (norms + z.ab) : norms - z.ab;
+    const double along = norm_a == 0 ? 0 : (close ? z.ad : z.ab) / norm_a;
     loss = (gap + eps) / all;
-    on_d = 1 / all;
-    on_a = norm_a == 0 ? on_d : (eps * norm_a - norm_b * z.ad) / (norm_a * all * all);
+    on_b = 1 / all;
+    on_a = ((close ? eps : 0) - norm_b * along) / (all * all);
+    near = close;
   }
 };
 
@@ -54,17 +55,25 @@ Centred normalise(T* a, T* b, int64_t n, T of_a, T of_b) {
   Centred total;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t end = min(n, begin + kChunk);
-    T aa = 0, ad = 0, dd = 0;
-#pragma omp simd reduction(+ : aa, ad, dd)
+    // a loop of its own: in one with the next, b - a would be fused with the product, and not 0 for equal networks
+#pragma omp simd
     for (int64_t k = begin; k < end; ++k) {
       a[k] *= of_a;
       b[k] *= of_b;
-      const T centred = a[k] - mean, d = b[k] - a[k];
-      aa += centred * centred;
-      ad += centred * d;
+    }
+    T aa = 0, ab = 0, bb = 0, ad = 0, dd = 0;
+#pragma omp simd reduction(+ : aa, ab, bb, ad, dd)
+    for (int64_t k = begin; k < end; ++k) {
+      const T x = a[k] - mean, y = b[k] - mean, d = b[k] - a[k];
+      aa += x * x;
+      ab += x * y;
+      bb += y * y;
+      ad += x * d;
       dd += d * d;
     }
     total.aa += aa;
+    total.ab += ab;
+    total.bb += bb;
     total.ad += ad;
     total.dd += dd;
   }
@@ -84,45 +93,52 @@ double row_forward(const SoftmaxPearsonForward& x, int64_t row, T* buffer) {
   const Correlation c(normalise(a, b, n, 1 / z_s, 1 / z_t), x.eps);
   const double factor = -x.beta * x.temperature * x.temperature / double(x.rows);
   T* to = static_cast<T*>(x.row_factors) + row;
-  to[0] = static_cast<T>(factor * c.on_d);
+  to[0] = static_cast<T>(factor * c.on_b);
   to[x.rows] = static_cast<T>(factor * c.on_a);
+  to[2 * x.rows] = static_cast<T>(c.near);
   return c.loss;
 }
 
+// Means of a, b and b - a. That of equal numbers is exactly their number.
 template <typename T>
-void column_means(const T* a, const T* b, int64_t rows, int64_t n, int64_t width, T* mean_a, T* mean_d) {
-  double sum_a[kStripe] = {}, sum_d[kStripe] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    const T *p = a + i * n, *q = b + i * n;
-#pragma omp simd
-    for (int64_t k = 0; k < width; ++k) {
-      sum_a[k] += p[k];
-      sum_d[k] += q[k] - p[k];
-    }
-  }
-  for (int64_t k = 0; k < width; ++k) {
-    mean_a[k] = static_cast<T>(sum_a[k] / double(rows));
-    mean_d[k] = static_cast<T>(sum_d[k] / double(rows));
-  }
-}
+struct Means {
+  T a[kStripe], b[kStripe], d[kStripe];
 
-template <typename T>
-void column_sums(const T* a, const T* b, int64_t rows, int64_t n, int64_t width, const T* mean_a, const T* mean_d,
-                 Centred* sums) {
-  for (int64_t first = 0; first < rows; first += kFlush) {
-    T aa[kStripe] = {}, ad[kStripe] = {}, dd[kStripe] = {};
-    for (int64_t i = first; i < min(rows, first + kFlush); ++i) {
-      const T *p = a + i * n, *q = b + i * n;
+  Means(const T* p, const T* q, int64_t rows, int64_t n, int64_t width) {
+    double sum_a[kStripe] = {}, sum_b[kStripe] = {}, sum_d[kStripe] = {};
+    for (int64_t i = 0; i < rows; ++i, p += n, q += n)
 #pragma omp simd
       for (int64_t k = 0; k < width; ++k) {
-        const T centred = p[k] - mean_a[k], d = q[k] - p[k] - mean_d[k];
-        aa[k] += centred * centred;
-        ad[k] += centred * d;
+        sum_a[k] += p[k];
+        sum_b[k] += q[k];
+        sum_d[k] += q[k] - p[k];
+      }
+    for (int64_t k = 0; k < width; ++k) {
+      a[k] = static_cast<T>(sum_a[k] / double(rows));
+      b[k] = static_cast<T>(sum_b[k] / double(rows));
+      d[k] = static_cast<T>(sum_d[k] / double(rows));
+    }
+  }
+};
+
+template <typename T>
+void column_sums(const T* p, const T* q, int64_t rows, int64_t n, int64_t width, const Means<T>& mean, Centred* sums) {
+  for (int64_t first = 0; first < rows; first += kFlush) {
+    T aa[kStripe] = {}, ab[kStripe] = {}, bb[kStripe] = {}, ad[kStripe] = {}, dd[kStripe] = {};
+    for (int64_t i = first; i < min(rows, first + kFlush); ++i, p += n, q += n)
+#pragma omp simd
+      for (int64_t k = 0; k < width; ++k) {
+        const T x = p[k] - mean.a[k], y = q[k] - mean.b[k], d = q[k] - p[k] - mean.d[k];
+        aa[k] += x * x;
+        ab[k] += x * y;
+        bb[k] += y * y;
+        ad[k] += x * d;
         dd[k] += d * d;
       }
-    }
     for (int64_t k = 0; k < width; ++k) {
       sums[k].aa += aa[k];
+      sums[k].ab += ab[k];
+      sums[k].bb += bb[k];
       sums[k].ad += ad[k];
       sums[k].dd += dd[k];
     }
@@ -134,17 +150,19 @@ template <typename T>
 void stripe_forward(const SoftmaxPearsonForward& x, int64_t column, double* losses) {
   const int64_t n = x.classes, width = min(kStripe, n - column);
   const T *a = static_cast<const T*>(x.p_s) + column, *b = static_cast<const T*>(x.p_t) + column;
-  T* to = static_cast<T*>(x.column_factors) + column;
-  T *mean_d = to + 2 * n, *mean_a = to + 3 * n;
+  const Means<T> mean(a, b, x.rows, n, width);
   Centred sums[kStripe];
-  column_means(a, b, x.rows, n, width, mean_a, mean_d);
-  column_sums(a, b, x.rows, n, width, mean_a, mean_d, sums);
+  column_sums(a, b, x.rows, n, width, mean, sums);
   const double factor = -x.gamma * x.temperature * x.temperature / double(n);
+  T* to = static_cast<T*>(x.column_factors) + column;
   for (int64_t k = 0; k < width; ++k) {
     const Correlation c(sums[k], x.eps);
     losses[column + k] = c.loss;
-    to[k] = static_cast<T>(factor * c.on_d);
+    to[k] = static_cast<T>(factor * c.on_b);
     to[n + k] = static_cast<T>(factor * c.on_a);
+    to[2 * n + k] = static_cast<T>(c.near);
+    to[3 * n + k] = c.near != 0 ? mean.d[k] : mean.b[k];
+    to[4 * n + k] = mean.a[k];
   }
 }
 
@@ -176,17 +194,18 @@ void row_backward(const SoftmaxPearsonBackward& x, int64_t row, T factor, T* out
   const int64_t n = x.classes;
   const T *a = static_cast<const T*>(x.p_s) + row * n, *b = static_cast<const T*>(x.p_t) + row * n;
   const T* of_row = static_cast<const T*>(x.row_factors) + row;
-  const T row_d = of_row[0], row_a = of_row[x.rows], mean = T(1) / T(n);
-  const T* of_column = static_cast<const T*>(x.column_factors);
-  const T *column_d = of_column, *column_a = of_column + n, *mean_d = of_column + 2 * n, *mean_a = of_column + 3 * n;
+  const T row_b = of_row[0], row_a = of_row[x.rows], row_near = of_row[2 * x.rows], mean = T(1) / T(n);
+  const T row_mean = (1 - row_near) * mean;
+  const T* c = static_cast<const T*>(x.column_factors);
+  const T *on_b = c, *on_a = c + n, *near = c + 2 * n, *mean_b = c + 3 * n, *mean_a = c + 4 * n;
   double inner = 0;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t end = min(n, begin + kChunk);
     T part = 0;
 #pragma omp simd reduction(+ : part)
     for (int64_t k = begin; k < end; ++k) {
-      const T d = b[k] - a[k];
-      const T g = row_d * d + row_a * (a[k] - mean) + column_d[k] * (d - mean_d[k]) + column_a[k] * (a[k] - mean_a[k]);
+      const T by_row = row_b * (b[k] - row_near * a[k] - row_mean) + row_a * (a[k] - mean);
+      const T g = by_row + on_b[k] * (b[k] - near[k] * a[k] - mean_b[k]) + on_a[k] * (a[k] - mean_a[k]);
       out[k] = g;
       part += a[k] * g;
     }

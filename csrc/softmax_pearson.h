@@ -10,13 +10,14 @@ struct SoftmaxPearsonOptions {
   double temperature, beta, gamma, eps;  // the weights of rows and columns; eps beside the product of the norms
 };
 
-// a and b are the student's and the teacher's probabilities; d = b - a.
+// a and b are the student's and the teacher's probabilities.
 struct SoftmaxPearsonForward : LogitPair, SoftmaxPearsonOptions {
   void* loss;       // T []
   void *p_s, *p_t;  // T [rows, classes]: a and b
-  // dloss/da[i, k] = R0[i] d + R1[i] (a - 1 / C) + C0[k] (d - C2[k]) + C1[k] (a - C3[k]), but for a number per row
-  void* row_factors;     // T [2, rows]
-  void* column_factors;  // T [4, classes]
+  // dloss/da[i, k] = R0 (b - R2 a - (1 - R2) / C) + R1 (a - 1 / C) + C0 (b - C2 a - C3) + C1 (a - C4), of row i and
+  // column k; but for a number per row
+  void* row_factors;     // T [3, rows]
+  void* column_factors;  // T [5, classes]
 };
 
 struct SoftmaxPearsonBackward : Call {

@@ -30,12 +30,18 @@ def _rows(x: LabelledRows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     return (
         s.scatter(1, label, -math.inf),
         t.scatter(1, label, -math.inf),
-        s.gather(1, label),
-        t.gather(1, label),
+        _target(s, label),
+        _target(t, label),
         label,
         counts,
         valid,
     )
+
+
+def _target(z: Tensor, label: Tensor) -> Tensor:
+    """The target's logit: NaN where it is infinite, which the softmax cannot take either."""
+    z_y = z.gather(1, label)
+    return torch.where(z_y == math.inf, math.nan, z_y)
 
 
 def _softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,10 +37,11 @@ class SoftmaxPearson(Protocol):
         """None, or the reason why these tensors cannot be computed."""
 
     def forward(self, x: CorrelatedRows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The loss, and what backward needs: the probabilities a and b (N, C), and factors (2, N) and (4, C).
+        """The loss, and what backward needs: the probabilities a and b (N, C), and factors (3, N) and (5, C).
 
-        With d = b - a:  dloss/da = R0 d + R1 (a - 1 / C) + C0 (d - C2) + C1 (a - C3), but for a number per row, which
-        the softmax does not let through.
+        dloss/da = R0 (b - R2 a - (1 - R2) / C) + R1 (a - 1 / C) + C0 (b - C2 a - C3) + C1 (a - C4), R of the row and C
+        of the column, but for a number per row, which the softmax does not let through. R2 and C2 are 1 where student
+        and teacher are close, so that the difference keeps its digits, else 0.
         """
 
     def backward(
@@ -66,7 +67,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
 def _fake(*args: Any) -> tuple[Tensor, ...]:
     x, need_grad = build(CorrelatedRows, args), args[-1]
     rows, classes = x.student.shape
-    shapes = ((rows, classes), (rows, classes), (2, rows), (4, classes)) if need_grad else ((0,),) * 4
+    shapes = ((rows, classes), (rows, classes), (3, rows), (5, classes)) if need_grad else ((0,),) * 4
     dtype = compute_dtype(x.student, x.teacher)
     return tuple(x.student.new_empty(shape, dtype=dtype) for shape in ((), *shapes))
 
