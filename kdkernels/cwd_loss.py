@@ -44,9 +44,9 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, redu
         raise ValueError(f"{caller}: there are no pixels in maps of shape {tuple(student.shape)}")
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, caller)
-    rows = (x.flatten(2).flatten(0, 1) for x in (student, teacher.detach()))
+    s, t = (x.flatten(2).flatten(0, 1) for x in (student, teacher.detach()))
     terms = Terms(kl=temperature**2)
-    loss = softmax_kl(Rows(*rows, terms=terms, temperature=float(temperature), reduction=reduction))
+    loss = softmax_kl(Rows(s, t, terms=terms, temperature=float(temperature), reduction=reduction))
     return loss.view(student.shape[:2]) if reduction == "none" else loss
 
 

@@ -98,8 +98,8 @@ def _check_options(
     levels, strong = ([float(number) for number in numbers] for numbers in found)
     if not levels or not set(strong) <= set(levels):
         raise ValueError(
-            f"{caller}: temperatures must be one or more, with the strong_temperatures among them, got {temperatures!r} "
-            f"and {strong_temperatures!r}"
+            f"{caller}: temperatures must be one or more, with the strong_temperatures among them, "
+            f"got {temperatures!r} and {strong_temperatures!r}"
         )
     check_weight(caller, batch_weight=batch_weight, class_weight=class_weight, quantile=quantile)
     if quantile > 1:
@@ -119,9 +119,7 @@ class MLLDLoss(nn.Module):
         quantile: float = 0.5,
     ) -> None:
         super().__init__()
-        levels = _check_options(
-            "MLLDLoss", temperatures, strong_temperatures, batch_weight, class_weight, quantile
-        )
+        levels = _check_options("MLLDLoss", temperatures, strong_temperatures, batch_weight, class_weight, quantile)
         self.temperatures, self.strong_temperatures = levels
         self.batch_weight, self.class_weight, self.quantile = batch_weight, class_weight, quantile
 

@@ -152,7 +152,9 @@ def test_mlld_of_two_views() -> None:
     torch.testing.assert_close(MLLDLoss()(*weak, *strong), published)
     everywhere = mlld_loss(*weak, *strong, strong_temperatures=tuple(kl))
     torch.testing.assert_close(everywhere, first + sum(pair[1] for pair in kl.values()))
-    torch.testing.assert_close(mlld_loss(*weak, *strong, strong_temperatures=()), first + sum(p[0] for p in kl.values()))
+    torch.testing.assert_close(
+        mlld_loss(*weak, *strong, strong_temperatures=()), first + sum(p[0] for p in kl.values())
+    )
 
 
 def test_mlld_masks_are_shares() -> None:
@@ -232,7 +234,11 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "mlld none": (ValueError, "one or more", lambda: mlld_loss(X, X, temperatures=(), strong_temperatures=())),
     "mlld other": (ValueError, "strong_temperatures among them", lambda: MLLDLoss(strong_temperatures=(7.0,))),
     "mlld quantile": (ValueError, r"quantile must be in \[0, 1\], got 2.0", lambda: mlld_loss(X, X, quantile=2.0)),
-    "cwd shapes": (ValueError, r"one shape, got \(2, 3, 4, 4\) and \(2, 3, 4, 2\)", lambda: cwd_loss(MAPS, MAPS[..., :2])),
+    "cwd shapes": (
+        ValueError,
+        r"one shape, got \(2, 3, 4, 4\) and \(2, 3, 4, 2\)",
+        lambda: cwd_loss(MAPS, MAPS[..., :2]),
+    ),
     "cwd rows": (ValueError, r"\(N, C, H, W\)", lambda: cwd_loss(X, X)),
     "cwd no pixels": (ValueError, "no pixels", lambda: cwd_loss(MAPS[..., :0], MAPS[..., :0])),
     "cwd reduction": (ValueError, "CWDLoss: reduction must be", lambda: CWDLoss(reduction="batchmean")),

@@ -51,9 +51,11 @@ def train(args: argparse.Namespace) -> None:
 def _method(name: str, weight: float | None) -> Method:
     if weight is None:
         return make_method(name)
-    if name in ("sp", "amd", "kd"):
+    if name in ("sp", "amd", "kd", "nkd", "dist"):
         return make_method(name, weight=weight)
-    raise ValueError(f"--weight belongs to the methods sp, amd and kd, got {name!r} (methods: {', '.join(METHODS)})")
+    raise ValueError(
+        f"--weight belongs to the methods sp, amd, kd, nkd and dist, got {name!r} (methods: {', '.join(METHODS)})"
+    )
 
 
 def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:

@@ -44,7 +44,9 @@ def test_every_op_has_its_protocol() -> None:
 )
 def test_a_backend_has_the_method(op: str, method: str, name: str) -> None:
     function = getattr(implementation(op, name), method)
-    promised = list(inspect.signature(getattr((PROTOCOLS | CPU_PROTOCOLS)[op], method)).parameters.values())[1:]  # without self
+    promised = list(inspect.signature(getattr((PROTOCOLS | CPU_PROTOCOLS)[op], method)).parameters.values())[
+        1:
+    ]  # without self
     found = list(inspect.signature(function).parameters.values())
     assert [(p.name, p.kind) for p in found] == [(p.name, p.kind) for p in promised]
     assert all(p.default is p.empty for p in found)

@@ -4,7 +4,7 @@ Jin-Ying/Multi-Level-Logit-Distillation (Jin et al., CVPR 2023).
 q = softmax(z / T), (N, C);   sum over the temperatures T of
     (w_T + w rho) T^2 mean over rows of KL(q_t || q_s)  +  w_batch rho / N |q_t q_t' - q_s q_s'|^2
                                                         +  w_class rho' / C |q_t' q_t - q_s' q_s|^2
-rho: the share of rows whose largest p_t, p = softmax(z), is at most its quantile; rho' that of the classes by sum of p_t
+rho: the share of rows whose largest p_t, p = softmax(z), is at most its quantile;  rho': of classes, by the sum of p_t
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from ..backend import choose
 from ..checks import compute_dtype
 from ..library import Differentiable, build, register
 
-
 Factor = float | Tensor  # a tensor () where reading its value would stall an accelerator
 
 

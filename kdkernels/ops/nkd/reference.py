@@ -1,7 +1,7 @@
 """nkd in plain PyTorch: the fallback. What it computes is in definition.py.
 
-p_y is the probability of the label against all others: log p_y = -softplus(a), a = log(sum of e^z over the others) - z_y,
-which loses no digits where one of the two is far above the other.
+The label's probability against all others is log p_y = -softplus(a), a = log(sum of e^z over the others) - z_y, which
+loses no digits where one of the two is far above the other.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
 
 def forward(x: LabelledRows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     s, t, s_y, t_y, _, counts, valid = _rows(x)
-    e_s, s_max, log_s = _softmax(s, x.temperature)
+    _, s_max, log_s = _softmax(s, x.temperature)
     e_t, t_max, log_t = _softmax(t, x.temperature)
     log_p, log_u = log_s, log_t
     if x.temperature != 1:
@@ -70,7 +70,9 @@ def forward(x: LabelledRows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.ones((), dtype=rows.dtype, device=rows.device)
     if x.reduction == "mean":
         scale = 1 / counts.sum().clamp(min=1).to(rows.dtype)
-    stats = torch.cat([s_max, log_s, log_p, t_max, log_t, weight], 1).t().contiguous() if need_grad else rows.new_empty(0)
+    stats = (
+        torch.cat([s_max, log_s, log_p, t_max, log_t, weight], 1).t().contiguous() if need_grad else rows.new_empty(0)
+    )
     return rows if x.reduction == "none" else rows.sum() * scale, stats, scale
 
 

@@ -18,7 +18,6 @@ from ..checks import compute_dtype
 from ..library import Differentiable, build, register
 
 
-
 class CorrelatedRows(NamedTuple):
     """What softmax_pearson computes."""
 

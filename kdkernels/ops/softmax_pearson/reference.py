@@ -1,7 +1,7 @@
 """softmax_pearson in plain PyTorch: the fallback. What it computes is in definition.py.
 
-a and b are the student's and the teacher's centred probabilities, d = b - a. Where the two are close to each other their
-difference keeps the digits: |a|^2 |b|^2 - <a, b>^2 = |a|^2 |d|^2 - <a, d>^2.
+a and b are the student's and the teacher's centred probabilities, d = b - a. Where the two are close to each other
+their difference keeps the digits: |a|^2 |b|^2 - <a, b>^2 = |a|^2 |d|^2 - <a, d>^2.
 """
 
 from __future__ import annotations

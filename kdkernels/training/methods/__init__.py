@@ -8,8 +8,11 @@ from .alone import Alone
 from .amd import AMD
 from .base import Batch, Method, Outputs
 from .corsd import CORSD
+from .dist import DIST
 from .kd import KD
 from .mlkd import MLKD
+from .mlld import MLLD
+from .nkd import NKD
 from .sp import SP
 from .stkd import STKD
 
@@ -18,6 +21,9 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "sp": SP,
     "stkd": STKD,
+    "nkd": NKD,
+    "dist": DIST,
+    "mlld": MLLD,
     "amd": AMD,
     "mlkd": MLKD,
     "corsd": CORSD,
@@ -31,4 +37,20 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name](**options)
 
 
-__all__ = ["AMD", "CORSD", "KD", "METHODS", "MLKD", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]
+__all__ = [
+    "AMD",
+    "CORSD",
+    "DIST",
+    "KD",
+    "METHODS",
+    "MLKD",
+    "MLLD",
+    "NKD",
+    "SP",
+    "STKD",
+    "Alone",
+    "Batch",
+    "Method",
+    "Outputs",
+    "make_method",
+]
