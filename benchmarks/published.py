@@ -123,3 +123,47 @@ def irg(student: Tensor, teacher: Tensor) -> Tensor:
 def neighbour_correlation(student: Tensor, teacher: Tensor) -> Tensor:
     delta = torch.abs(student - teacher)
     return torch.mean((delta[:-1] * delta[1:]).sum(1))
+
+
+def nkd(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 1.0, gamma: float = 1.5) -> Tensor:
+    """NKD (arXiv 2303.13005). The authors pick the others out by a mask of booleans, which torch.compile cannot; here
+    the label gets a logit of -1e9, as others write it: faster, also in eager mode."""
+    label = target[:, None]
+    log_p = F.log_softmax(student, dim=1).gather(1, label)
+    p = F.softmax(teacher, dim=1).gather(1, label)
+    labelled = torch.zeros_like(student).scatter(1, label, 1).bool()
+    rest_s, rest_t = ((x / temperature).masked_fill(labelled, -1e9) for x in (student, teacher))
+    others = (F.softmax(rest_t, dim=1) * F.log_softmax(rest_s, dim=1)).sum(1).mean()
+    return -(p * log_p).mean() - gamma * temperature**2 * others
+
+
+def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, tau: float = 1.0) -> Tensor:
+    """DIST (arXiv 2205.10536)."""
+    q_s, q_t = F.softmax(student / tau, dim=1), F.softmax(teacher / tau, dim=1)
+    return tau**2 * (beta * _uncorrelated(q_s, q_t) + gamma * _uncorrelated(q_s.t(), q_t.t()))
+
+
+def _uncorrelated(a: Tensor, b: Tensor, eps: float = 1e-8) -> Tensor:
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    return 1 - ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + eps)).mean()
+
+
+def mlld(student: Tensor, teacher: Tensor) -> Tensor:
+    """Multi-level logit distillation (CVPR 2023) of one view, with the masks kept on the device."""
+    p = F.softmax(teacher, dim=1)
+    confidence = p.max(1).values, p.sum(0)
+    rows, classes = (x.le(x.quantile(0.5)).to(x.dtype).mean() for x in confidence)
+    total = student.new_zeros(())
+    for temperature in (4.0, 3.0, 5.0, 2.0, 6.0):
+        q_s, q_t = F.softmax(student / temperature, dim=1), F.softmax(teacher / temperature, dim=1)
+        batch = (q_t @ q_t.t() - q_s @ q_s.t()).pow(2).sum() / len(student)
+        of_classes = (q_t.t() @ q_t - q_s.t() @ q_s).pow(2).sum() / student.shape[1]
+        total = total + rows * (kd(student, teacher, temperature) + batch) + classes * of_classes
+    return total
+
+
+def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """Channel-wise distillation (arXiv 2011.13256)."""
+    rows_s, rows_t = (x.reshape(-1, x.shape[2] * x.shape[3]) / temperature for x in (student, teacher))
+    log_q_t, log_q_s = F.log_softmax(rows_t, dim=1), F.log_softmax(rows_s, dim=1)
+    return (log_q_t.exp() * (log_q_t - log_q_s)).sum() * temperature**2 / len(rows_s)

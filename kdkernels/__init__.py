@@ -6,11 +6,17 @@ from .amd_loss import AMDLoss, amd_loss
 from .cc_loss import CCLoss, cc_loss, neighbour_correlation_loss
 from .correlation_loss import CorrelationLoss, correlation_loss
 from .corsd_loss import CORSDLoss, corsd_loss
+from .cwd_loss import CWDLoss, cwd_loss
+from .dist_loss import DISTLoss, dist_loss
 from .gram import cosine_similarity, gram
+from .heads import Head, TopK
 from .irg_loss import IRGLoss, irg_loss
 from .kd_loss import KDLoss, kd_loss
+from .linear_kd_loss import LinearKDLoss, linear_kd_loss
 from .mixing import cutmix, mixup
 from .mlkd_loss import MLKDLoss, mlkd_loss
+from .mlld_loss import MLLDLoss, mlld_loss
+from .nkd_loss import NKDLoss, nkd_loss
 from .ops.backend import BackendError, use_backend
 from .pkt_loss import PKTLoss, pkt_loss
 from .rkd_loss import RKDLoss, rkd_loss
@@ -26,15 +32,22 @@ __all__ = [
     "BackendError",
     "CCLoss",
     "CORSDLoss",
+    "CWDLoss",
     "CorrelationLoss",
+    "DISTLoss",
+    "Head",
     "IRGLoss",
     "KDLoss",
+    "LinearKDLoss",
     "MLKDLoss",
+    "MLLDLoss",
+    "NKDLoss",
     "PKTLoss",
     "RKDLoss",
     "SPLoss",
     "STKDLoss",
     "SupervisedContrastiveLoss",
+    "TopK",
     "__version__",
     "alignment_loss",
     "amd_loss",
@@ -44,12 +57,17 @@ __all__ = [
     "corsd_loss",
     "cosine_similarity",
     "cutmix",
+    "cwd_loss",
+    "dist_loss",
     "gram",
     "irg_loss",
     "kd_loss",
+    "linear_kd_loss",
     "mixup",
     "mlkd_loss",
+    "mlld_loss",
     "neighbour_correlation_loss",
+    "nkd_loss",
     "pkt_loss",
     "rkd_loss",
     "sp_loss",

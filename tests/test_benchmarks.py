@@ -11,7 +11,7 @@ import pytest
 import torch
 from checking import DEVICE
 
-from benchmarks import bench_angular_margin, bench_gram, bench_softmax_kl, published
+from benchmarks import bench_angular_margin, bench_gram, bench_logit_losses, bench_softmax_kl, published
 from benchmarks.cases import Case, Provider, errors, logits, maps, oracle, our_backends
 from benchmarks.render import (
     best_compile,
@@ -41,6 +41,11 @@ def small_cases() -> list[Case]:
         dataclasses.replace(bench_softmax_kl.case(name, 6, 11), inputs=logits(6, 11, fp32, labels))
         for name, (_, _, labels) in bench_softmax_kl.LOSSES.items()
     ]
+    found += [
+        dataclasses.replace(bench_logit_losses.case(name, 6, 11), inputs=logits(6, 11, fp32, labels))
+        for name, (_, _, labels) in bench_logit_losses.LOSSES.items()
+    ]
+    found.append(bench_logit_losses.cwd_case(2, 3, 4, 5))
     for module in (bench_gram, bench_angular_margin):
         example = module.CASES[0]
         found.append(dataclasses.replace(example, inputs=maps(shape, shape, fp32)))

@@ -110,6 +110,11 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """int64 class indices of that shape on that device."""
     check_tensor(name, labels)
@@ -119,6 +124,13 @@ def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.device != device:
         raise ValueError(f"{name} is on {labels.device} and the student's tensors are on {device}; move one of them")
+
+
+def check_label_values(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise for a label out of range. On the CPU alone: reading values would stall an accelerator."""
+    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if bad.numel():
+        raise ValueError(f"{name} has label {int(bad[0])}; valid are 0..{classes - 1}, and {ignore_index} to ignore")
 
 
 def layer_pairs(

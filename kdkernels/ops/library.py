@@ -131,7 +131,7 @@ class Differentiable:
         need_grad = False
         if torch.is_grad_enabled():
             for x in inputs:
-                need_grad = need_grad or x.requires_grad
+                need_grad = need_grad or (x is not None and x.requires_grad)
         args: list[Any] = []
         for value in record:  # ``flatten``, without the price of a call
             if isinstance(value, tuple):

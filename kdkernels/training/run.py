@@ -48,7 +48,8 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
-WEIGHTED = ("sp", "amd", "kd", "rkd", "pkt", "cc", "irg")  # methods of one weight, which the command line sets
+# methods of one weight, which the command line sets
+WEIGHTED = ("sp", "amd", "kd", "rkd", "pkt", "cc", "irg", "nkd", "dist")
 
 
 def _method(name: str, weight: float | None) -> Method:

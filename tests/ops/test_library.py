@@ -202,7 +202,7 @@ def test_transforms_of_functions_are_refused(transform: Callable[..., Any], name
             Rows,
             "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, "
             "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, "
-            "str reduction",
+            "str reduction, str divergence, float beta, bool standardize",
         ),
         (
             LayerPairs,

@@ -8,8 +8,11 @@ from .alone import Alone
 from .amd import AMD
 from .base import Batch, Method, Outputs
 from .corsd import CORSD
+from .dist import DIST
 from .kd import KD
 from .mlkd import MLKD
+from .mlld import MLLD
+from .nkd import NKD
 from .relational import CC, IRG, PKT, RKD
 from .sp import SP
 from .stkd import STKD
@@ -19,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "sp": SP,
     "stkd": STKD,
+    "nkd": NKD,
+    "dist": DIST,
+    "mlld": MLLD,
     "amd": AMD,
     "mlkd": MLKD,
     "corsd": CORSD,
@@ -40,10 +46,13 @@ __all__ = [
     "AMD",
     "CC",
     "CORSD",
+    "DIST",
     "IRG",
     "KD",
     "METHODS",
     "MLKD",
+    "MLLD",
+    "NKD",
     "PKT",
     "RKD",
     "SP",
