@@ -2,9 +2,9 @@
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
 #include "bindings_gram.h"
-#include "bindings_relation.h"
 #include "bindings_multi_level.h"
 #include "bindings_nkd.h"
+#include "bindings_relation.h"
 #include "bindings_softmax_kl.h"
 #include "bindings_softmax_pearson.h"
 #include "boxing.h"

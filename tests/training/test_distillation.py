@@ -21,13 +21,10 @@ from kdkernels.training import (
 from kdkernels.training.loop import evaluate
 from kdkernels.training.methods import METHODS, MLLD
 
-
 METHODS_OF_TERMS = ["alone", "kd", "sp", "stkd", "amd", "rkd", "pkt", "cc", "irg", "nkd", "dist", "mlld"]
 
 
 @pytest.mark.parametrize("method", METHODS_OF_TERMS)
-    "method", ["alone", "kd", "sp", "stkd", "amd", "rkd", "pkt", "cc", "irg", "nkd", "dist", "mlld"]
-)
 def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
     teacher, student, (x, y) = network(6, 7, 8), network(), images()
     module = Distillation(teacher, student, method).eval()  # eval: nothing is mixed
