@@ -1,6 +1,7 @@
 // The ops as torch sees them: schemas, and by way of the bindings_*.h checks, allocation, and calls of the kernels. The
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
+#include "bindings_energy.h"
 #include "bindings_gram.h"
 #include "bindings_softmax_kl.h"
 #include "boxing.h"
@@ -55,7 +56,10 @@ void define(StableLibrary& m) {
       "-> (Tensor, Tensor)",
       "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
       "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
-      "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
+      "energy_energies(Tensor activation) -> Tensor",
+      "energy_forward(Tensor[] student, Tensor[] teacher, float[] factors, bool absolute, bool per_layer, "
+      "bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
+      "energy_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -71,7 +75,9 @@ void implement(StableLibrary& m) {
   m.impl("gram_cosine_forward", kd::boxed<kd::gram_cosine_forward>);
   m.impl("gram_cosine_backward", kd::boxed<kd::gram_cosine_backward>);
   m.impl("angular_margin_forward", kd::boxed<kd::angular_margin_forward>);
-  m.impl("angular_margin_backward", kd::boxed<kd::angular_margin_backward>);
+  m.impl("energy_energies", kd::boxed<kd::energy_energies>);
+  m.impl("energy_forward", kd::boxed<kd::energy_forward>);
+  m.impl("energy_backward", kd::boxed<kd::energy_backward>);
 }
 
 }  // namespace
