@@ -18,6 +18,8 @@ from kdkernels.ops.angular_margin import definition as angular_definition
 from kdkernels.ops.angular_margin import op as angular_op
 from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
+from kdkernels.ops.energy import definition as energy_definition
+from kdkernels.ops.energy import op as energy_op
 from kdkernels.ops.gram import definition as gram_definition
 from kdkernels.ops.gram import op as gram_op
 from kdkernels.ops.softmax_kl import definition as softmax_definition
@@ -44,6 +46,8 @@ def by_definition() -> Iterator[None]:
         patch.setattr(softmax_op, "_op", softmax_definition.softmax_kl)
         patch.setattr(gram_op, "_sp_op", gram_definition.sp_gram)
         patch.setattr(gram_op, "_cosine_op", lambda x: gram_definition.cosine_similarity(*x))
+        patch.setattr(energy_op, "_energy_op", energy_definition.energy)
+        patch.setattr(energy_op, "_attention_op", energy_definition.attention)
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
         yield

@@ -10,10 +10,11 @@ import pytest
 
 from kdkernels.ops import backend
 from kdkernels.ops.angular_margin.op import AngularMargin
+from kdkernels.ops.energy.op import Energy
 from kdkernels.ops.gram.op import Gram
 from kdkernels.ops.softmax_kl.op import SoftmaxKL
 
-PROTOCOLS = {"softmax_kl": SoftmaxKL, "gram": Gram, "angular_margin": AngularMargin}
+PROTOCOLS = {"softmax_kl": SoftmaxKL, "gram": Gram, "energy": Energy, "angular_margin": AngularMargin}
 METHODS = [
     (op, method)
     for op, protocol in PROTOCOLS.items()
@@ -30,7 +31,7 @@ def implementation(op: str, name: str) -> ModuleType:
 
 def test_every_op_has_its_protocol() -> None:
     assert set(PROTOCOLS) == set(backend.OPS)
-    assert len(METHODS) == 3 + 8 + 3
+    assert len(METHODS) == 3 + 8 + 4 + 2
 
 
 @pytest.mark.parametrize("name", list(backend.MODULES))

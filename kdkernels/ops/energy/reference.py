@@ -77,7 +77,8 @@ def _distance(u: Tensor, lengths: Tensor, c: float, absolute: bool, need_grad: b
     if not need_grad:
         return loss, loss.new_empty(0)
     if absolute:
-        pull, inner = d.sgn(), (u[0] * d.sgn()).sum((1, 2), keepdim=True)
+        pull = torch.where(d.isnan(), d, d.sgn())  # of NaN PyTorch's is 0
+        inner = (u[0] * pull).sum((1, 2), keepdim=True)
     else:
         # <u_s, D> = |D|^2 / 2 for unit vectors; a map under the eps is shorter than 1
         of_1 = (lengths / lengths.clamp(min=UNIT_EPS)).square()
