@@ -28,8 +28,8 @@ def at_loss(
 
     Args:
         student, teacher: (B, C, H, W) activations of one layer each, or two sequences of them (layer pairs). A pair
-            agrees in B, the channels are free; of two sizes the larger map is pooled to the smaller (adaptive average pooling).
-            float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
+            agrees in B, the channels are free; of two sizes the larger map is pooled to the smaller (adaptive average
+            pooling). float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
         p: 1 or more: the power of the activations. 2 has kernels; others are plain PyTorch.
         layer_weights: one number per layer pair; None is 1 for each.
         reduction: over the samples: "mean" (other libraries call it "batchmean", which works here too), "sum" or
@@ -37,8 +37,8 @@ def at_loss(
         layer_reduction: over the weighted layers: "sum", "mean" or "none", one value per layer.
 
     Returns:
-        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. A layer's value is at
-        most 4 / (H W), so weights are large: 1000 is RepDistiller's and mdistiller's.
+        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. A layer's value is
+        at most 2 / (H W), so weights are large: 1000 is RepDistiller's and mdistiller's.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options.

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops.channel_gram import Channels
 from .ops.channel_gram import channel_gram as _channel_gram
 from .ops.checks import (
     FLOATING,
@@ -74,7 +73,7 @@ def channel_gram(x: Tensor, y: Tensor | None = None) -> Tensor:
             f"channel_gram: x and y must be (B, C, ...) with the same B and as many pixels, got {tuple(x.shape)} and "
             f"{tuple(y.shape)}"
         )
-    return _channel_gram(Channels(x, y))
+    return _channel_gram(x, y)
 
 
 def _check_floating(x: Tensor, name: str) -> None:

@@ -7,6 +7,7 @@ L = mean over the batch and the matrix of (G_student - G_teacher)^2, summed over
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -36,8 +37,8 @@ def fsp_loss(
         layer_reduction: over the weighted matrices: "sum", "mean" or "none", one value per matrix.
 
     Returns:
-        float32 (float64 if an input is): a scalar, (B,) or (L - 1,) with one "none", (L - 1, B) with both. The value grows with
-        the fourth power of the activations.
+        float32 (float64 if an input is): a scalar, (B,) or (L - 1,) with one "none", (L - 1, B) with both. The value
+        grows with the fourth power of the activations.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options.
@@ -63,7 +64,7 @@ def fsp_loss(
 
 def _consecutive(layers: list[Tensor]) -> list[Tensor]:
     """X, the deeper layer, of every pair, then every Y, pooled to one size."""
-    pairs = [pooled_to_smaller(top, bottom) for bottom, top in zip(layers, layers[1:], strict=False)]
+    pairs = [pooled_to_smaller(top, bottom) for bottom, top in pairwise(layers)]
     return [top for top, _ in pairs] + [bottom for _, bottom in pairs]
 
 

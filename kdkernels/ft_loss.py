@@ -32,8 +32,8 @@ def ft_loss(
 
     Args:
         student, teacher: (B, C, H, W) factors each, or two sequences of them (layer pairs). A pair
-            agrees in B, the channels are free; of two sizes the larger map is pooled to the smaller (adaptive average pooling).
-            float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
+            agrees in B, the channels are free; of two sizes the larger map is pooled to the smaller (adaptive average
+            pooling). float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
         p1: 1 or more: the power of the factors. 2 has kernels; others are plain PyTorch.
         p2: 1 or 2: the power of the maps' difference.
         layer_weights: one number per layer pair; None is 1 for each.
@@ -42,8 +42,8 @@ def ft_loss(
         layer_reduction: over the weighted layers: "sum", "mean" or "none", one value per layer.
 
     Returns:
-        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. RepDistiller's weight
-        is 200.
+        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. RepDistiller's
+        weight is 200.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options.

@@ -36,8 +36,8 @@ def ickd_loss(
         layer_reduction: over the weighted layers: "sum", "mean" or "none", one value per layer.
 
     Returns:
-        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. A layer's value is at
-        most 4, and at most 2 for activations that are not negative.
+        float32 (float64 if an input is): a scalar, (B,) or (L,) with one "none", (L, B) with both. A layer's value is
+        at most 4, and at most 2 for activations that are not negative.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options.

@@ -30,8 +30,8 @@ def nst_loss(
 
     Args:
         student, teacher: (B, C, H, W) activations of one layer each, or two sequences of them (layer pairs). A pair
-            agrees in B, the channels are free; of two sizes the larger map is pooled to the smaller (adaptive average pooling).
-            float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
+            agrees in B, the channels are free; of two sizes the larger map is pooled to the smaller (adaptive average
+            pooling). float16, bfloat16, float32 or float64, any strides. No gradient flows to the teacher.
         layer_weights: one number per layer pair; None is 1 for each.
         reduction: over the samples: "mean" (other libraries call it "batchmean", which works here too), "sum" or
             "none", one value per sample.

@@ -16,6 +16,8 @@ import kdkernels
 from kdkernels.ops import backend as backends
 from kdkernels.ops.angular_margin import definition as angular_definition
 from kdkernels.ops.angular_margin import op as angular_op
+from kdkernels.ops.channel_gram import definition as channel_definition
+from kdkernels.ops.channel_gram import op as channel_op
 from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
 from kdkernels.ops.energy import definition as energy_definition
@@ -48,6 +50,7 @@ def by_definition() -> Iterator[None]:
         patch.setattr(gram_op, "_cosine_op", lambda x: gram_definition.cosine_similarity(*x))
         patch.setattr(energy_op, "_energy_op", energy_definition.energy)
         patch.setattr(energy_op, "_attention_op", energy_definition.attention)
+        patch.setattr(channel_op, "_distance_op", channel_definition.channel_distance)
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
         yield

@@ -1,5 +1,5 @@
 """channel_gram: products of channels, per sample, and the losses that compare them. op.py is the contract."""
 
-from .op import Channels, GramPairs, channel_distance, channel_gram
+from .op import GramPairs, channel_distance, channel_gram
 
-__all__ = ["Channels", "GramPairs", "channel_distance", "channel_gram"]
+__all__ = ["GramPairs", "channel_distance", "channel_gram"]

@@ -1,4 +1,4 @@
-"""channel_gram as on a board: differentiable PyTorch, the oracle of the tests.
+"""channel_distance as on a board: differentiable PyTorch, the oracle of the tests.
 
 X (C, M) is a sample's activation, a row per channel over M pixels; unit(x) = x / max(||x||_2, 1e-12), of rows.
 
@@ -13,13 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .op import UNIT_EPS, Channels, GramPairs
-
-
-def channel_gram(x: Channels) -> Tensor:
-    dtype = compute_dtype(*x)
-    a, b = (y.to(dtype).flatten(2) for y in x)
-    return a @ b.mT
+from .op import UNIT_EPS, GramPairs
 
 
 def channel_distance(x: GramPairs) -> Tensor:

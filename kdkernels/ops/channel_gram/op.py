@@ -1,14 +1,13 @@
 """channel_gram: per-sample products of channels, and the distance of two networks' products, with their gradients.
 
-The formulas are in definition.py. The products are PyTorch's bmm, of at most the smaller of channels and pixels a side.
-A distance makes its gradient in the forward pass, some samples at a time, so that no product outlives the cache: what is
-saved is the student's gradient for an upstream gradient of 1.
+The formulas are in definition.py. The products are PyTorch's bmm. A distance makes its gradient in the forward pass,
+some samples at a time, so that no product outlives the cache: what is saved is the gradient for an upstream gradient
+of 1.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +19,6 @@ from ..library import Differentiable, build, register
 
 UNIT_EPS = 1e-12  # of norms of rows
 KINDS = ("nst", "ickd", "fsp")
-
-
-class Channels(NamedTuple):
-    """What channel_gram computes."""
-
-    a: Tensor  # (B, C, ...)
-    b: Tensor  # (B, C', ...), of as many pixels
 
 
 class GramPairs(NamedTuple):
@@ -58,43 +50,14 @@ class GramPairs(NamedTuple):
         return self.reduction == "none"
 
 
-# ---- one product
+def channel_gram(a: Tensor, b: Tensor) -> Tensor:
+    """(B, C, C') of (B, C, ...) and (B, C', ...): float32 (float64 if an input is), under autocast too.
 
-
-def _gram(a: Tensor, b: Tensor, need_grad: bool) -> tuple[Tensor]:
+    Arguments are the caller's to check: feature_maps.py does.
+    """
     dtype = compute_dtype(a, b)
-    return (torch.bmm(a.to(dtype).flatten(2), b.to(dtype).flatten(2).mT),)
-
-
-def _gram_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    d_a = torch.bmm(grad, b.to(grad.dtype).flatten(2)).view(a.shape)
-    d_b = torch.bmm(grad.mT, a.to(grad.dtype).flatten(2)).view(b.shape)
-    return grad_like(a).copy_(d_a), grad_like(b).copy_(d_b)
-
-
-_gram_op = Differentiable(
-    "channel_gram",
-    Channels,
-    "Tensor gram",
-    _gram,
-    lambda a, b, need_grad: (a.new_empty(a.shape[0], a.shape[1], b.shape[1], dtype=compute_dtype(a, b)),),
-    keep=itemgetter(0, 1),
-    backward=register(
-        "channel_gram_backward",
-        "(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor)",
-        _gram_backward,
-        lambda grad, a, b: (grad_like(a), grad_like(b)),
-    ),
-    inputs=2,
-)
-
-
-def channel_gram(x: Channels) -> Tensor:
-    """(B, C, C'): float32 (float64 if an input is). Arguments are the caller's to check: feature_maps.py does."""
-    return _gram_op(x)
-
-
-# ---- the distance of pairs of products
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.bmm(a.to(dtype).flatten(2), b.to(dtype).flatten(2).mT)
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -125,9 +88,9 @@ def _backward(grad: Tensor, unscaled: Tensor, student: list[Tensor], layers: int
 
 _backward_op = register(
     "channel_distance_backward",
-    "(Tensor grad, Tensor unscaled, Tensor[] student, float[] layer_weights, str reduction) -> Tensor[]",
-    lambda grad, unscaled, student, weights, reduction: _backward(grad, unscaled, student, len(weights), reduction),
-    lambda grad, unscaled, student, weights, reduction: [grad_like(s) for s in student],
+    "(Tensor grad, Tensor unscaled, Tensor[] student, int layers, str reduction) -> Tensor[]",
+    _backward,
+    lambda grad, unscaled, student, layers, reduction: [grad_like(s) for s in student],
 )
 _distance_op = Differentiable(
     "channel_distance",
@@ -135,7 +98,7 @@ _distance_op = Differentiable(
     "Tensor loss, Tensor unscaled",
     _forward,
     _fake,
-    keep=itemgetter(0, 2, 4),
+    keep=lambda args: (args[0], len(args[2]), args[4]),
     backward=_backward_op,
 )
 

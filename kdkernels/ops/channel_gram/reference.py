@@ -15,7 +15,7 @@ from .op import UNIT_EPS, GramPairs
 
 CACHED = 1 << 18  # numbers that stay in the cores' caches
 Gradients = Callable[[], tuple[Tensor, ...]]
-# of X_s, Y_s, X_t, Y_t, some samples' (b, C, M): their values (b,), and what makes the gradients by X_s, or by X_s and Y_s
+# of X_s, Y_s, X_t, Y_t, some samples' (b, C, M): the values (b,), and what makes the gradients by X_s, or X_s and Y_s
 Distance = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Gradients]]
 
 
@@ -96,20 +96,21 @@ def _by_channels(student: Tensor, teacher: Tensor) -> tuple[Tensor, Callable[[],
 
 
 def ickd(x_s: Tensor, _: Tensor, x_t: Tensor, __: Tensor) -> tuple[Tensor, Gradients]:
-    """||G_s - G_t||^2 / C of the unit rows G of X X^T: SP's formula for the channels of a sample."""
+    """||G_s - G_t||^2 / C of the unit rows G of K = X X^T: SP's formula for the channels of a sample."""
     k_s, k_t, c = torch.bmm(x_s, x_s.mT), torch.bmm(x_t, x_t.mT), 1 / max(x_s.shape[1], 1)
     norm_s, norm_t = _norms(k_s), _norms(k_t)
     length_s, length_t = norm_s.clamp(min=UNIT_EPS), norm_t.clamp(min=UNIT_EPS)
-    unit = k_s.div_(length_s)
-    d = unit - k_t.div_(length_t)
-    rows = d.square().sum(2, keepdim=True)
+    d = (k_s / length_s).addcdiv_(k_t, length_t, value=-1)
+    rows = _norms(d).square_()
 
     def gradients() -> tuple[Tensor]:
         # <G_s, 2 D> is |D|^2 for unit rows; a row under the eps is shorter than 1, and its norm is a constant
         inner = rows + (norm_s / length_s).square() - (norm_t / length_t).square()
         inner.masked_fill_(norm_s < UNIT_EPS, 0)
-        h = d.mul_(2).addcmul_(inner, unit, value=-1).mul_(c / length_s)
-        return (torch.bmm(h.add(h.mT), x_s),)
+        # H = a_i K_s - b_i K_t, and H + H^T without a transposition, as both K are symmetric
+        a, b = (2 * c - c * inner) / length_s.square(), 2 * c / (length_s * length_t)
+        h = torch.add(a, a.mT, out=d).mul_(k_s).sub_(k_t.mul_(b + b.mT))
+        return (torch.bmm(h, x_s),)
 
     return c * rows.sum((1, 2)), gradients
 
@@ -117,7 +118,7 @@ def ickd(x_s: Tensor, _: Tensor, x_t: Tensor, __: Tensor) -> tuple[Tensor, Gradi
 def fsp(x_s: Tensor, y_s: Tensor, x_t: Tensor, y_t: Tensor) -> tuple[Tensor, Gradients]:
     """||X_s Y_s^T / M_s - X_t Y_t^T / M_t||^2 / (C C')."""
     c, pixels = 1 / max(x_s.shape[1] * y_s.shape[1], 1), max(x_s.shape[2], 1)
-    d = torch.bmm(x_s, y_s.mT).div_(pixels).sub_(torch.bmm(x_t, y_t.mT), alpha=1 / max(x_t.shape[2], 1))
+    d = torch.bmm(x_s, y_s.mT).div_(pixels).sub_(torch.bmm(x_t, y_t.mT).div_(max(x_t.shape[2], 1)))
 
     def gradients() -> tuple[Tensor, Tensor]:
         pull = d * (2 * c / pixels)
