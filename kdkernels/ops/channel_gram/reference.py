@@ -108,7 +108,8 @@ def ickd(x_s: Tensor, _: Tensor, x_t: Tensor, __: Tensor) -> tuple[Tensor, Gradi
         inner = rows + (norm_s / length_s).square() - (norm_t / length_t).square()
         inner.masked_fill_(norm_s < UNIT_EPS, 0)
         # H = a_i K_s - b_i K_t, and H + H^T without a transposition, as both K are symmetric
-        a, b = (2 * c - c * inner) / length_s.square(), 2 * c / (length_s * length_t)
+        a = (2 * c - c * inner) / (length_s * length_s)
+        b = torch.full_like(a, 2 * c) / (length_s * length_t)  # not a reciprocal: equal networks have a = b
         h = torch.add(a, a.mT, out=d).mul_(k_s).sub_(k_t.mul_(b + b.mT))
         return (torch.bmm(h, x_s),)
 
