@@ -6,10 +6,13 @@ from typing import Any
 
 from .alone import Alone
 from .amd import AMD
+from .at import AT
 from .base import Batch, Method, Outputs
 from .corsd import CORSD
+from .ickd import ICKD
 from .kd import KD
 from .mlkd import MLKD
+from .nst import NST
 from .sp import SP
 from .stkd import STKD
 
@@ -19,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
     "sp": SP,
     "stkd": STKD,
     "amd": AMD,
+    "at": AT,
+    "nst": NST,
+    "ickd": ICKD,
     "mlkd": MLKD,
     "corsd": CORSD,
 }
@@ -31,4 +37,20 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name](**options)
 
 
-__all__ = ["AMD", "CORSD", "KD", "METHODS", "MLKD", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]
+__all__ = [
+    "AMD",
+    "AT",
+    "CORSD",
+    "ICKD",
+    "KD",
+    "METHODS",
+    "MLKD",
+    "NST",
+    "SP",
+    "STKD",
+    "Alone",
+    "Batch",
+    "Method",
+    "Outputs",
+    "make_method",
+]
