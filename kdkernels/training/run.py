@@ -17,6 +17,8 @@ from .loop import fit, make_accelerator
 from .methods import METHODS, Method, make_method
 from .models import ConvNet, small_student, small_teacher
 
+WEIGHTED = ("kd", "sp", "amd", "at", "nst", "ickd", "rkd", "pkt", "cc", "irg", "nkd", "dist")
+
 
 def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
@@ -49,7 +51,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 # methods of one weight, which the command line sets
-WEIGHTED = ("sp", "amd", "kd", "rkd", "pkt", "cc", "irg", "nkd", "dist")
+WEIGHTED = ("kd", "sp", "amd", "at", "nst", "ickd", "rkd", "pkt", "cc", "irg", "nkd", "dist")
 
 
 def _method(name: str, weight: float | None) -> Method:

@@ -6,13 +6,16 @@ from typing import Any
 
 from .alone import Alone
 from .amd import AMD
+from .at import AT
 from .base import Batch, Method, Outputs
 from .corsd import CORSD
 from .dist import DIST
+from .ickd import ICKD
 from .kd import KD
 from .mlkd import MLKD
 from .mlld import MLLD
 from .nkd import NKD
+from .nst import NST
 from .relational import CC, IRG, PKT, RKD
 from .sp import SP
 from .stkd import STKD
@@ -26,6 +29,9 @@ METHODS: dict[str, type[Method]] = {
     "dist": DIST,
     "mlld": MLLD,
     "amd": AMD,
+    "at": AT,
+    "nst": NST,
+    "ickd": ICKD,
     "mlkd": MLKD,
     "corsd": CORSD,
     "rkd": RKD,
@@ -44,15 +50,18 @@ def make_method(name: str, **options: Any) -> Method:
 
 __all__ = [
     "AMD",
+    "AT",
     "CC",
     "CORSD",
     "DIST",
+    "ICKD",
     "IRG",
     "KD",
     "METHODS",
     "MLKD",
     "MLLD",
     "NKD",
+    "NST",
     "PKT",
     "RKD",
     "SP",
