@@ -16,7 +16,7 @@ from .products import Gradients, Linear, logits, slope
 from .record import LinearKD
 
 IGNORED = -100  # the label of rows that do not count, whatever the caller's is
-# Bytes of logits, and of what is made of them, at a time. Each chunk reads the weights, and reads and writes the sums of
+# Bytes of logits, and of what is made of them, at a time. Each chunk reads the weights and reads and writes the sums of
 # their gradient, which many rows make cheap. On a CPU it may be as much as the weights, beside which that is little.
 BUDGET_CPU, BUDGET_ACCELERATOR = 64 << 20, 1 << 30
 
