@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="distil a small student on digits with every method (about two minutes)")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for metrics and demo.png")
     demo.add_argument("--seeds", type=_positive, default=3)
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train one student with one method")
@@ -33,11 +35,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--teacher-epochs", type=_positive, default=26)
     train.add_argument("--epochs", type=_positive, default=100)
     train.add_argument("--batch-size", type=_positive, default=32)
-    train.add_argument("--lr", type=float, default=0.1)
+    train.add_argument("--lr", type=_rate, default=0.1)
     train.add_argument("--accumulate", type=_positive, default=1, help="micro-batches per step")
     train.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--output", type=Path, default=Path("runs/train"))
+    train.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     train.set_defaults(run=_train)
     return top
 
@@ -48,12 +51,22 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
+
+
 def _need_extra() -> None:
     from .doctor import TRAIN_PACKAGES
 
     missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'kdkernels[train]'")
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install '.[train]' in a checkout of kdkernels")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -67,7 +80,7 @@ def _demo(args: argparse.Namespace) -> None:
     _need_extra()
     from .training.demo import run_demo
 
-    run_demo(args.output, args.seeds)
+    run_demo(args.output, args.seeds, overwrite=args.overwrite)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -99,7 +112,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, FloatingPointError, BackendError) as error:
-        print(f"kdkernels {args.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"kdkernels {args.command}: interrupted; {_saved(args)}", file=sys.stderr)
+        return 130  # as shells have it
+    except (ValueError, TypeError, OSError, FloatingPointError, BackendError) as error:
+        started = isinstance(error, FloatingPointError) or getattr(error, "started", False)
+        print(f"kdkernels {args.command}: {error}{f'; {_saved(args)}' if started else ''}", file=sys.stderr)
         return 2
     return 0
+
+
+def _saved(args: argparse.Namespace) -> str:
+    """What of a run that ended early is on the disk."""
+    if not hasattr(args, "output"):
+        return "nothing was saved"
+    from .training.runs import saved
+
+    return saved(args.output)

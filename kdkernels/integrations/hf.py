@@ -1,4 +1,4 @@
-"""Distillation with transformers' ``Trainer``. It needs the extra "hf": pip install 'kdkernels[hf]'."""
+"""Distillation with transformers' ``Trainer``. It needs the extra "hf": pip install '.[hf]'."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..training.checks import check_optimizer
 from ..training.distillation import Distillation
 from .relational import whole_batches
 
 try:
     from transformers import Trainer, TrainingArguments
 except ImportError as error:
-    raise ImportError(f"kdkernels.integrations.hf needs the extra hf: pip install 'kdkernels[hf]' ({error})") from error
+    raise ImportError(f"kdkernels.integrations.hf needs the extra hf: pip install '.[hf]' ({error})") from error
 
 
 class Logits(nn.Module):
@@ -49,13 +50,16 @@ class DistillationTrainer(Trainer):
     Raises:
         TypeError: distillation is not a Distillation.
         ValueError: gradient accumulation with a method that compares the rows of a batch (sp, mlkd), or several GPUs in
-            one process. Several processes are fine: rows are compared over all processes.
+            one process, or an optimizer that misses the method's heads. Several processes are fine: rows are compared
+            over all processes.
     """
 
     def __init__(self, distillation: Distillation, args: TrainingArguments | None = None, **options: Any) -> None:
         if not isinstance(distillation, Distillation):
             raise TypeError(f"DistillationTrainer needs a Distillation, got {type(distillation).__name__}")
         super().__init__(distillation, args, **options)
+        if self.optimizer is not None:
+            check_optimizer(distillation, self.optimizer)
         whole_batches(distillation, self.args.gradient_accumulation_steps, self.args.world_size)
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The thin trainer. It needs the extra "train": pip install 'kdkernels[train]'."""
+"""The thin trainer. It needs the extra "train": pip install '.[train]'."""
 
 from .distillation import Distillation, DistillationOutput
 from .methods import METHODS, Batch, Method, Outputs, make_method

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .methods import Batch, Method, Outputs, make_method
+from .outputs import Output, read
 from .taps import FeatureTaps, stage_names, unwrap, width
 
 
@@ -37,23 +38,28 @@ class Distillation(nn.Module):
     """``Distillation(teacher, student, "sp")(images, target)`` is what any trainer needs.
 
     Args:
-        teacher: a trained model that returns logits, or None for a method without a teacher. It is put in eval mode and
+        teacher: a trained model, or None for a method without a teacher ("alone", "corsd"). It is put in eval mode and
             stays there, moves with ``.to()``, gets no gradients, and is in neither ``parameters()`` nor
             ``state_dict()``.
-        student: the model to train, returning logits for the same images.
+        student: the model to train, for the same images.
         method: a name ("alone", "kd", "sp", "stkd", "amd", "mlkd", "corsd"), or a ``Method`` with your options.
         layers, teacher_layers: names of the modules whose outputs a feature method compares. ``teacher_layers``
             defaults to ``layers``, and ``layers`` to the stages that the method's paper uses (the last one or all).
+        output, teacher_output: where a model returns no tensor of logits: the logits' name or position in what it
+            returns (``output="logits"``), or a function of it. ``teacher_output`` defaults to ``output``.
         example: a batch of images on the models' device. A method with heads ("mlkd", "corsd") runs it once to learn
             how wide the features are; without it their widths are read off the models' layers.
 
     ``distillation(images, target)`` returns the loss, its terms and the student's logits; for "corsd" images and labels
-    are triplets: ``distillation(images, target, target_neg)``. Call ``close()`` to take the hooks off both models.
+    are triplets: ``distillation(images, target, target_neg)``, and in training mode nothing else. Call ``close()`` to
+    take the hooks off both models.
 
     Raises:
-        ValueError: a method or a layer that does not exist; a missing teacher; the student as its own teacher; unequal
-            numbers of layers; features whose widths need an example (the first forward pass raises if their layers
-            state wrong ones); a ``Method`` with heads for another Distillation.
+        ValueError: a method or a layer that does not exist; a missing teacher, or one that the method has no use for;
+            the student as its own teacher; unequal numbers of layers; features whose widths need an example (the first
+            forward pass raises if their layers state wrong ones); a ``Method`` with heads for another Distillation;
+            from the forward pass in training mode, no triplets for a method that needs them.
+        TypeError: from the forward pass, a model that returns neither logits nor (logits, [features]).
     """
 
     def __init__(
@@ -64,17 +70,17 @@ class Distillation(nn.Module):
         *,
         layers: str | Sequence[str] | None = None,
         teacher_layers: str | Sequence[str] | None = None,
+        output: Output | None = None,
+        teacher_output: Output | None = None,
         example: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.method = make_method(method) if isinstance(method, str) else method
-        if teacher is None and self.method.needs_teacher:
-            raise ValueError(f"method {type(self.method).__name__} needs a teacher, got None")
-        if teacher is not None and self.method.needs_teacher and unwrap(teacher) is unwrap(student):
-            raise ValueError("teacher and student are the same module: the teacher must be another one, or a copy")
+        self._check_teacher(teacher, student)
         self.student = student
         # in a tuple, so that the teacher is no submodule: not in parameters(), state_dict() or DDP's buffers
-        self._teacher = (teacher.eval(),) if teacher is not None and self.method.needs_teacher else ()
+        self._teacher = () if teacher is None else (teacher.eval(),)
+        self.output, self.teacher_output = output, output if teacher_output is None else teacher_output
         student_names = self._choose(student, layers)
         teacher_names = self._choose(self.teacher, layers if teacher_layers is None else teacher_layers)
         if self.teacher is not None and len(student_names) != len(teacher_names):
@@ -90,6 +96,15 @@ class Distillation(nn.Module):
         except BaseException:
             self.close()  # no hooks of a Distillation that nobody gets
             raise
+
+    def _check_teacher(self, teacher: nn.Module | None, student: nn.Module) -> None:
+        name = type(self.method).__name__
+        if teacher is None and self.method.needs_teacher:
+            raise ValueError(f"method {name} needs a teacher, got None")
+        if teacher is not None and not self.method.needs_teacher:
+            raise ValueError(f"method {name} learns from no teacher, and would ignore this one: give None")
+        if teacher is not None and unwrap(teacher) is unwrap(student):
+            raise ValueError("teacher and student are the same module: the teacher must be another one, or a copy")
 
     def _choose(self, model: nn.Module | None, layers: str | Sequence[str] | None) -> list[str]:
         if model is None:
@@ -114,7 +129,7 @@ class Distillation(nn.Module):
         if example is None:
             student = self._stated(self.student, self._student_taps)
             teacher = self._stated(self.teacher, self._teacher_taps) if self._teacher_taps is not None else None
-            self._stated_widths = self._widths(student), self._widths(teacher)
+            self._stated_widths = self.method.widths(student, teacher)
             self.method.build(student, teacher)
         else:
             with eval_mode(self.student), torch.no_grad():
@@ -132,18 +147,20 @@ class Distillation(nn.Module):
                 f"method {type(self.method).__name__} has parameters of its own, and the widths of {taps.names} of "
                 f"{type(bare).__name__} cannot be read off its layers: give a batch of images as example=..."
             )
-        logits, *features = (torch.empty(1, n) for n in widths if n is not None)
+        like = next(bare.parameters(), torch.empty(0))  # heads get the student's device, and float64 if that is its
+        logits, *features = (torch.empty(1, n, dtype=like.dtype, device=like.device) for n in widths if n is not None)
         return Outputs(logits, features)
 
     def outputs(self, images: Tensor) -> tuple[Outputs, Outputs | None]:
         """Student and teacher on the same images."""
-        student, teacher = Outputs(self.student(images), self._student_taps.pop()), None
+        student = self._run(self.student, images, self.output, self._student_taps, "student")
+        teacher = None
         if self.teacher is not None and self._teacher_taps is not None:
             with torch.no_grad():
-                teacher = Outputs(self.teacher(images), self._teacher_taps.pop())
+                teacher = self._run(self.teacher, images, self.teacher_output, self._teacher_taps, "teacher")
         if self._stated_widths is not None:
             # what layers state can mislead: a module may concatenate, a head may be registered first
-            real = self._widths(student), self._widths(teacher)
+            real = self.method.widths(student, teacher)
             if real != self._stated_widths:
                 raise ValueError(
                     f"method {type(self.method).__name__} was built for the widths (student, teacher) that layers "
@@ -152,14 +169,19 @@ class Distillation(nn.Module):
             self._stated_widths = None
         return student, teacher
 
-    def _widths(self, outputs: Outputs | None) -> list[int]:
-        """The widths that the method's heads depend on."""
-        if outputs is None:
-            return []
-        return [x.shape[1] for x in (*outputs.features, *[outputs.logits][: self.method.needs_classes])]
+    @staticmethod
+    def _run(model: nn.Module, images: Tensor, output: Output | None, taps: FeatureTaps, whose: str) -> Outputs:
+        logits, _ = read(model(images), output, whose)
+        return Outputs(logits, taps.pop())
 
     def batch(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """What the networks will see; the method mixes and augments only in training mode."""
+        if self.training and self.method.triplets and target_neg is None:
+            raise ValueError(
+                f"method {type(self.method).__name__} trains on triplets (images, target, target_neg), and got no "
+                "target_neg: kdkernels.training.triplets.triplet_loader makes them from any labelled data set, as fit "
+                "does by itself"
+            )
         if self.training:
             return self.method.prepare(images, target, target_neg)
         return Batch(images, target, target_neg=target_neg)

@@ -46,6 +46,7 @@ class Method(nn.Module):
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
+    scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not "weight"
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
     built: bool = False  # build() has run; set by Distillation
@@ -53,6 +54,16 @@ class Method(nn.Module):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         """Make the method's own parameters, from the widths (dimension 1) of the outputs."""
+
+    def widths(self, student: Outputs, teacher: Outputs | None) -> tuple[list[int], list[int]]:
+        """The widths that ``build`` depends on, the student's and the teacher's."""
+        logits = [student.logits][: self.needs_classes]
+        features = [] if teacher is None else teacher.features
+        return [x.shape[1] for x in (*student.features, *logits)], [x.shape[1] for x in features]
+
+    def scaled_by(self, term: str) -> str:
+        """The option that makes a term larger or smaller, in words."""
+        return f"{self.scales.get(term, 'weight')}= of {type(self).__name__}"
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """The training batch, unchanged unless the method mixes or augments."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...corsd_loss import CORSDLoss
+from ...ops.checks import compute_dtype
 from ..triplets import triplet_labels
 from .base import Batch, Method, Outputs
 
@@ -19,6 +20,7 @@ class CORSD(Method):
     needs_teacher = False
     needs_widths = True
     triplets = True
+    scales: ClassVar[dict[str, str]] = {"corsd": "the weights of kdkernels.CORSDLoss, options"}
 
     def __init__(self, **options: Any) -> None:
         """Options are those of ``CORSDLoss``: its weights, temperature, margin, detach_deepest."""
@@ -28,7 +30,8 @@ class CORSD(Method):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         channels = [x.shape[1] for x in student.features]
-        self.loss = CORSDLoss(channels, student.logits.shape[1], **self.options).to(student.logits.device)
+        loss = CORSDLoss(channels, student.logits.shape[1], **self.options)
+        self.loss = loss.to(student.logits.device, compute_dtype(student.logits))
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert self.loss is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,6 +13,8 @@ from .base import Batch, Method, Outputs, check_share
 
 class KD(Method):
     """Hinton et al. 2015, with the weights that RepDistiller made usual."""
+
+    scales: ClassVar[dict[str, str]] = {"ce": "1 - weight"}
 
     def __init__(self, weight: float = 0.9, temperature: float = 4.0) -> None:
         super().__init__()

@@ -1,0 +1,55 @@
+"""What a model returns, read: its logits, and the features that it may hand over with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Output = str | int | Callable[[Any], Any]  # a key, field or position of what the model returns, or a function of it
+
+
+def read(raw: Any, output: Output | None, whose: str) -> tuple[Tensor, list[Tensor] | None]:
+    """Logits, and features if the model (or ``output``) returns (logits, [features])."""
+    if callable(output):
+        raw = output(raw)
+    elif output is not None and not isinstance(raw, Tensor):  # many models return less in eval mode
+        raw = _part(raw, output, whose)
+    if isinstance(raw, Tensor):
+        return raw, None
+    if type(raw) in (tuple, list) and len(raw) == 2 and isinstance(raw[0], Tensor) and _features(raw[1]):
+        return raw[0], list(raw[1])
+    hint = "output='logits'" if "logits" in names(raw) else "output="
+    raise TypeError(
+        f"the {whose} returns {_described(raw)}, and not a tensor of logits or (logits, [features]): say what the "
+        f"logits are, with {hint}, a name, a position or a function of what it returns"
+    )
+
+
+def names(raw: Any) -> list[str]:
+    """The names by which a container's parts can be had."""
+    if isinstance(raw, Mapping):
+        return [str(key) for key in raw]
+    return list(getattr(raw, "_fields", ()))
+
+
+def _features(value: Any) -> bool:
+    return type(value) in (tuple, list) and len(value) > 0 and all(isinstance(x, Tensor) for x in value)
+
+
+def _part(raw: Any, output: str | int, whose: str) -> Any:
+    try:
+        if isinstance(output, int) or isinstance(raw, Mapping):
+            return raw[output]
+        return getattr(raw, output)
+    except (KeyError, IndexError, AttributeError, TypeError):
+        raise ValueError(f"output={output!r}: the {whose} returns {_described(raw)}") from None
+
+
+def _described(raw: Any) -> str:
+    if found := names(raw):
+        return f"a {type(raw).__name__} with {', '.join(map(repr, found))}"
+    if isinstance(raw, (tuple, list)):
+        return f"a {type(raw).__name__} of ({', '.join(type(x).__name__ for x in raw)})"
+    return f"a {type(raw).__name__}"
