@@ -58,6 +58,7 @@ class DistillationTrainer(Trainer):
         if not isinstance(distillation, Distillation):
             raise TypeError(f"DistillationTrainer needs a Distillation, got {type(distillation).__name__}")
         super().__init__(distillation, args, **options)
+        self._distillation = distillation  # self.model may become a wrapper of it
         if self.optimizer is not None:
             check_optimizer(distillation, self.optimizer)
         whole_batches(distillation, self.args.gradient_accumulation_steps, self.args.world_size)
@@ -73,6 +74,8 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if model.training and self.state.max_steps:
+            self._distillation.schedule(self.state.global_step / self.state.max_steps)
         inputs = dict(inputs)
         target, target_neg = inputs.pop(self.label_names[0]), inputs.pop("labels_neg", None)
         result = model(next(iter(inputs.values())) if len(inputs) == 1 else inputs, target, target_neg)

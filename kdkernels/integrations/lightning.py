@@ -60,6 +60,7 @@ class DistillationModule(LightningModule):
         check_optimizer(self.distillation, *self.trainer.optimizers)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        self.distillation.schedule(self.global_step / max(int(self.trainer.estimated_stepping_batches), 1))
         result: DistillationOutput = self.distillation(*batch)
         self.log_dict({"loss": result.loss.detach(), **result.terms}, batch_size=len(batch[0]))
         return result.loss

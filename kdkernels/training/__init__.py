@@ -2,7 +2,8 @@
 
 from .distillation import Distillation, DistillationOutput
 from .methods import METHODS, Batch, Method, Outputs, make_method
-from .taps import FeatureTaps, stage_names
+from .stages import stage_names
+from .taps import FeatureTaps
 
 __all__ = [
     "METHODS",

@@ -22,7 +22,8 @@ def check_optimizer(distillation: Distillation, *optimizers: torch.optim.Optimiz
     """The optimizers together train the student and all of the method's heads: those they miss would stay random."""
     known = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     name = type(distillation.method).__name__
-    missing = [n for n, p in distillation.method.named_parameters() if p.requires_grad and id(p) not in known]
+    own = (distillation.method, distillation.adapters)
+    missing = [n for m in own for n, p in m.named_parameters() if p.requires_grad and id(p) not in known]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(

@@ -22,7 +22,8 @@ from .loop import History, fit
 from .methods import AMD, CORSD, KD, MLKD, SP, STKD, Alone, Method, Outputs
 from .models import ConvNet, small_student, small_teacher
 from .plots import plot_demo
-from .taps import FeatureTaps, stage_names
+from .stages import stage_names
+from .taps import FeatureTaps
 
 LABELLED = 10  # per class: few, so that a teacher has something to add
 LR = 0.4  # of 0.02 .. 0.4 the best for the student alone; the methods get the same

@@ -139,7 +139,7 @@ def fit(
                 "step": epoch * steps_per_epoch,
                 "lr": optimizer.param_groups[0]["lr"],
             }
-            row |= _train_epoch(distillation, model, train_loader, optimizer, scheduler, accelerator, epoch)
+            row |= _train_epoch(distillation, model, train_loader, optimizer, scheduler, accelerator, epoch, epochs)
             if test_loader is not None and (epoch % eval_every == 0 or epoch == epochs):
                 row["test_accuracy"] = evaluate(distillation.student, test_loader, accelerator, distillation.output)
             history.append(row)
@@ -176,6 +176,7 @@ def _train_epoch(
     scheduler: LRScheduler,
     accelerator: Accelerator,
     epoch: int,
+    epochs: int,
 ) -> dict[str, float]:
     model.train()
     start = time.perf_counter()
@@ -185,10 +186,12 @@ def _train_epoch(
     rest = len(loader) % share  # batches in the last window, if it is not a whole one
     results = 0
     first: list[dict[str, float]] = []
-    steps_before = (epoch - 1) * math.ceil(len(loader) / share)
+    steps = math.ceil(len(loader) / share)
     for group in _groups(loader, together):
         batch = results * together
-        where = f"step {steps_before + batch // share + 1} (epoch {epoch}, batch {batch + 1} of {len(loader)})"
+        step = (epoch - 1) * steps + batch // share
+        distillation.schedule(step / (epochs * steps))
+        where = f"step {step + 1} (epoch {epoch}, batch {batch + 1} of {len(loader)})"
         if together > 1:
             result = _exact_backward(distillation, group, accelerator)
             values = _values(result, group, where)

@@ -15,14 +15,16 @@ def read(raw: Any, output: Output | None, whose: str) -> tuple[Tensor, list[Tens
     if callable(output):
         raw = output(raw)
     elif output is not None and not isinstance(raw, Tensor):  # many models return less in eval mode
-        raw = _part(raw, output, whose)
+        whole, raw = raw, take(raw, output)
+        if raw is None:
+            raise ValueError(f"output={output!r}: the {whose} returns {described(whole)}")
     if isinstance(raw, Tensor):
         return raw, None
     if type(raw) in (tuple, list) and len(raw) == 2 and isinstance(raw[0], Tensor) and _features(raw[1]):
         return raw[0], list(raw[1])
     hint = "output='logits'" if "logits" in names(raw) else "output="
     raise TypeError(
-        f"the {whose} returns {_described(raw)}, and not a tensor of logits or (logits, [features]): say what the "
+        f"the {whose} returns {described(raw)}, and not a tensor of logits or (logits, [features]): say what the "
         f"logits are, with {hint}, a name, a position or a function of what it returns"
     )
 
@@ -38,16 +40,17 @@ def _features(value: Any) -> bool:
     return type(value) in (tuple, list) and len(value) > 0 and all(isinstance(x, Tensor) for x in value)
 
 
-def _part(raw: Any, output: str | int, whose: str) -> Any:
+def take(raw: Any, part: str | int) -> Any:
+    """A key, field or position of a container; None where it has no such."""
     try:
-        if isinstance(output, int) or isinstance(raw, Mapping):
-            return raw[output]
-        return getattr(raw, output)
+        if isinstance(part, int) or isinstance(raw, Mapping):
+            return raw[part]
+        return getattr(raw, part)
     except (KeyError, IndexError, AttributeError, TypeError):
-        raise ValueError(f"output={output!r}: the {whose} returns {_described(raw)}") from None
+        return None
 
 
-def _described(raw: Any) -> str:
+def described(raw: Any) -> str:
     if found := names(raw):
         return f"a {type(raw).__name__} with {', '.join(map(repr, found))}"
     if isinstance(raw, (tuple, list)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
@@ -17,6 +17,14 @@ def check_share(name: str, value: float) -> None:
     check_weight(caller, **{option: value})
     if value > 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+Schedule = Callable[[float], float]  # the share of the training that is done, 0 to 1, to a weight
+
+
+def check_scheduled(method: Method, option: str, value: float) -> float:
+    check_weight(type(method).__name__, **{option: value})
+    return value
 
 
 class Batch(NamedTuple):
@@ -46,11 +54,26 @@ class Method(nn.Module):
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
+    includes: ClassVar[tuple[str, ...]] = ()  # terms that are inside its own, which a mixture does not add again
     scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not "weight"
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    named_layers: bool = False  # the user named the layers; set by Distillation
     built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedules: dict[str, Schedule] = {}
+
+    def schedule(self, share: float) -> None:
+        """Set the options that are schedules to their values after that share of the training."""
+        for option, value in self.schedules.items():
+            self.set_option(option, check_scheduled(self, option, value(share)))
+
+    def set_option(self, option: str, value: float) -> None:
+        """Change a weight; a method that keeps its weights elsewhere than in attributes overrides this."""
+        setattr(self, option, value)
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         """Make the method's own parameters, from the widths (dimension 1) of the outputs."""

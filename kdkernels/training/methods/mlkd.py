@@ -51,6 +51,12 @@ class MLKD(Method):
             check_layout(each, "MLKD")
         self.loss: MLKDLoss | None = None
 
+    def set_option(self, option: str, value: float) -> None:
+        assert self.loss is not None
+        if option == "supervised_weight" and value and self.loss.e_s is None:
+            raise ValueError("MLKD: supervised_weight was 0 when the heads were made: let its schedule begin above 0")
+        self.loss.options[option] = value
+
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         (s,), (t,) = self.widths(student, teacher)
         self.loss = MLKDLoss(s, t, views=self.views, **self.weights).to(

@@ -13,6 +13,8 @@ from .base import Batch, Method, Outputs, check_share
 class STKD(Method):
     """Zhao et al. 2021, as read in ``kdkernels.stkd_loss``. The teacher sees every mixed batch."""
 
+    includes = ("ce", "kd")
+
     def __init__(
         self,
         alpha: float = 1.0,
