@@ -27,8 +27,13 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train one student with one method")
-    train.add_argument("--method", default="kd", help="alone, kd, sp, stkd, amd, mlkd or corsd")
-    train.add_argument("--weight", type=float, help="weight of the method's term; default: the method's own")
+    train.add_argument("--method", default="kd", help="alone, kd, sp, stkd, amd, mlkd, corsd, or several: kd+sp")
+    train.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        help="weight of the method's term; sp=300 of one of several",
+    )
     train.add_argument("--data", default="digits", help="'digits', or an .npz with x_train, y_train, x_test, y_test")
     train.add_argument("--per-class", type=_positive, help="labelled training images per class for the student")
     train.add_argument("--teacher", type=Path, help="safetensors of a teacher trained before; default: train one")

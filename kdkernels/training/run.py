@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,12 +68,28 @@ def _rehearse(method: Method, split: data.Split, loader: DataLoader[Any]) -> Non
     Distillation(teacher, small_student(split.channels, split.classes), method)(*next(iter(loader)))
 
 
-def _method(name: str, weight: float | None) -> Method:
-    if weight is None:
-        return make_method(name)
-    if name in ("sp", "amd", "kd"):
-        return make_method(name, weight=weight)
-    raise ValueError(f"--weight belongs to the methods sp, amd and kd, got {name!r} (methods: {', '.join(METHODS)})")
+def _method(names: str, weights: Sequence[str]) -> Method:
+    """The method, or several joined by +, with the weights that were given as "300" or "sp=300"."""
+    options: dict[str, dict[str, float]] = {name: {} for name in names.split("+")}
+    for text in weights:
+        name, _, number = text.rpartition("=")
+        if not name and len(options) > 1:
+            raise ValueError(
+                f"--weight {text}: say of which of {', '.join(options)} it is, as {next(iter(options))}={text}"
+            )
+        name = name or names
+        if name in METHODS and "weight" not in signature(METHODS[name]).parameters:
+            takers = [n for n, method in METHODS.items() if "weight" in signature(method).parameters]
+            raise ValueError(f"--weight belongs to the methods {', '.join(takers)}, got {name!r}")
+        if name not in options:
+            raise ValueError(f"--weight {text}: {name!r} is not among the methods {names}")
+        try:
+            options[name]["weight"] = float(number)
+        except ValueError:
+            raise ValueError(f"--weight must be a number or method=number, got {text!r}") from None
+    if len(options) < len(names.split("+")):
+        raise ValueError(f"--method names a method twice, got {names!r}")
+    return make_method(names, **options[names]) if len(options) == 1 else make_method(list(options.items()))
 
 
 def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:

@@ -59,6 +59,8 @@ def _before_the_map_shrinks(module: nn.Module) -> list[str]:
     for name, child in module.named_children():
         if isinstance(child, (nn.AdaptiveAvgPool2d, nn.Linear, nn.Dropout)):  # here the head begins
             break
+        if name.lower().startswith("aux"):  # a head on the way
+            continue
         body.append((name, child))
     ends = [before for (before, _), (_, child) in pairwise(body) if _shrinks(child)]
     if ends and not isinstance(body[-1][1], (nn.MaxPool2d, nn.AvgPool2d)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -186,6 +187,36 @@ def test_a_run_and_its_teacher_are_not_overwritten_unasked(tmp_path: Path, capsy
     assert (tmp_path / "teacher" / "last.safetensors").read_bytes() == teacher
     assert cli.main([*common, "--seed", "1", "--overwrite"]) == 0
     assert (tmp_path / "teacher" / "last.safetensors").read_bytes() != teacher
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "message"),
+    [
+        ("kd+sp", ["300"], "--weight 300: say of which of kd, sp it is, as kd=300"),
+        ("kd+sp", ["amd=0.2"], "'amd' is not among the methods kd+sp"),
+        ("sp", ["much"], "must be a number or method=number, got 'much'"),
+        ("stkd", ["3"], "belongs to the methods kd, sp, amd"),
+        ("kd+kd", [], "a method twice"),
+        ("kd+", [], "got ''"),
+    ],
+)
+def test_weights_of_several_methods(method: str, weights: list[str], message: str) -> None:
+    from kdkernels.training.run import _method
+
+    assert [part.weight for part in _method("kd+sp", ["sp=300", "kd=0.5"]).methods] == [0.5, 300]
+    assert _method("sp", ["300"]).weight == _method("sp", ["sp=300"]).weight == 300
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _method(method, weights)
+
+
+def test_a_mixture_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    save_model(small_teacher(1, 10), str(teacher))
+    common = ["train", "--epochs", "1", "--per-class", "4", "--teacher", str(teacher), "--output", str(tmp_path / "a")]
+    assert cli.main([*common, "--method", "kd+sp+amd", "--weight", "sp=300"]) == 0
+    with (tmp_path / "a" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row.keys() >= {"ce", "kd", "sp", "amd"}
 
 
 def test_a_teacher_trained_first_does_not_change_the_students_accumulation(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from training_tools import images, loaders, make, network, plain
+from training_tools import images, network, plain
 
 import kdkernels
 from kdkernels.mixing import mixup
@@ -81,14 +81,14 @@ def test_the_others_see_the_upright_views_of_mlkd_and_all_images_of_triplets() -
 def test_mixtures_train_with_their_heads_and_as_one_batch() -> None:
     module = make_mixed()
     heads = [p.detach().clone() for p in module.method.parameters()]
-    fit(module, loaders(64)[0], epochs=1, lr=0.01, progress=False)
+    x, y = images(32)
+    fit(module, DataLoader(TensorDataset(x.cpu(), y.cpu()), 16), epochs=1, lr=0.01, progress=False)
     assert heads
     assert all(not torch.equal(a, b.cpu()) for a, b in zip(heads, module.method.parameters(), strict=True))
     weights = []
     for accumulate, batch in ((1, 32), (2, 16)):
         torch.manual_seed(0)
         module = Distillation(plain(8, 1).float(), plain(6, 2).float(), ["kd", ("sp", {"weight": 10.0})])
-        x, y = images(32)
         fit(module, DataLoader(TensorDataset(x.cpu(), y.cpu()), batch), epochs=3, accumulate=accumulate, progress=False)
         weights.append(torch.cat([p.detach().flatten() for p in module.student.parameters()]))
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-4, atol=1e-6)
@@ -96,8 +96,7 @@ def test_mixtures_train_with_their_heads_and_as_one_batch() -> None:
 
 def make_mixed() -> Distillation:
     torch.manual_seed(0)
-    module = make("kd")
-    return Distillation(module.teacher, module.student, "mlkd+sp+kd")
+    return Distillation(network(6, 7, 8), network(), "mlkd+sp+kd")
 
 
 @pytest.mark.parametrize(
