@@ -8,6 +8,7 @@ conv    the student's channels become the teacher's, by a 1 x 1 convolution that
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -50,3 +51,16 @@ def convolution(student: Tensor, teacher: Tensor) -> nn.Module:
         return nn.Identity()
     layer = nn.Conv2d(*widths, 1, bias=False) if student.dim() == 4 else nn.Linear(*widths, bias=False)
     return layer.to(student.device, student.dtype)
+
+
+def hint(error: Exception, adapt: Sequence[str], students: Sequence[Tensor], teachers: Sequence[Tensor]) -> str:
+    """What may help a method that refuses these features for their shapes; "" where that is not the matter."""
+    if not re.search(r"same (H and W|width|shape)|must match", str(error)):
+        return ""
+    pairs = list(zip(students, teachers, strict=False))
+    hints = []
+    if not {"map", "pool"} <= set(adapt) and any(s.shape[2:] != t.shape[2:] for s, t in pairs):
+        hints.append("adapt=['map', 'pool'] makes maps of one size")
+    if "conv" not in adapt and any(s.shape[1:] != t.shape[1:] for s, t in pairs):
+        hints.append("adapt='conv' with an example makes their widths equal")
+    return ", ".join(hints)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .adapters import alike, check_adapters, convolution
+from .adapters import alike, check_adapters, convolution, hint
 from .methods import Batch, Method, Outputs, Part, make_method
 from .outputs import Output, read
-from .stages import Layers, pair_layers, spread, stage_names
+from .stages import Layers, fewer, pair_layers, stage_names
 from .taps import FeatureTaps, unwrap, width
 
 RETURNED = ["returned"]
@@ -53,7 +53,8 @@ class Distillation(nn.Module):
             several: "kd+sp" or ["kd", ("sp", {"weight": 300})], see ``make_method``.
         layers, teacher_layers: names of the modules whose outputs a feature method compares, or pairs of them,
             ``layers={student: teacher}``. ``teacher_layers`` defaults to ``layers``, and ``layers`` to the stages that
-            the method's paper uses (the last one or all, see ``stage_names``; of unequally many, evenly spread ones).
+            the method's paper uses: the last one or all of ``stage_names``. Of unequally many the last are compared,
+            or evenly spread ones where maps do not shrink; a logged line names them.
             "returned" are those that the model itself returns, as (logits, [features]).
         output, teacher_output: where a model returns no tensor of logits: the logits' name or position in what it
             returns (``output="logits"``), or a function of it. ``teacher_output`` defaults to ``output``.
@@ -135,10 +136,11 @@ class Distillation(nn.Module):
             return chosen[0], chosen[1]
         if students is not None or teachers is not None:
             raise ValueError(f"as many teacher as student layers are needed, got {chosen[0]} and {chosen[1]}")
-        even = [spread(names, min(counts)) for names in chosen]
-        pairs = dict(zip(*even, strict=True))
+        students = fewer(self.student, chosen[0], min(counts))
+        teachers = fewer(self.teacher, chosen[1], min(counts))
+        pairs = dict(zip(students, teachers, strict=True))
         logger.warning("student and teacher have %d and %d stages; compared are layers=%s", *counts, pairs)
-        return even[0], even[1]
+        return students, teachers
 
     @property
     def teacher(self) -> nn.Module | None:
@@ -247,7 +249,13 @@ class Distillation(nn.Module):
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> DistillationOutput:
         """The loss of given outputs."""
-        terms = self.method.terms(student, teacher, batch)
+        try:
+            terms = self.method.terms(student, teacher, batch)
+        except (ValueError, RuntimeError) as error:
+            more = "" if teacher is None else hint(error, self.adapt, student.features, teacher.features)
+            if not more:
+                raise
+            raise ValueError(f"{error}; {more}") from error
         loss = torch.stack(list(terms.values())).sum()
         return DistillationOutput(loss, {name: term.detach() for name, term in terms.items()}, student.logits)
 

@@ -89,6 +89,8 @@ def pair_layers(
     return students, students if teachers is None else list(teachers)
 
 
-def spread(names: Sequence[str], count: int) -> list[str]:
-    """``count`` of the names, evenly spread, with the last one."""
+def fewer(model: nn.Module, names: Sequence[str], count: int) -> list[str]:
+    """``count`` of a network's stages: the last ones where maps get smaller from stage to stage, else evenly spread."""
+    if sum(_shrinks(module) for module in model.modules() if not module._modules) > 1:
+        return list(names[len(names) - count :])
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]

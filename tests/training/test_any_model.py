@@ -64,13 +64,34 @@ def flat(*layers: nn.Module) -> nn.Module:
         (flat(conv(2), conv(), nn.Sequential(conv(2), conv()), conv(), conv(2), conv()),
          ["features.1", "features.3", "features.5"]),
         # GoogLeNet: no list at all
-        (tree("conv1", "pool1", "mixed", "pool2", "last", "avgpool", "fc",
+        (tree("conv1", "pool1", "mixed", "pool2", "last", "aux2", "avgpool", "fc",
               conv1=conv(2), pool1=nn.MaxPool2d(2), mixed=conv(), pool2=nn.MaxPool2d(2), last=conv(),
               avgpool=nn.AdaptiveAvgPool2d(1)), ["conv1", "mixed", "last"]),
     ],
 )  # fmt: skip
 def test_stages_of_the_usual_families(model: nn.Module, expected: list[str]) -> None:
     assert stage_names(model) == expected
+
+
+def test_a_transformer_that_returns_a_model_output() -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 20, "num_attention_heads": 2, "intermediate_size": 8, "num_labels": 4}
+    teacher, student = (
+        BertForSequenceClassification(BertConfig(hidden_size=width, num_hidden_layers=layers, **sizes)).to(DEVICE)
+        for width, layers in ((8, 4), (4, 2))
+    )
+    assert stage_names(student) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+    words, y = torch.randint(20, (6, 9), device=DEVICE), torch.arange(6, device=DEVICE) % 4
+    with pytest.raises(TypeError, match=r"a SequenceClassifierOutput with 'logits'.*output='logits'"):
+        Distillation(teacher, student, "kd")(words, y)
+    methods = ["kd", ("sp", {"weight": 1.0}), Same()]
+    module = Distillation(teacher, student, methods, adapt="conv", example=words, output="logits")
+    assert module._teacher_taps.names == ["bert.encoder.layer.1", "bert.encoder.layer.3"]
+    result = module(words, y)
+    assert result.terms.keys() == {"ce", "kd", "sp", "hint"}
+    result.loss.backward()
+    assert all(p.grad is not None for p in module.adapters.parameters())
 
 
 def test_swin_s_merging_ends_a_stage() -> None:
@@ -187,13 +208,13 @@ def test_features_that_the_model_returns() -> None:
     )
 
 
-def test_unequally_many_stages_are_spread_evenly(caplog: pytest.LogCaptureFixture) -> None:
+def test_of_unequally_many_stages_the_last_are_compared(caplog: pytest.LogCaptureFixture) -> None:
     x, y = images()
-    teacher = ConvNet(1, 4, (6,) * 6, strides=(1, 1, 2, 1, 2, 1)).to(DEVICE)
+    teacher = ConvNet(1, 4, (6,) * 6, strides=(1, 1, 1, 1, 2, 2)).to(DEVICE)
     with caplog.at_level(logging.WARNING, logger="kdkernels"):
         module = Distillation(teacher, network(), "amd")
-    assert module._teacher_taps.names == ["stages.1", "stages.3", "stages.5"]
-    assert "3 and 6 stages; compared are layers={'stages.0': 'stages.1', 'stages.1': 'stages.3'" in caplog.text
+    assert module._teacher_taps.names == ["stages.3", "stages.4", "stages.5"]
+    assert "3 and 6 stages; compared are layers={'stages.0': 'stages.3', 'stages.1': 'stages.4'" in caplog.text
     assert module(x, y).loss.isfinite()
 
 
@@ -241,6 +262,8 @@ def test_adapters_bridge_widths_sizes_and_tokens() -> None:
     optimizer = default_optimizer(student.parameters(), 0.1)
     with pytest.raises(ValueError, match="the optimizer misses parameters"):
         fit(module, DataLoader(TensorDataset(x, y), 3), epochs=1, optimizer=optimizer)
+    with pytest.raises(ValueError, match=r"same H and W, got .*; adapt=\['map', 'pool'\] makes maps of one size"):
+        Distillation(teacher, student, "amd", layers=options["layers"])(x, y)
     # a method with maps of one size, whose channels are free, needs no parameters and so no example
     amd = Distillation(teacher, student, "amd", layers=options["layers"], adapt=["map", "pool"])
     assert amd(x, y).terms["amd"].isfinite()
