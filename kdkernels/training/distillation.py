@@ -93,6 +93,7 @@ class Distillation(nn.Module):
         self.method = make_method(method)
         self._check_teacher(teacher, student)
         self.student = student
+        self._frozen: list[nn.Module] = []
         # in a tuple, so that the teacher is no submodule: not in parameters(), state_dict() or DDP's buffers
         self._teacher = () if teacher is None else (teacher.eval(),)
         self.output, self.teacher_output = output, output if teacher_output is None else teacher_output
@@ -268,6 +269,15 @@ class Distillation(nn.Module):
         self._student_taps.remove()
         if self._teacher_taps is not None:
             self._teacher_taps.remove()
+
+    def train(self, mode: bool = True) -> Distillation:
+        """As ever, but parts of the student that were put in eval mode while it trains (frozen batch norms) stay so."""
+        if self.student.training:
+            self._frozen = [module for module in self.student.modules() if not module.training]
+        super().train(mode)
+        for module in self._frozen if mode else ():
+            module.training = False
+        return self
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Distillation:
         super()._apply(fn, recurse)  # .to(), .cuda(), .half() move the teacher too

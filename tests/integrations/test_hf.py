@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 import kdkernels
 from kdkernels.integrations.hf import DistillationTrainer, Logits
-from kdkernels.training import Distillation
+from kdkernels.training import Distillation, make_method
 from kdkernels.training.defaults import default_optimizer, default_scheduler
 from kdkernels.training.triplets import TripletDataset, collate_triplets
 
@@ -176,6 +176,13 @@ def test_transformers_models_and_several_inputs(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert not torch.allclose(z_s, unmasked), "the mask does nothing, and this test proves nothing"
     torch.testing.assert_close(student(batch["input_ids"]), unmasked)  # one tensor goes in as it is
+
+
+def test_weights_follow_their_schedule(tmp_path: Path) -> None:
+    method = make_method("kd", weight=lambda share: 0.5 * share)
+    train(make(method), tmp_path)
+    steps = EPOCHS * IMAGES // BATCH
+    assert method.weight == pytest.approx(0.5 * (steps - 1) / steps)  # that of the last step
 
 
 def test_an_optimizer_without_the_heads_is_refused(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import lightning_module
 import pytest
 import torch
-from distilling import DATASET, EPOCHS, IMAGES, LR, METHODS, SEED, check_same, fitted, loader, make
+from distilling import BATCH, DATASET, EPOCHS, IMAGES, LR, METHODS, SEED, check_same, fitted, loader, make
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from kdkernels.integrations.lightning import DistillationModule
-from kdkernels.training import Distillation
+from kdkernels.training import Distillation, make_method
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -94,6 +94,13 @@ def test_terms_and_validation_are_logged() -> None:
     assert metrics["val_accuracy"] == pytest.approx(100 * hits / IMAGES)
     logits = DistillationModule(distillation)(images)
     torch.testing.assert_close(logits, distillation.student(images))
+
+
+def test_weights_follow_their_schedule() -> None:
+    method = make_method("kd", weight=lambda share: 0.5 * share)
+    train(make(method))
+    steps = EPOCHS * IMAGES // BATCH
+    assert method.weight == pytest.approx(0.5 * (steps - 1) / steps)  # that of the last step
 
 
 def test_an_optimizer_without_the_heads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,20 @@ def test_the_step_that_is_not_finite_is_named() -> None:
     assert all(p.isfinite().all() for p in module.student.parameters())
 
 
+def test_frozen_parts_of_the_student_stay_frozen() -> None:
+    module = make()
+    frozen = module.student.stages[0]
+    frozen.eval()
+    before = frozen[1].running_mean.clone(), module.student.stages[1][1].running_mean.clone()
+    fit(module, *loaders(32), epochs=2, progress=False)
+    assert torch.equal(frozen[1].running_mean.cpu(), before[0])
+    assert not torch.equal(module.student.stages[1][1].running_mean.cpu(), before[1])
+    assert not module.eval().train().student.stages[0].training
+    assert module.student.training
+    frozen.train()
+    assert module.train().student.stages[0].training
+
+
 def test_bf16_training_runs_on_fp32_losses() -> None:
     train, test = loaders()
     history = fit(make("sp"), train, test, epochs=2, mixed_precision="bf16", progress=False)
