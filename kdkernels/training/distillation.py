@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import compute_dtype
 from .adapters import alike, check_adapters, convolution, hint
 from .methods import Batch, Method, Outputs, Part, make_method
 from .outputs import Output, read
@@ -170,6 +171,7 @@ class Distillation(nn.Module):
             self.adapters.extend(convolution(s, t) for s, t in self._alike(*outputs))
         if self.method.needs_widths:
             self.method.build(*self._adapted(*outputs))
+            self.method.to(outputs[0].logits.device, compute_dtype(outputs[0].logits))
             self.method.built = True
 
     def _stated(self, model: nn.Module | None, taps: FeatureTaps) -> Outputs:

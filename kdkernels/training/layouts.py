@@ -28,7 +28,7 @@ def find_layout(x: Tensor, layout: str | None, caller: str) -> str:
     raise ValueError(f"{caller}: which axis of the features {shape} holds the channels is not clear: layout={choices}")
 
 
-def pooled(x: Tensor, layout: str | None, caller: str) -> Tensor:
+def pooled(x: Tensor, layout: str | None = None, caller: str = "pooled") -> Tensor:
     """(N, C): the mean over all positions."""
     axes = find_layout(x, layout, caller)
     positions = [axis for axis, name in enumerate(axes) if name not in "nc"]

@@ -150,4 +150,4 @@ def test_weights_follow_their_schedule() -> None:
 def test_the_option_behind_a_term_of_a_mixture() -> None:
     method = make_method("kd+sp+mlkd")
     assert method.scaled_by("sp") == "weight= of SP"
-    assert method.scaled_by("mlkd").startswith("correlation_weight, ")
+    assert method.scaled_by("mlkd") == "correlation_weight, supervised_weight, alignment_weight= of MLKD"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 from .alone import Alone
@@ -63,7 +64,8 @@ def _part(part: Part) -> Method:
 def _method(name: str, options: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
-    schedules = {option: value for option, value in options.items() if callable(value)}
+    numbers = {n for n, p in signature(METHODS[name]).parameters.items() if isinstance(p.default, float)}
+    schedules = {option: value for option, value in options.items() if option in numbers and callable(value)}
     for share in (1.0, 0.5, 0.0):  # the constructor checks the values; that at the start remains
         method = METHODS[name](**{**options, **{option: value(share) for option, value in schedules.items()}})
         if not schedules:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...ops.checks import check_weight
+from ..layouts import pooled as pooled  # for the methods that compare rows
 
 
 def check_share(name: str, value: float) -> None:
@@ -55,7 +57,7 @@ class Method(nn.Module):
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
     includes: ClassVar[tuple[str, ...]] = ()  # terms that are inside its own, which a mixture does not add again
-    scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not "weight"
+    scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not one called weight
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
     named_layers: bool = False  # the user named the layers; set by Distillation
@@ -86,7 +88,13 @@ class Method(nn.Module):
 
     def scaled_by(self, term: str) -> str:
         """The option that makes a term larger or smaller, in words."""
-        return f"{self.scales.get(term, 'weight')}= of {type(self).__name__}"
+        options = signature(type(self)).parameters
+        weights = [name for name in options if name == "weight"] or [n for n in options if n.endswith("_weight")]
+        return f"{self.scales.get(term, ', '.join(weights) or 'weight')}= of {type(self).__name__}"
+
+    def own_rows(self, images: int) -> slice:
+        """Which of the rows that ``prepare`` made are the images as they came; a mixture's other methods see them."""
+        return slice(images)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """The training batch, unchanged unless the method mixes or augments."""

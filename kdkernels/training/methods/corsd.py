@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...corsd_loss import CORSDLoss
-from ...ops.checks import compute_dtype
 from ..triplets import triplet_labels
 from .base import Batch, Method, Outputs
 
@@ -30,8 +29,7 @@ class CORSD(Method):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         channels = [x.shape[1] for x in student.features]
-        loss = CORSDLoss(channels, student.logits.shape[1], **self.options)
-        self.loss = loss.to(student.logits.device, compute_dtype(student.logits))
+        self.loss = CORSDLoss(channels, student.logits.shape[1], **self.options)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert self.loss is not None

@@ -80,12 +80,21 @@ class Mixed(Method):
         for i, part in enumerate(self.parts):
             part.group = self.group
             if self.changing and i > 0:
-                mine = part.terms(*self._of(part, *_plain(student, teacher, batch)), _labels(batch))
+                mine = part.terms(*self._of(part, *self._plain(student, teacher, batch)), _labels(batch))
             else:
                 mine = part.terms(*self._of(part, student, teacher), batch)
             terms |= {name: term for name, term in mine.items() if name not in known}
             known |= {*mine, *part.includes}
         return terms
+
+    def _plain(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Outputs, Outputs | None]:
+        """The rows of the images as they came, if the changing method made several of each."""
+        images = len(_labels(batch).target)
+        if len(student.logits) == images:
+            return student, teacher
+        rows = self.parts[0].own_rows(images)
+        kept = [Outputs(x.logits[rows], [f[rows] for f in x.features]) for x in (student, teacher) if x is not None]
+        return kept[0], kept[1] if len(kept) > 1 else None
 
     def _of(self, part: Method, student: Outputs, teacher: Outputs | None) -> tuple[Outputs, Outputs | None]:
         """The features that a method takes of those that all of them need; of layers with names it takes all."""
@@ -105,15 +114,3 @@ def _labels(batch: Batch) -> Batch:
     if batch.target_neg is None:
         return Batch(batch.images, batch.target)
     return Batch(batch.images, triplet_labels(batch.target, batch.target_neg))
-
-
-def _plain(student: Outputs, teacher: Outputs | None, batch: Batch) -> tuple[Outputs, Outputs | None]:
-    """The rows of the images as they came, if there are several views of each."""
-    rows, labels = len(student.logits), len(_labels(batch).target)
-    if not labels or rows == labels:
-        return student, teacher
-
-    def every(outputs: Outputs) -> Outputs:
-        return Outputs(outputs.logits[:: rows // labels], [x[:: rows // labels] for x in outputs.features])
-
-    return every(student), None if teacher is None else every(teacher)

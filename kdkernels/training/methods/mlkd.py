@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from ...mlkd_loss import MLKDLoss
-from ...ops.checks import check_weight, compute_dtype
+from ...ops.checks import check_weight
 from ..layouts import check_layout, pooled
 from ..views import rotate_views
 from .base import Batch, Method, Outputs
@@ -26,7 +26,6 @@ class MLKD(Method):
     needs_widths = True
     needs_classes = False
     relational = True
-    scales: ClassVar[dict[str, str]] = {"mlkd": "correlation_weight, supervised_weight and alignment_weight"}
 
     def __init__(
         self,
@@ -59,13 +58,14 @@ class MLKD(Method):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         (s,), (t,) = self.widths(student, teacher)
-        self.loss = MLKDLoss(s, t, views=self.views, **self.weights).to(
-            student.logits.device, compute_dtype(student.logits)
-        )
+        self.loss = MLKDLoss(s, t, views=self.views, **self.weights)
 
     def widths(self, student: Outputs, teacher: Outputs | None) -> tuple[list[int], list[int]]:
         s, t = self._pooled(student, teacher)
         return [s.shape[1]], [t.shape[1]]
+
+    def own_rows(self, images: int) -> slice:
+        return slice(None, None, self.views)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(rotate_views(images, self.views), target)
