@@ -36,16 +36,23 @@ void pair_matrices(const Rows* features, int64_t count, int64_t batch, const Poo
               stride);
     }
   });
-  parallel(pool, count * batch, kSmall / (batch * parts), [&](int64_t begin, int64_t end) {  // sum the parts and mirror
+  // sum the parts and mirror them, some rows at a time: a column's numbers are cache lines apart
+  constexpr int64_t kBlock = 16;
+  const int64_t blocks = ceil_div(batch, kBlock);
+  parallel(pool, count * blocks, kSmall / (kBlock * batch * parts), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t matrix = task / batch, i = task % batch;
-      const double* from = k + matrix * parts * size + i * stride;
+      const int64_t matrix = task / blocks, first = task % blocks * kBlock, last = min(batch, first + kBlock);
       Out* to = out + matrix * batch * batch;
-      for (int64_t j = 0; j <= i; ++j) {
-        double sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += from[part * size + j];
-        to[i * batch + j] = to[j * batch + i] = static_cast<Out>(sum);
+      for (int64_t i = first; i < last; ++i) {
+        const double* from = k + matrix * parts * size + i * stride;
+        for (int64_t j = 0; j <= i; ++j) {
+          double sum = 0;
+          for (int64_t part = 0; part < parts; ++part) sum += from[part * size + j];
+          to[i * batch + j] = static_cast<Out>(sum);
+        }
       }
+      for (int64_t j = 0; j < last; ++j)
+        for (int64_t i = max(first, j + 1); i < last; ++i) to[j * batch + i] = to[i * batch + j];
     }
   });
 }
