@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels train | demo | doctor``."""
+"""The command line: ``kdkernels train | teacher | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .doctor import TRAIN_PACKAGES
 from .ops.backend import BackendError
 
 
@@ -25,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train one student with one method")
-    train.add_argument("--method", default="kd", help="alone, kd, sp, stkd, amd, mlkd or corsd")
+    train.add_argument("--method", default="kd", help="a method of docs/training.md, such as kd, sp, at or rkd")
     train.add_argument("--weight", type=float, help="weight of the method's term; default: the method's own")
     train.add_argument("--data", default="digits", help="'digits', or an .npz with x_train, y_train, x_test, y_test")
     train.add_argument("--per-class", type=_positive, help="labelled training images per class for the student")
@@ -39,6 +40,21 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--output", type=Path, default=Path("runs/train"))
     train.set_defaults(run=_train)
+
+    teacher = commands.add_parser("teacher", help="write a language model's most likely tokens, to train on without it")
+    teacher.add_argument("--model", required=True, help="name or folder for transformers' AutoModelForCausalLM")
+    teacher.add_argument(
+        "--data", type=Path, required=True, help=".txt (a text per line) or .jsonl (text, or input_ids)"
+    )
+    teacher.add_argument("--output", type=Path, required=True, help="folder; an interrupted run goes on in it")
+    teacher.add_argument("--top-k", type=_positive, default=64)
+    teacher.add_argument("--temperature", type=float, default=1.0)
+    teacher.add_argument("--max-length", type=_positive, help="longer rows are cut to this many tokens")
+    teacher.add_argument("--vocab-size", type=_positive, help="tokens that exist, if the head has more")
+    teacher.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the log-probabilities")
+    teacher.add_argument("--batch-size", type=_positive, default=8)
+    teacher.add_argument("--rows-per-shard", type=_positive, default=1024)
+    teacher.set_defaults(run=_teacher)
     return top
 
 
@@ -48,12 +64,10 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _need_extra() -> None:
-    from .doctor import TRAIN_PACKAGES
-
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
+def _need_extra(extra: str = "train", packages: Sequence[str] = TRAIN_PACKAGES) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'kdkernels[train]'")
+        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'kdkernels[{extra}]'")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -76,6 +90,13 @@ def _train(args: argparse.Namespace) -> None:
 
     train(args)
     _leave()
+
+
+def _teacher(args: argparse.Namespace) -> None:
+    _need_extra("hf", ("transformers", "safetensors"))
+    from .training.run_teacher import write
+
+    write(args)
 
 
 def _leave() -> None:

@@ -41,7 +41,7 @@ class Distillation(nn.Module):
             stays there, moves with ``.to()``, gets no gradients, and is in neither ``parameters()`` nor
             ``state_dict()``.
         student: the model to train, returning logits for the same images.
-        method: a name ("alone", "kd", "sp", "stkd", "amd", "mlkd", "corsd"), or a ``Method`` with your options.
+        method: a name ("kd", "sp", ...: the keys of ``training.methods.METHODS``), or a ``Method`` with options.
         layers, teacher_layers: names of the modules whose outputs a feature method compares. ``teacher_layers``
             defaults to ``layers``, and ``layers`` to the stages that the method's paper uses (the last one or all).
         example: a batch of images on the models' device. A method with heads ("mlkd", "corsd") runs it once to learn

@@ -17,6 +17,8 @@ from .loop import fit, make_accelerator
 from .methods import METHODS, Method, make_method
 from .models import ConvNet, small_student, small_teacher
 
+WEIGHTED = ("kd", "sp", "amd", "at", "nst", "ickd", "rkd", "pkt", "cc", "irg", "nkd", "dist")
+
 
 def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
@@ -48,12 +50,18 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
+# methods of one weight, which the command line sets
+WEIGHTED = ("kd", "sp", "amd", "at", "nst", "ickd", "rkd", "pkt", "cc", "irg", "nkd", "dist")
+
+
 def _method(name: str, weight: float | None) -> Method:
     if weight is None:
         return make_method(name)
-    if name in ("sp", "amd", "kd"):
+    if name in WEIGHTED:
         return make_method(name, weight=weight)
-    raise ValueError(f"--weight belongs to the methods sp, amd and kd, got {name!r} (methods: {', '.join(METHODS)})")
+    raise ValueError(
+        f"--weight belongs to the methods {', '.join(WEIGHTED)}, got {name!r} (methods: {', '.join(METHODS)})"
+    )
 
 
 def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:

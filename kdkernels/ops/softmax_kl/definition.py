@@ -2,7 +2,7 @@
 
 row  = w_ce CE + w_kl D + w_target TCKD + w_non NCKD            z logits, s student, t teacher, T temperature
 CE   = -sum_k y_k log p_s,k                                     p = softmax(z)
-D    = KL(q_t || q_s), or what _divergence says                 q = softmax(z / T),  KL(p || q) = sum p log(p / q)
+D    = KL(q_t || q_s), or what log_divergence says              q = softmax(z / T),  KL(p || q) = sum p log(p / q)
 TCKD = sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s),  S = the mass of all others
 NCKD = the KL of the others, renormalised;   KL(q_t || q_s) = TCKD + S_t NCKD
 standardize: q = softmax(z' / T),  z' = (z - mean) / (std + 1e-7) of each row
@@ -29,7 +29,7 @@ def softmax_kl(x: Rows) -> Tensor:
     log_q_s, log_q_t = ((z / x.temperature).log_softmax(1) for z in soft)
     y = (1 - x.labels.smoothing) * y + x.labels.smoothing / y.shape[1]
     rows = -x.terms.ce * _product(y, s.log_softmax(1)).sum(1)
-    rows = rows + x.terms.kl * _divergence(x, log_q_t, log_q_s)
+    rows = rows + x.terms.kl * log_divergence(x.divergence, x.beta, log_q_t, log_q_s)
     if x.terms.decoupled:
         rows = rows + x.terms.target_kl * _kl(_masses(log_q_t, labelled), _masses(log_q_s, labelled))
         rows = rows + x.terms.non_target_kl * _kl(_others(log_q_t, labelled), _others(log_q_s, labelled))
@@ -60,17 +60,16 @@ def _standardized(z: Tensor) -> Tensor:
     return (z - z.mean(1, keepdim=True)) / (std + STANDARD_EPS)
 
 
-def _divergence(x: Rows, log_p: Tensor, log_q: Tensor) -> Tensor:
+def log_divergence(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Of the teacher p and the student q."""
-    beta = x.beta
-    if x.divergence == "reverse":
+    if kind == "reverse":
         return _kl(log_q, log_p)
-    if x.divergence == "jsd":
+    if kind == "jsd":
         log_m = _log_mixture(beta, log_p, log_q)
         return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    if x.divergence == "skew":
+    if kind == "skew":
         return _kl(log_p, _log_mixture(beta, log_p, log_q))
-    if x.divergence == "skew_reverse":
+    if kind == "skew_reverse":
         return _kl(log_q, _log_mixture(1 - beta, log_p, log_q))
     return _kl(log_p, log_q)
 

@@ -28,7 +28,7 @@ def divergence(x: Rows, p: Tensor, q: Tensor, d: Tensor) -> tuple[Tensor, Tensor
     if x.divergence == "reverse":
         return bregman(-d, p, q), weighted(q, -d).sum(1, keepdim=True)
     b = _share(x)
-    mix, m = _mixture(d, b), b * p + (1 - b) * q
+    mix, m = mixture(d, b), b * p + (1 - b) * q
     value = torch.zeros_like(d[:, :1])
     if x.divergence != "skew_reverse":
         value = value + (b if x.divergence == "jsd" else 1.0) * bregman(mix.log_p, m, p)
@@ -42,7 +42,7 @@ def slope(x: Rows, d: Tensor) -> Tensor:
     if x.divergence == "reverse":
         return -d
     b = _share(x)
-    return _mixture_slope(x, _mixture(d, b), b)
+    return _mixture_slope(x, mixture(d, b), b)
 
 
 def _share(x: Rows) -> float:
@@ -58,7 +58,7 @@ class Mixture(NamedTuple):
     ratio: Tensor  # (q - p) / m
 
 
-def _mixture(d: Tensor, b: float) -> Mixture:
+def mixture(d: Tensor, b: float) -> Mixture:
     teacher_is_larger = d > 0
     e = -torch.expm1(-d.abs())  # 1 - the smaller over the larger of p and q
     w = torch.where(teacher_is_larger, torch.full_like(d[:1, :1], 1 - b), b)  # the smaller one's share

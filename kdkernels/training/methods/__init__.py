@@ -6,10 +6,17 @@ from typing import Any
 
 from .alone import Alone
 from .amd import AMD
+from .at import AT
 from .base import Batch, Method, Outputs
 from .corsd import CORSD
+from .dist import DIST
+from .ickd import ICKD
 from .kd import KD
 from .mlkd import MLKD
+from .mlld import MLLD
+from .nkd import NKD
+from .nst import NST
+from .relational import CC, IRG, PKT, RKD
 from .sp import SP
 from .stkd import STKD
 
@@ -18,9 +25,19 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "sp": SP,
     "stkd": STKD,
+    "nkd": NKD,
+    "dist": DIST,
+    "mlld": MLLD,
     "amd": AMD,
+    "at": AT,
+    "nst": NST,
+    "ickd": ICKD,
     "mlkd": MLKD,
     "corsd": CORSD,
+    "rkd": RKD,
+    "pkt": PKT,
+    "cc": CC,
+    "irg": IRG,
 }
 
 
@@ -31,4 +48,27 @@ def make_method(name: str, **options: Any) -> Method:
     return METHODS[name](**options)
 
 
-__all__ = ["AMD", "CORSD", "KD", "METHODS", "MLKD", "SP", "STKD", "Alone", "Batch", "Method", "Outputs", "make_method"]
+__all__ = [
+    "AMD",
+    "AT",
+    "CC",
+    "CORSD",
+    "DIST",
+    "ICKD",
+    "IRG",
+    "KD",
+    "METHODS",
+    "MLKD",
+    "MLLD",
+    "NKD",
+    "NST",
+    "PKT",
+    "RKD",
+    "SP",
+    "STKD",
+    "Alone",
+    "Batch",
+    "Method",
+    "Outputs",
+    "make_method",
+]

@@ -61,3 +61,7 @@ class Method(nn.Module):
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of the loss, by name; the loss is their sum."""
         raise NotImplementedError
+
+
+def pooled(x: Tensor) -> Tensor:
+    return x.flatten(2).mean(2) if x.dim() > 2 else x

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from ...mlkd_loss import MLKDLoss
 from ...ops.checks import check_weight
 from ..views import rotate_views
-from .base import Batch, Method, Outputs
+from .base import Batch, Method, Outputs, pooled
 
 
 class MLKD(Method):
@@ -40,7 +40,7 @@ class MLKD(Method):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         assert teacher is not None
-        widths = (_pooled(x).shape[1] for x in (student.features[0], teacher.features[0]))
+        widths = (pooled(x).shape[1] for x in (student.features[0], teacher.features[0]))
         self.loss = MLKDLoss(*widths, views=self.views, **self.weights).to(student.logits.device)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
@@ -53,9 +53,5 @@ class MLKD(Method):
         terms = {"ce": F.cross_entropy(student.logits[::views], batch.target)}
         if views == self.views:  # in evaluation images come as they are
             self.loss.group = self.group
-            terms["mlkd"] = self.loss(_pooled(student.features[0]), _pooled(teacher.features[0]), batch.target)
+            terms["mlkd"] = self.loss(pooled(student.features[0]), pooled(teacher.features[0]), batch.target)
         return terms
-
-
-def _pooled(x: Tensor) -> Tensor:
-    return x.flatten(2).mean(2) if x.dim() > 2 else x
