@@ -167,3 +167,54 @@ def cwd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     rows_s, rows_t = (x.reshape(-1, x.shape[2] * x.shape[3]) / temperature for x in (student, teacher))
     log_q_t, log_q_s = F.log_softmax(rows_t, dim=1), F.log_softmax(rows_s, dim=1)
     return (log_q_t.exp() * (log_q_t - log_q_s)).sum() * temperature**2 / len(rows_s)
+
+
+def at(student: Tensor, teacher: Tensor, p: int = 2) -> Tensor:
+    return (_attention(student, p) - _attention(teacher, p)).pow(2).mean()
+
+
+def ft(student: Tensor, teacher: Tensor) -> Tensor:
+    return (_attention(student, 2) - _attention(teacher, 2)).abs().mean()
+
+
+def _attention(x: Tensor, p: int) -> Tensor:
+    return F.normalize(x.pow(p).mean(1).flatten(1))
+
+
+def nst(student: Tensor, teacher: Tensor) -> Tensor:
+    student, teacher = (F.normalize(x.flatten(2), dim=2) for x in (student, teacher))
+    means = [_poly(a, b).mean() for a, b in ((teacher, teacher), (student, student), (student, teacher))]
+    return means[0].detach() + means[1] - 2 * means[2]
+
+
+def _poly(a: Tensor, b: Tensor) -> Tensor:
+    """As published: (B, C, C, H W) numbers."""
+    return (a.unsqueeze(1) * b.unsqueeze(2)).sum(-1).pow(2)
+
+
+def ickd(student: Tensor, teacher: Tensor) -> Tensor:
+    grams = []
+    for x in (student, teacher):
+        x = x.flatten(2)
+        grams.append(F.normalize(torch.bmm(x, x.permute(0, 2, 1)), dim=2))
+    difference = grams[0] - grams[1]
+    return (difference * difference).sum() / (student.shape[1] * student.shape[0])
+
+
+def fsp(*layers: Tensor) -> Tensor:
+    """The student's layers, then the teacher's."""
+    half = len(layers) // 2
+    losses = []
+    for i in range(half - 1):
+        s, t = (_fsp(layers[i + start], layers[i + start + 1]) for start in (0, half))
+        losses.append((s - t).pow(2).mean())
+    return sum(losses)
+
+
+def _fsp(bottom: Tensor, top: Tensor) -> Tensor:
+    """As published: (B, C', C, H W) numbers."""
+    if bottom.shape[2] > top.shape[2]:
+        bottom = F.adaptive_avg_pool2d(bottom, top.shape[2:])
+    elif bottom.shape[2] < top.shape[2]:
+        top = F.adaptive_avg_pool2d(top, bottom.shape[2:])
+    return (bottom.flatten(2).unsqueeze(1) * top.flatten(2).unsqueeze(2)).mean(-1)

@@ -1,6 +1,7 @@
 // The ops as torch sees them: schemas, and by way of the bindings_*.h checks, allocation, and calls of the kernels. The
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
+#include "bindings_energy.h"
 #include "bindings_gram.h"
 #include "bindings_multi_level.h"
 #include "bindings_nkd.h"
@@ -80,6 +81,10 @@ void define(StableLibrary& m) {
       "-> (Tensor q_s, Tensor difference, Tensor middle, Tensor divergence)",
       "multi_level_gradient(Tensor(a!) total, Tensor q_s, Tensor difference, Tensor? by_batch, Tensor? by_class, "
       "float kd, float batch, float of_class) -> Tensor(a!)",
+      "energy_energies(Tensor activation) -> Tensor",
+      "energy_forward(Tensor[] student, Tensor[] teacher, float[] factors, bool absolute, bool per_layer, "
+      "bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
+      "energy_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -96,7 +101,9 @@ void implement(StableLibrary& m) {
   m.impl("gram_cosine_forward", kd::boxed<kd::gram_cosine_forward>);
   m.impl("gram_cosine_backward", kd::boxed<kd::gram_cosine_backward>);
   m.impl("angular_margin_forward", kd::boxed<kd::angular_margin_forward>);
-  m.impl("angular_margin_backward", kd::boxed<kd::angular_margin_backward>);
+  m.impl("energy_energies", kd::boxed<kd::energy_energies>);
+  m.impl("energy_forward", kd::boxed<kd::energy_forward>);
+  m.impl("energy_backward", kd::boxed<kd::energy_backward>);
 }
 
 // Those without kernels for CUDA.

@@ -16,9 +16,13 @@ import kdkernels
 from kdkernels.ops import backend as backends
 from kdkernels.ops.angular_margin import definition as angular_definition
 from kdkernels.ops.angular_margin import op as angular_op
+from kdkernels.ops.channel_gram import definition as channel_definition
+from kdkernels.ops.channel_gram import op as channel_op
 from kdkernels.ops.checks import compute_dtype
 from kdkernels.ops.correlation import definition as correlation_definition
 from kdkernels.ops.correlation import op as correlation_op
+from kdkernels.ops.energy import definition as energy_definition
+from kdkernels.ops.energy import op as energy_op
 from kdkernels.ops.gram import definition as gram_definition
 from kdkernels.ops.gram import op as gram_op
 from kdkernels.ops.linear_kd import definition as linear_definition
@@ -58,6 +62,9 @@ def by_definition() -> Iterator[None]:
         patch.setattr(gram_op, "_own_op", lambda x: gram_definition.gram(x.q.to(compute_dtype(x.q))))
         patch.setattr(gram_op, "_pair_op", lambda x: gram_definition.products(*x))
         patch.setattr(relation_op, "_op", relation_definition.relation)
+        patch.setattr(energy_op, "_energy_op", energy_definition.energy)
+        patch.setattr(energy_op, "_attention_op", energy_definition.attention)
+        patch.setattr(channel_op, "_distance_op", channel_definition.channel_distance)
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
         patch.setattr(linear_op, "_op", linear_definition.linear_kd)

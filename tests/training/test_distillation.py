@@ -21,13 +21,13 @@ from kdkernels.training import (
 from kdkernels.training.loop import evaluate
 from kdkernels.training.methods import METHODS, MLLD
 
-METHODS_OF_TERMS = ["alone", "kd", "sp", "stkd", "amd", "rkd", "pkt", "cc", "irg", "nkd", "dist", "mlld"]
+METHODS_OF_TERMS = ["alone", "kd", "sp", "stkd", "amd", "at", "nst", "rkd", "pkt", "cc", "irg", "nkd", "dist", "mlld"]
 
 
 @pytest.mark.parametrize("method", METHODS_OF_TERMS)
 def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
-    teacher, student, (x, y) = network(6, 7, 8), network(), images()
-    module = Distillation(teacher, student, method).eval()  # eval: nothing is mixed
+    teacher, student, (x, y) = network(6, 7, 8).eval(), network(), images()
+    module = Distillation(None if method == "alone" else teacher, student, method).eval()  # eval: nothing is mixed
     result = module(x, y)
     with torch.no_grad():
         z_s, z_t, f_s, f_t = student(x), teacher(x), student.stages(x), teacher.stages(x)
@@ -47,6 +47,8 @@ def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
             "nkd": ce + kdkernels.nkd_loss(z_s, z_t, y),
             "dist": ce + 2 * kdkernels.dist_loss(z_s, z_t),
             "mlld": 0.1 * ce + 0.9 * kdkernels.mlld_loss(z_s, z_t),
+            "at": ce + 1000 * kdkernels.at_loss(stages_s, stages_t),
+            "nst": ce + 50 * kdkernels.nst_loss(stages_s, stages_t),
             "amd": 0.1 * ce + 0.9 * kd + 0.2 * kdkernels.amd_loss(stages_s, stages_t, layer_weights="area"),
         }[method]
     torch.testing.assert_close(result.loss.detach(), expected)
@@ -68,6 +70,20 @@ def test_mlld_sees_the_images_and_strong_ones() -> None:
     ce = sum(F.cross_entropy(s, y) for s, _ in pairs)
     torch.testing.assert_close(result.loss, 0.1 * ce + 0.9 * kdkernels.mlld_loss(*pairs[0], *pairs[1]))
     assert len(module.eval()(x, y).logits) == len(y)
+
+
+def test_ickd_projects_the_student() -> None:
+    teacher, student, (x, y) = network(6, 7, 8), network(), images()
+    module = Distillation(teacher, student, "ickd").eval()
+    result = module(x, y)
+    with torch.no_grad():
+        features = module.method.projection(student.stages(x)), teacher.stages(x)
+        expected = F.cross_entropy(student(x), y) + 2.5 * kdkernels.ickd_loss(*features)
+    torch.testing.assert_close(result.loss.detach(), expected)
+    result.loss.backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert len(list(module.parameters())) == len(list(student.parameters())) + 3
+    module.close()
 
 
 def test_the_teacher_stays_out_of_the_way() -> None:

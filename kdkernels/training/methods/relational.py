@@ -13,25 +13,27 @@ from ...irg_loss import irg_loss
 from ...ops.checks import check_weight
 from ...pkt_loss import pkt_loss
 from ...rkd_loss import rkd_loss
-from .base import Batch, Method, Outputs, pooled
+from ..layouts import check_layout, pooled
+from .base import Batch, Method, Outputs
 
 
 class _Relational(Method):
-    """CE + weight * a loss of two (B, d) features."""
+    """CE + weight * a loss of two (B, d) features; ``layout`` says what their axes are, as in MLKD."""
 
     stages = "last"
     relational = True
     name: ClassVar[str]
     loss: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, weight: float) -> None:
+    def __init__(self, weight: float, layout: str | None) -> None:
         super().__init__()
         check_weight(type(self).__name__, weight=weight)
-        self.weight = weight
+        check_layout(layout, type(self).__name__)
+        self.weight, self.layout = weight, layout
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        s, t = (pooled(x.features[0]) for x in (student, teacher))
+        s, t = (pooled(x.features[0], self.layout, type(self).__name__) for x in (student, teacher))
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
             self.name: self.weight * type(self).loss(s, t, group=self.group),
@@ -43,8 +45,8 @@ class RKD(_Relational):
 
     name, loss = "rkd", rkd_loss
 
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 1.0, layout: str | None = None) -> None:
+        super().__init__(weight, layout)
 
 
 class PKT(_Relational):
@@ -52,8 +54,8 @@ class PKT(_Relational):
 
     name, loss = "pkt", pkt_loss
 
-    def __init__(self, weight: float = 30000.0) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 30000.0, layout: str | None = None) -> None:
+        super().__init__(weight, layout)
 
 
 class CC(_Relational):
@@ -61,8 +63,8 @@ class CC(_Relational):
 
     name, loss = "cc", cc_loss
 
-    def __init__(self, weight: float = 100.0) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 100.0, layout: str | None = None) -> None:
+        super().__init__(weight, layout)
 
 
 class IRG(_Relational):
@@ -70,5 +72,5 @@ class IRG(_Relational):
 
     name, loss = "irg", irg_loss
 
-    def __init__(self, weight: float = 5.0) -> None:
-        super().__init__(weight)
+    def __init__(self, weight: float = 5.0, layout: str | None = None) -> None:
+        super().__init__(weight, layout)
