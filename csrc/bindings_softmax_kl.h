@@ -17,6 +17,14 @@ inline Reduction reduction_of(const std::string& name) {
   return Reduction::none;
 }
 
+inline Divergence divergence_of(const std::string& name) {
+  const char* names[] = {"forward", "reverse", "jsd", "skew", "skew_reverse"};
+  int found = 0;
+  while (found < 5 && name != names[found]) ++found;
+  STD_TORCH_CHECK(found < 5, "kdkernels: there is no divergence ", name.c_str());
+  return static_cast<Divergence>(found);
+}
+
 // What forward and backward both take, in the schemas' order.
 struct SoftmaxKlArguments {
   Tensor student, teacher;
@@ -29,8 +37,17 @@ struct SoftmaxKlArguments {
         target(in.next<std::optional<Tensor>>()),
         mixed(in.next<std::optional<Tensor>>()),
         lam(in.next<std::optional<Tensor>>()),
-        options{in.next<int64_t>(), in.next<double>(), in.next<double>(), in.next<double>(),
-                in.next<double>(),  in.next<double>(), in.next<double>(), reduction_of(in.next<std::string>())} {}
+        options{in.next<int64_t>(),
+                in.next<double>(),
+                in.next<double>(),
+                in.next<double>(),
+                in.next<double>(),
+                in.next<double>(),
+                in.next<double>(),
+                reduction_of(in.next<std::string>()),
+                divergence_of(in.next<std::string>()),
+                in.next<double>(),
+                in.next<bool>()} {}
 };
 
 // Fills a record with the tensors of `arguments`; owns the copies that were needed.
@@ -52,7 +69,8 @@ class SoftmaxKlTensors {
       matrix(*arguments.target, x.dense, x.dense_type, x.dense_stride);
     }
     if (arguments.lam) weights(*arguments.lam, x);
-    STD_TORCH_CHECK(!x.decoupled() || labelled, "kdkernels: decoupled terms need integer labels");
+    STD_TORCH_CHECK(!x.decoupled() || (labelled && x.divergence == Divergence::forward),
+                    "kdkernels: decoupled terms need integer labels and the forward KL");
   }
 
  private:
@@ -102,21 +120,34 @@ inline std::tuple<Tensor, Tensor, Tensor> softmax_kl_forward(SoftmaxKlArguments 
   return {loss, stats, scale};
 }
 
-inline Tensor softmax_kl_backward(Tensor grad, SoftmaxKlArguments arguments, Tensor stats, Tensor scale) {
+// The gradient into `out`, which may be the student's logits.
+inline void softmax_kl_gradient(const Tensor& grad, const SoftmaxKlArguments& arguments, const Tensor& stats,
+                                const Tensor& scale, Tensor& out) {
   SoftmaxKlBackward x{};
   const SoftmaxKlTensors tensors(arguments, x);
   const Tensor g = contiguous_as(grad, x.fp64), saved = contiguous_as(stats, x.fp64),
                factor = contiguous_as(scale, x.fp64);
   STD_TORCH_CHECK(saved.numel() == x.stats_count() * x.rows, "kdkernels: stats are not this call's");
   STD_TORCH_CHECK(g.dim() == 0 || g.numel() == x.rows, "kdkernels: grad must be () or (N,)");
-  Tensor out = grad_like(arguments.student);
   x.grad = g.const_data_ptr();
   x.grad_stride = g.dim() ? 1 : 0;
   x.stats = saved.const_data_ptr();
   x.scale = factor.const_data_ptr();
   x.out = out.mutable_data_ptr();
   run(arguments.student, x);
+}
+
+inline Tensor softmax_kl_backward(Tensor grad, SoftmaxKlArguments arguments, Tensor stats, Tensor scale) {
+  Tensor out = grad_like(arguments.student);
+  softmax_kl_gradient(grad, arguments, stats, scale, out);
   return out;
+}
+
+inline std::tuple<> softmax_kl_backward_in_place(Tensor grad, SoftmaxKlArguments arguments, Tensor stats,
+                                                 Tensor scale) {
+  STD_TORCH_CHECK(arguments.student.is_contiguous(), "kdkernels: only contiguous logits can become their gradient");
+  softmax_kl_gradient(grad, arguments, stats, scale, arguments.student);
+  return {};
 }
 
 }  // namespace kd

@@ -18,6 +18,11 @@ namespace kd {
 
 enum class DType : int { f16, bf16, f32, f64 };
 
+template <typename T>
+struct Exponentials {
+  T exp, minus_1;  // exp(x) and exp(x) - 1
+};
+
 // A function over [begin, end) and the thread pool that runs it in parts; the bindings pass PyTorch's own pool.
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using Parallel = void (*)(int64_t count, int64_t grain, Body body, void* context);

@@ -50,6 +50,14 @@ template <typename T>
 __device__ inline T unit_log1p(T y) {
   return log1p(y);
 }
+template <typename T>
+__device__ inline Exponentials<T> unit_exp(T x) {
+  return {exp(x), expm1(x)};
+}
+template <typename T>
+__device__ inline T log_1m(T y, T u) {
+  return y < T(0.5) ? log1p(-y) : log(u);
+}
 
 template <typename T>
 __device__ inline T infinity() {

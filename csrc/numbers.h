@@ -71,9 +71,11 @@ inline T element(DType type, const void* data, int64_t index) {
 
 inline double fast_exp(double x) { return std::exp(x); }
 
-// exp of x <= 0 to 1 ulp or so: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]. Results below 2^-126 are 0, NaN stays
-// NaN, and x > 88 gives nonsense: every caller has its maximum subtracted, or throws such a result away.
-inline float fast_exp(float x) {
+// exp(x) as (1 + p) 2^n, p from a polynomial on [-ln 2 / 2, ln 2 / 2]
+struct ReducedExp {
+  float p, power;
+};
+inline ReducedExp reduced_exp(float x) {
   const float shifted = KD_FMA(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23 rounds to an integer
   const float n = shifted - 12582912.0f;
   float r = KD_FMA(n, -0.693359375f, x);
@@ -84,11 +86,23 @@ inline float fast_exp(float x) {
   p = KD_FMA(p, r, 4.1665795894e-2f);
   p = KD_FMA(p, r, 1.6666665459e-1f);
   p = KD_FMA(p, r, 5.0000001201e-1f);
-  p = KD_FMA(p, r * r, r) + 1.0f;
-  const float power = bits<float>((bits<uint32_t>(shifted) + 127u) << 23);
-  p *= power;
-  return x < -87.33654f ? 0.0f : p;
+  return {KD_FMA(p, r * r, r), bits<float>((bits<uint32_t>(shifted) + 127u) << 23)};
 }
+
+// exp of x <= 0 to 1 ulp or so. Results below 2^-126 are 0, NaN stays NaN, and x > 88 gives nonsense: every caller has
+// its maximum subtracted, or throws such a result away.
+inline float fast_exp(float x) {
+  const ReducedExp e = reduced_exp(x);
+  return x < -87.33654f ? 0.0f : (e.p + 1.0f) * e.power;
+}
+
+// exp(x) and exp(x) - 1 of x <= 0, each to its own digits
+inline Exponentials<float> unit_exp(float x) {
+  const ReducedExp e = reduced_exp(x);
+  const bool none = x < -87.33654f;
+  return {none ? 0.0f : (e.p + 1.0f) * e.power, none ? -1.0f : KD_FMA(e.p, e.power, e.power - 1.0f)};
+}
+inline Exponentials<double> unit_exp(double x) { return {std::exp(x), std::expm1(x)}; }
 
 inline double unit_log1p(double y) { return std::log1p(y); }
 
@@ -103,6 +117,23 @@ inline float unit_log1p(float y) {
   p = KD_FMA(p, w, 0.3333333333f);
   const float value = 2.0f * KD_FMA(p * w, z, z);
   return high ? value + 0.69314718056f : value;
+}
+
+inline double log_1m(double y, double u) { return y < 0.5 ? std::log1p(-y) : std::log(u); }
+
+// log(1 - y) of y in [0, 1) to 2 ulp or so, given u = 1 - y too: k ln 2 + 2 atanh(f / (2 + f)), u = 2^k (1 + f). NaN
+// stays
+inline float log_1m(float y, float u) {
+  const uint32_t b = bits<uint32_t>(u) + (0x3f800000u - 0x3f3504f3u);  // 1 + f in [1 / sqrt 2, sqrt 2)
+  const float k = static_cast<float>(static_cast<int32_t>(b >> 23) - 127);
+  const float f = k == 0.0f ? -y : bits<float>((b & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+  const float z = f / (2.0f + f), w = z * z;
+  float p = 0.1111111111f;
+  p = KD_FMA(p, w, 0.1428571429f);
+  p = KD_FMA(p, w, 0.2f);
+  p = KD_FMA(p, w, 0.3333333333f);
+  const float value = KD_FMA(k, 0.69314718056f, 2.0f * KD_FMA(p * w, z, z));
+  return u == u ? value : u;
 }
 
 }  // namespace

@@ -1,77 +1,12 @@
 // softmax_kl on CUDA. A row belongs to one warp (narrow rows, four to a block) or to one block; its two passes read the
-// logits from memory once and from the cache once. A last small kernel sums the rows in a fixed order.
+// logits from memory once and from the cache once. A last small kernel sums the rows in a fixed order. Kernels with
+// PLAIN know that the divergence is the forward KL of logits as they are, which takes no further passes.
 #include "cuda.h"
-#include "softmax_kl_row.cuh"
+#include "softmax_kl_passes.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
-
-// A class's part of the sums over q, from its logits at temperature T
-template <typename T>
-__device__ void add_class(T a, T b, T es, T et, Sums& z) {
-  z.s += es;
-  z.t += et;
-  z.cross += et == 0 ? T(0) : et * (b - a);  // a class without teacher probability adds nothing
-  z.gap += divergence_term(b - a, es, et);
-}
-
-template <typename T, bool WARP>
-__device__ void add_threads(const Team<T, WARP>& team, Sums& z) {
-  z.s = team.sum(z.s);
-  z.t = team.sum(z.t);
-  z.cross = team.sum(z.cross);
-  z.gap = team.sum(z.gap);
-}
-
-// The first pass: maxima.
-template <typename T, bool WARP>
-__device__ void row_maxima(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
-                           RowStats<T>& r) {
-  T s_max = -infinity<T>(), t_max = -infinity<T>();
-  for (int64_t k = team.rank; k < x.classes; k += team.size) {
-    s_max = Max()(s_max, s[k]);
-    if (x.soft()) t_max = Max()(t_max, t[k]);
-  }
-  r.s.max = team.max(s_max);
-  if (x.soft()) r.t.max = team.max(t_max);
-}
-
-// The second pass: sums, their logarithms, and the maxima of the non-target classes.
-template <typename T, bool WARP>
-__device__ Sums row_sums(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
-                         const Labels& l, RowStats<T>& r) {
-  const bool ce = x.ce != 0, soft = x.soft();
-  const T inverse_t = static_cast<T>(1 / x.temperature);
-  const int n = integer_temperature(x.temperature);
-  T other_s = -infinity<T>(), other_t = -infinity<T>();
-  Sums z;
-  for (int64_t k = team.rank; k < x.classes; k += team.size) {
-    const T d = s[k] - r.s.max;
-    T es = 0;
-    if (soft) {
-      const T a = d * inverse_t, b = (t[k] - r.t.max) * inverse_t;
-      es = exp(a);
-      add_class(a, b, es, T(exp(b)), z);
-      if (!l.has(k)) {
-        other_s = Max()(other_s, a);
-        other_t = Max()(other_t, b);
-      }
-    }
-    if (ce) z.p += soft && n ? power(es, n) : exp(d);
-  }
-  if (ce) r.log_p = log(z.p = team.sum(z.p));
-  if (soft) {
-    add_threads(team, z);
-    r.s.log_z = log(z.s);
-    r.t.log_z = log(z.t);
-  }
-  if (x.decoupled()) {
-    r.s.non_target_max = team.max(other_s);
-    r.t.non_target_max = team.max(other_t);
-  }
-  return z;
-}
 
 template <typename T, bool WARP>
 __device__ double dense_cross_entropy(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s,
@@ -104,11 +39,11 @@ __device__ double decoupled_terms(const SoftmaxKl& x, const Team<T, WARP>& team,
                                   const Labels& l, RowStats<T>& r) {
   settle_non_target_max(r.s);
   settle_non_target_max(r.t);
-  const T inverse_t = static_cast<T>(1 / x.temperature);
+  const T inverse_s = static_cast<T>(r.s.inverse_t), inverse_t = static_cast<T>(r.t.inverse_t);
   Sums z;
   for (int64_t k = team.rank; k < x.classes; k += team.size) {
     if (l.has(k)) continue;
-    const T a = (s[k] - r.s.max) * inverse_t - r.s.non_target_max,
+    const T a = (s[k] - r.s.max) * inverse_s - r.s.non_target_max,
             b = (t[k] - r.t.max) * inverse_t - r.t.non_target_max;
     add_class(a, b, T(exp(a)), T(exp(b)), z);
   }
@@ -117,11 +52,47 @@ __device__ double decoupled_terms(const SoftmaxKl& x, const Team<T, WARP>& team,
   r.t.non_target_log_z = log(z.t);
   double result = (r.s.log_z + r.t.log_z) * 0;  // NaN and infinity show here too
   if (x.non_target_kl != 0) result += x.non_target_kl * non_target_divergence(z);
-  if (x.target_kl != 0) result += x.target_kl * target_divergence(l, s, t, r, x.temperature);
+  if (x.target_kl != 0) result += x.target_kl * target_divergence(l, s, t, r);
   return result;
 }
 
+// The gradient of the terms with a teacher by the student's logit of class k, or by the standardised one; es is left
+// for CE.
+template <bool PLAIN, typename T>
+__device__ T soft_gradient(const SoftmaxKl& x, int64_t k, T s, T t, const Labels& l, const RowStats<T>& r,
+                           const Factors<T>& f, T& es) {
+  const T a = (s - f.s_max) * f.inverse_s, b = (t - f.t_max) * f.inverse_t;
+  T g = 0;
+  if (x.kl != 0) {
+    es = exp(a);
+    if (PLAIN || x.divergence == Divergence::forward) {
+      g = f.soft * (es - f.ratio * T(exp(b)));
+    } else {
+      const T h = class_slope(x.divergence, LogRatio<T>(r)(s, t), Shares<T>(x));
+      g = of_student(f.soft * es, h - r.slope);
+    }
+  }
+  if (!x.decoupled()) return g;
+  if (l.has(k)) return static_cast<T>(g + (k == l.a ? f.target_a : f.target_b));
+  return g + f.non_target_s * T(exp(a - f.non_target_s_max)) - f.non_target_t * T(exp(b - f.non_target_t_max));
+}
+
+// <dL/dz', z'>, whose share the gradient loses on its way from the standardised logits z'
 template <typename T, bool WARP>
+__device__ double along_logits(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
+                               const Labels& l, const RowStats<T>& r) {
+  Factors<T> f = gradient_factors(x, r, 1.0, 0.0);
+  if (x.decoupled()) add_decoupled(x, l, s, t, r, 1.0, f);
+  double sum = 0;
+  for (int64_t k = team.rank; k < x.classes; k += team.size) {
+    T es = 0;
+    const T g = soft_gradient<false>(x, k, s[k], t[k], l, r, f, es);
+    sum += double(g) * double((s[k] - r.s.max) * r.s.inverse_std - r.mean);
+  }
+  return team.sum(sum);
+}
+
+template <bool PLAIN, typename T, bool WARP>
 __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& team) {
   const Labels l = read_labels<T>(x, team.row);
   RowStats<T> r;
@@ -131,24 +102,34 @@ __device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& te
   } else {
     const Logits<T> s = student_of<T>(x, team.row), t = teacher_of<T>(x, team.row);
     row_maxima(x, team, s, t, r);
+    Spread of_s, of_t;
+    if (!PLAIN && x.standardize && x.soft()) {
+      of_s = spread(x, team, s, r.s.max);
+      of_t = spread(x, team, t, r.t.max);
+    }
+    r.standardise(x, of_s, of_t);
     const Sums z = row_sums(x, team, s, t, l, r);
     if (x.ce != 0) {
       const double ce = x.dense ? dense_cross_entropy(x, team, s, r) : cross_entropy(l, s, r);
       result += x.ce * (x.smoothing == 0 ? ce : smoothed(x, ce, sum_of_logits(x, team, s, r), r.log_p));
     }
-    if (x.kl != 0) result += x.kl * divergence(z);
+    if (x.kl != 0) {
+      const bool forward_kl = PLAIN || x.divergence == Divergence::forward;
+      result += x.kl * (forward_kl ? divergence(z, r.log_ratio) : sum_parts(x, team, s, t, r));
+    }
     if (x.decoupled()) result += decoupled_terms(x, team, s, t, l, r);
+    if (!PLAIN && x.standardize && x.soft() && x.stats) r.lose(along_logits(x, team, s, t, l, r), x.classes);
   }
   if (team.rank == 0) save_stats(x, team.row, r);
   return result;
 }
 
-template <typename T, bool WARP>
+template <typename T, bool WARP, bool PLAIN>
 __global__ void forward_kernel(const __grid_constant__ SoftmaxKlForward x) {
   __shared__ double shared[32];
   const Team<T, WARP> team(shared);
   if (team.row >= x.rows) return;
-  const double loss = row_forward(x, team);
+  const double loss = row_forward<PLAIN>(x, team);
   if (team.rank) return;
   if (x.reduction == Reduction::none) static_cast<T*>(x.loss)[team.row] = static_cast<T>(loss);
   else static_cast<double*>(x.workspace)[team.row] = loss;
@@ -172,29 +153,24 @@ __global__ void finish_kernel(const __grid_constant__ SoftmaxKlForward x) {
 }
 
 // The gradient by the student's logit of class k.
-template <typename T>
+template <bool PLAIN, typename T>
 __device__ T class_gradient(const SoftmaxKlBackward& x, int64_t row, int64_t k, T s, T t, const Labels& l,
-                            const Factors<T>& f) {
-  const bool ce = x.ce != 0 && (x.target || x.dense), soft = x.kl != 0;
-  const int n = integer_temperature(x.temperature);
-  const T d = s - f.s_max, a = d * f.inverse_t, b = (t - f.t_max) * f.inverse_t;
-  T g = 0, es = 0;
-  if (soft) {
-    es = exp(a);
-    g = f.soft * (es - f.ratio * exp(b));
-  }
+                            const RowStats<T>& r, const Factors<T>& f) {
+  const bool ce = x.ce != 0 && (x.target || x.dense);
+  const int n = x.kl != 0 ? integer_temperature(x) : 0;
+  const T d = s - f.s_max;
+  T es = 0, g = soft_gradient<PLAIN>(x, k, s, t, l, r, f, es);
+  if (!PLAIN && x.standardize) g = f.through_standard(g, d);
   if (ce) {
-    g += f.hard * (soft && n ? power(es, n) : exp(d)) - f.uniform;
+    g += f.hard * (n ? power(es, n) : T(exp(d))) - f.uniform;
     if (x.dense) g -= f.label * dense_target<T>(x, row, k);
     if (k == l.a) g -= f.label * static_cast<T>(l.weight_a);
     if (l.mixed && k == l.b) g -= f.label * static_cast<T>(l.weight_b);
   }
-  if (!x.decoupled()) return g;
-  if (l.has(k)) return static_cast<T>(g + (k == l.a ? f.target_a : f.target_b));
-  return g + f.non_target_s * exp(a - f.non_target_s_max) - f.non_target_t * exp(b - f.non_target_t_max);
+  return g;
 }
 
-template <typename T, bool WARP>
+template <typename T, bool WARP, bool PLAIN>
 __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
   __shared__ double shared[32];
   const Team<T, WARP> team(shared);
@@ -218,31 +194,39 @@ __global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
   Factors<T> f = gradient_factors(x, r, upstream, y_sum);
   if (x.decoupled()) add_decoupled(x, l, s, t, r, upstream, f);
   const bool teacher = x.soft();
+  if (x.decoupled() && x.out == x.student) team.wait();  // until all have read the labels' logits
   for (int64_t k = team.rank; k < n; k += team.size) {
-    const T g = class_gradient(x, row, k, s[k], teacher ? t[k] : T(0), l, f);
+    const T g = class_gradient<PLAIN>(x, row, k, s[k], teacher ? t[k] : T(0), l, r, f);
     store<T>(x.student_type, x.out, out + k, g);
   }
 }
 
+template <typename T, bool PLAIN>
+void forward_rows(const SoftmaxKlForward& x, cudaStream_t stream) {
+  if (x.classes <= kWarpRow)
+    forward_kernel<T, true, PLAIN><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
+  else forward_kernel<T, false, PLAIN><<<x.rows, kBlockThreads, 0, stream>>>(x);
+  check_launch("softmax_kl forward");
+}
+
 template <typename T>
 void forward(const SoftmaxKlForward& x, cudaStream_t stream) {
-  if (x.rows > 0) {
-    if (x.classes <= kWarpRow)
-      forward_kernel<T, true><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-    else forward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
-    check_launch("softmax_kl forward");
-  }
+  if (x.rows > 0) x.plain() ? forward_rows<T, true>(x, stream) : forward_rows<T, false>(x, stream);
   finish_kernel<T><<<1, kSumThreads, 0, stream>>>(x);
   check_launch("softmax_kl sum");
 }
 
+template <typename T, bool PLAIN>
+void backward_rows(const SoftmaxKlBackward& x, cudaStream_t stream) {
+  if (x.classes <= kWarpRow)
+    backward_kernel<T, true, PLAIN><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
+  else backward_kernel<T, false, PLAIN><<<x.rows, kBlockThreads, 0, stream>>>(x);
+  check_launch("softmax_kl backward");
+}
+
 template <typename T>
 void backward(const SoftmaxKlBackward& x, cudaStream_t stream) {
-  if (x.rows == 0) return;
-  if (x.classes <= kWarpRow)
-    backward_kernel<T, true><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-  else backward_kernel<T, false><<<x.rows, kBlockThreads, 0, stream>>>(x);
-  check_launch("softmax_kl backward");
+  if (x.rows > 0) x.plain() ? backward_rows<T, true>(x, stream) : backward_rows<T, false>(x, stream);
 }
 
 }  // namespace

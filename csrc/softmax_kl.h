@@ -6,6 +6,7 @@
 namespace kd {
 
 enum class Reduction : int { mean, sum, none };
+enum class Divergence : int { forward, reverse, jsd, skew, skew_reverse };
 
 struct SoftmaxKlOptions {  // in the order of the op's arguments
   int64_t ignore_index;
@@ -13,10 +14,17 @@ struct SoftmaxKlOptions {  // in the order of the op's arguments
   double ce, kl, target_kl, non_target_kl;  // the terms' weights
   double temperature;
   Reduction reduction;
+  Divergence divergence;
+  double beta;
+  bool standardize;
 
   KD_BOTH bool decoupled() const { return target_kl != 0 || non_target_kl != 0; }
   KD_BOTH bool soft() const { return kl != 0 || decoupled(); }
-  KD_BOTH int64_t stats_count() const { return decoupled() ? 9 : 5; }  // saved numbers per row
+  // the forward KL of logits as they are
+  KD_BOTH bool plain() const { return divergence == Divergence::forward && !standardize; }
+  KD_BOTH int64_t stats_count() const {  // saved numbers per row
+    return 5 + (decoupled() ? 4 : 0) + (divergence == Divergence::forward ? 0 : 1) + (standardize ? 4 : 0);
+  }
 };
 
 // Rows have unit column stride.
@@ -38,9 +46,8 @@ struct SoftmaxKl : Call, SoftmaxKlOptions {
 };
 
 struct SoftmaxKlForward : SoftmaxKl {
-  void* loss;  // T [] or [rows]
-  // T [stats_count(), rows] or null: max s, max t, log Z of p, q_s, q_t; non-target: max s, max t, log Z s, log Z t
-  void* stats;
+  void* loss;   // T [] or [rows]
+  void* stats;  // T [stats_count(), rows] or null; save_stats has the order
   void* scale;  // T []
 };
 
@@ -49,7 +56,7 @@ struct SoftmaxKlBackward : SoftmaxKl {
   int64_t grad_stride;
   const void* stats;
   const void* scale;
-  void* out;  // the student's dtype, [rows, classes] contiguous
+  void* out;  // the student's dtype, [rows, classes] contiguous; may be the student's own memory
 };
 
 template <Isa>

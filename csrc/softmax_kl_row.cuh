@@ -1,7 +1,8 @@
 // Rows of softmax_kl on CUDA: which threads share one, and how they read it.
 #pragma once
 
-#include "softmax_kl_row.h"
+#include "divergences.h"
+#include "softmax_kl_gradient.h"
 
 namespace kd {
 namespace cuda {
@@ -24,6 +25,7 @@ struct Team {
   __device__ double sum(double x) const {
     return WARP ? reduce_lanes(x, 32, Add()) : reduce_block(x, shared, 0.0, Add());
   }
+  __device__ void wait() const { WARP ? __syncwarp() : __syncthreads(); }
   __device__ T max(T x) const {
     return WARP ? reduce_lanes(x, 32, Max())
                 : static_cast<T>(reduce_block(static_cast<double>(x), shared, -infinity<double>(), Max()));
@@ -46,6 +48,26 @@ __device__ Logits<T> student_of(const SoftmaxKl& x, int64_t row) {
 template <typename T>
 __device__ Logits<T> teacher_of(const SoftmaxKl& x, int64_t row) {
   return {x.teacher, x.teacher_type, row * x.teacher_stride};
+}
+
+// The divergence is the same for a whole launch, so these branches never diverge.
+template <typename T>
+__device__ Part<T> class_part(Divergence divergence, T d, T p, T q, const Shares<T>& shares) {
+  switch (divergence) {
+    case Divergence::reverse: return part<Divergence::reverse>(d, p, q, shares);
+    case Divergence::jsd: return part<Divergence::jsd>(d, p, q, shares);
+    case Divergence::skew: return part<Divergence::skew>(d, p, q, shares);
+    default: return part<Divergence::skew_reverse>(d, p, q, shares);
+  }
+}
+template <typename T>
+__device__ T class_slope(Divergence divergence, T d, const Shares<T>& shares) {
+  switch (divergence) {
+    case Divergence::reverse: return slope<Divergence::reverse>(d, shares);
+    case Divergence::jsd: return slope<Divergence::jsd>(d, shares);
+    case Divergence::skew: return slope<Divergence::skew>(d, shares);
+    default: return slope<Divergence::skew_reverse>(d, shares);
+  }
 }
 
 template <typename T>

@@ -43,9 +43,11 @@ KD_BOTH inline Labels read_labels(const SoftmaxKl& x, int64_t row) {
   return l;
 }
 
-// exp(z) = exp(z / T)^T: the T for which that is a product; 0 where it takes another exponential
-KD_BOTH inline int integer_temperature(double t) {
-  return t == 1 || t == 2 || t == 3 || t == 4 ? static_cast<int>(t) : 0;
+// exp(z) = exp(z / T)^T, unless logits are standardised: the T for which that is a product; 0 where it takes another
+// exponential
+KD_BOTH inline int integer_temperature(const SoftmaxKl& x) {
+  const double t = x.temperature;
+  return !x.standardize && (t == 1 || t == 2 || t == 3 || t == 4) ? static_cast<int>(t) : 0;
 }
 template <typename T>
 KD_BOTH inline T power(T x, int n) {  // n in 1..4
@@ -68,26 +70,45 @@ struct Sums {
   double p = 0, s = 0, t = 0, cross = 0, gap = 0;
 };
 
-// KL = m + log(Z_s / Z_t), m = cross / Z_t, and Z_s / Z_t = 1 + gap / Z_t - m: where the networks are close, that
-// second form keeps the digits that the logarithm of a quotient near 1 has lost.
-KD_BOTH inline double divergence(const Sums& z) {
+// log(Z_t / Z_s). Z_s / Z_t = 1 + gap / Z_t - cross / Z_t: where the networks are close, that form keeps the digits
+// that the logarithm of a quotient near 1 has lost.
+KD_BOTH inline double log_ratio(const Sums& z) {
   const double m = z.cross / z.t, gap = z.gap / z.t;
-  if (m < 0.5 && m > -0.5 && gap < 0.5) return m + std::log1p(gap - m);
-  return m + std::log(z.s / z.t);
+  if (m < 0.5 && m > -0.5 && gap < 0.5) return -std::log1p(gap - m);
+  return std::log(z.t / z.s);
 }
 
+KD_BOTH inline double divergence(const Sums& z, double log_ratio) { return z.cross / z.t - log_ratio; }
+
 // The same over the non-target classes, which may have no mass left.
-KD_BOTH inline double non_target_divergence(const Sums& z) { return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z); }
+KD_BOTH inline double non_target_divergence(const Sums& z) {
+  return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z, log_ratio(z));
+}
+
+// A row's mean, counted from its maximum, and its unbiased standard deviation: 0 for a single class
+struct Spread {
+  double mean = 0, std = 0;
+  KD_BOTH Spread() {}
+  KD_BOTH Spread(double mean, double squares, int64_t classes)
+      : mean(mean), std(std::sqrt(squares / double(classes > 1 ? classes - 1 : 1))) {}
+  KD_BOTH double inverse() const { return 1 / (std + 1e-7); }
+};
 
 // One network's softmax at temperature T, and that of its non-target classes; logits are counted from `max`.
 template <typename T>
 struct Softmax {
   T max = 0;
+  T inverse_std = 1;     // 1 unless logits are standardised
+  double inverse_t = 1;  // over the temperature
   double log_z = 0;
   T non_target_max = 0;
   double non_target_log_z = 0;
 
-  KD_BOTH double log_q(T z, double temperature) const { return double(z - max) / temperature - log_z; }
+  KD_BOTH void scale(T inverse, double over_temperature) {
+    inverse_std = inverse;
+    inverse_t = double(inverse) * over_temperature;
+  }
+  KD_BOTH double log_q(T z) const { return double(z - max) * inverse_t - log_z; }
   KD_BOTH double non_target_log_mass() const { return double(non_target_max) + non_target_log_z - log_z; }
 };
 
@@ -96,6 +117,28 @@ template <typename T>
 struct RowStats {
   Softmax<T> s, t;
   double log_p = 0;
+  double log_ratio = 0;  // log(Z_t / Z_s)
+  T slope = 0;           // the mean of the divergence's slopes
+  double std = 0;        // of the standardised student: 1, or 0 without spread
+  T mean = 0, lost = 0;  // its mean, counted from its maximum; how much of it the gradient by it loses
+
+  KD_BOTH void standardise(const SoftmaxKl& x, const Spread& of_s, const Spread& of_t) {
+    s.inverse_t = t.inverse_t = 1 / x.temperature;
+    if (!x.standardize) return;
+    s.scale(static_cast<T>(of_s.inverse()), s.inverse_t);
+    t.scale(static_cast<T>(of_t.inverse()), t.inverse_t);
+    mean = static_cast<T>(of_s.mean * s.inverse_std);
+    std = of_s.std * s.inverse_std;
+  }
+  // d std / dz = (z - mean) / (classes - 1) / std, so that much of <dL/dz', z'> is lost
+  KD_BOTH void lose(double along, int64_t classes) {
+    lost = std == 0 ? T(0) : static_cast<T>(along / (std * double(classes > 1 ? classes - 1 : 1)));
+  }
+  KD_BOTH void set_log_z(double of_s, double ratio) {
+    s.log_z = of_s;
+    log_ratio = ratio;
+    t.log_z = of_s + ratio;
+  }
 };
 
 template <typename T>
@@ -106,12 +149,25 @@ KD_BOTH inline void save_stats(const SoftmaxKlForward& x, int64_t row, const Row
   to[x.rows] = r.t.max;
   to[2 * x.rows] = static_cast<T>(r.log_p);
   to[3 * x.rows] = static_cast<T>(r.s.log_z);
-  to[4 * x.rows] = static_cast<T>(r.t.log_z);
-  if (!x.decoupled()) return;
-  to[5 * x.rows] = r.s.non_target_max;
-  to[6 * x.rows] = r.t.non_target_max;
-  to[7 * x.rows] = static_cast<T>(r.s.non_target_log_z);
-  to[8 * x.rows] = static_cast<T>(r.t.non_target_log_z);
+  to[4 * x.rows] = static_cast<T>(r.log_ratio);
+  to += 5 * x.rows;
+  if (x.decoupled()) {
+    to[0] = r.s.non_target_max;
+    to[x.rows] = r.t.non_target_max;
+    to[2 * x.rows] = static_cast<T>(r.s.non_target_log_z);
+    to[3 * x.rows] = static_cast<T>(r.t.non_target_log_z);
+    to += 4 * x.rows;
+  }
+  if (x.divergence != Divergence::forward) {
+    to[0] = r.slope;
+    to += x.rows;
+  }
+  if (x.standardize) {
+    to[0] = r.s.inverse_std;
+    to[x.rows] = r.t.inverse_std;
+    to[2 * x.rows] = r.mean;
+    to[3 * x.rows] = r.lost;
+  }
 }
 
 template <typename T>
@@ -121,13 +177,26 @@ KD_BOTH inline RowStats<T> read_stats(const SoftmaxKlBackward& x, int64_t row) {
   r.s.max = from[0];
   r.t.max = from[x.rows];
   r.log_p = from[2 * x.rows];
-  r.s.log_z = from[3 * x.rows];
-  r.t.log_z = from[4 * x.rows];
-  if (!x.decoupled()) return r;
-  r.s.non_target_max = from[5 * x.rows];
-  r.t.non_target_max = from[6 * x.rows];
-  r.s.non_target_log_z = from[7 * x.rows];
-  r.t.non_target_log_z = from[8 * x.rows];
+  r.set_log_z(from[3 * x.rows], from[4 * x.rows]);
+  from += 5 * x.rows;
+  if (x.decoupled()) {
+    r.s.non_target_max = from[0];
+    r.t.non_target_max = from[x.rows];
+    r.s.non_target_log_z = from[2 * x.rows];
+    r.t.non_target_log_z = from[3 * x.rows];
+    from += 4 * x.rows;
+  }
+  if (x.divergence != Divergence::forward) {
+    r.slope = from[0];
+    from += x.rows;
+  }
+  r.s.inverse_t = r.t.inverse_t = 1 / x.temperature;
+  if (x.standardize) {
+    r.s.scale(from[0], r.s.inverse_t);
+    r.t.scale(from[x.rows], r.t.inverse_t);
+    r.mean = from[2 * x.rows];
+    r.lost = from[3 * x.rows];
+  }
   return r;
 }
 
@@ -157,69 +226,18 @@ struct Labelled {
 };
 
 template <typename T, typename Logits>
-KD_BOTH inline Labelled labelled(const Labels& l, const Logits& z, const Softmax<T>& q, double temperature) {
-  return {std::exp(q.log_q(z[l.a], temperature)), l.two() ? std::exp(q.log_q(z[l.b], temperature)) : 0};
+KD_BOTH inline Labelled labelled(const Labels& l, const Logits& z, const Softmax<T>& q) {
+  return {std::exp(q.log_q(z[l.a])), l.two() ? std::exp(q.log_q(z[l.b])) : 0};
 }
 
 // sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s) for the non-target mass S
 template <typename T, typename Logits>
-KD_BOTH inline double target_divergence(const Labels& l, const Logits& s, const Logits& t, const RowStats<T>& r,
-                                        double temperature) {
-  const Labelled qs = labelled(l, s, r.s, temperature), qt = labelled(l, t, r.t, temperature);
-  double sum = weighted(qt.a, r.t.log_q(t[l.a], temperature) - r.s.log_q(s[l.a], temperature));
-  if (l.two()) sum += weighted(qt.b, r.t.log_q(t[l.b], temperature) - r.s.log_q(s[l.b], temperature));
+KD_BOTH inline double target_divergence(const Labels& l, const Logits& s, const Logits& t, const RowStats<T>& r) {
+  const Labelled qs = labelled(l, s, r.s), qt = labelled(l, t, r.t);
+  double sum = weighted(qt.a, r.t.log_q(t[l.a]) - r.s.log_q(s[l.a]));
+  if (l.two()) sum += weighted(qt.b, r.t.log_q(t[l.b]) - r.s.log_q(s[l.b]));
   const double log_s = log_non_target(qs.mass(), r.s), log_t = log_non_target(qt.mass(), r.t);
   return sum + weighted(std::exp(log_t), log_t - log_s);
-}
-
-// What a row's gradient is made of, upstream gradient included. With e = exp(logit - max):
-//   soft (e_s - ratio e_t) + hard e_p - label y - uniform + non_target_s e_s' - non_target_t e_t'      non-target: e'
-//   from target_a or target_b in place of the last two at the labels                              their own maximum
-template <typename T>
-struct Factors {
-  T inverse_t, s_max, t_max, soft, ratio, hard, label, uniform;
-  T non_target_s_max = 0, non_target_t_max = 0, non_target_s = 0, non_target_t = 0;
-  double target_a = 0, target_b = 0;
-};
-
-// The ratio is exactly 1, and so the gradient 0, where both networks agree, whether or not the compiler fuses the
-// product.
-template <typename T>
-KD_BOTH inline Factors<T> gradient_factors(const SoftmaxKlBackward& x, const RowStats<T>& r, double upstream,
-                                           double y_sum) {
-  Factors<T> f;
-  f.inverse_t = static_cast<T>(1 / x.temperature);
-  f.s_max = r.s.max;
-  f.t_max = r.t.max;
-  f.soft = static_cast<T>(x.kl / x.temperature * upstream * std::exp(-r.s.log_z));
-  f.ratio = static_cast<T>(std::exp(r.s.log_z - r.t.log_z));
-  const double e = x.smoothing;
-  f.hard = static_cast<T>(x.ce * upstream * ((1 - e) * y_sum + e) * std::exp(-r.log_p));
-  f.label = static_cast<T>(x.ce * upstream * (1 - e));
-  f.uniform = static_cast<T>(x.ce * upstream * e / double(x.classes));
-  return f;
-}
-
-// -inf, the log-sum of no mass, gives a factor of 0
-template <typename T>
-KD_BOTH inline T non_target_factor(double factor, double log_z) {
-  return log_z == -HUGE_VAL ? T(0) : static_cast<T>(factor * std::exp(-log_z));
-}
-
-template <typename T, typename Logits>
-KD_BOTH inline void add_decoupled(const SoftmaxKlBackward& x, const Labels& l, const Logits& s, const Logits& t,
-                                  const RowStats<T>& r, double upstream, Factors<T>& f) {
-  const double scale = upstream / x.temperature;
-  const Labelled qs = labelled(l, s, r.s, x.temperature), qt = labelled(l, t, r.t, x.temperature);
-  // S_s - S_t from whichever side has the smaller numbers
-  const double difference = qs.mass() < 0.5 ? qt.mass() - qs.mass()
-                                            : std::exp(r.s.non_target_log_mass()) - std::exp(r.t.non_target_log_mass());
-  f.target_a = scale * x.target_kl * (qs.a - qt.a);
-  f.target_b = scale * x.target_kl * (qs.b - qt.b);
-  f.non_target_s_max = r.s.non_target_max;
-  f.non_target_t_max = r.t.non_target_max;
-  f.non_target_s = non_target_factor<T>(scale * (x.target_kl * difference + x.non_target_kl), r.s.non_target_log_z);
-  f.non_target_t = non_target_factor<T>(scale * x.non_target_kl, r.t.non_target_log_z);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The command line: ``kdkernels train | demo | doctor``."""
+"""The command line: ``kdkernels train | teacher | demo | doctor``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .doctor import TRAIN_PACKAGES
 from .ops.backend import BackendError
 
 
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train one student with one method")
-    train.add_argument("--method", default="kd", help="alone, kd, sp, stkd, amd, mlkd, corsd, or several: kd+sp")
+    train.add_argument("--method", default="kd", help="a method of docs/training.md, such as kd, sp; several: kd+sp")
     train.add_argument(
         "--weight",
         action="append",
@@ -47,6 +48,21 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--output", type=Path, default=Path("runs/train"))
     train.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     train.set_defaults(run=_train)
+
+    teacher = commands.add_parser("teacher", help="write a language model's most likely tokens, to train on without it")
+    teacher.add_argument("--model", required=True, help="name or folder for transformers' AutoModelForCausalLM")
+    teacher.add_argument(
+        "--data", type=Path, required=True, help=".txt (a text per line) or .jsonl (text, or input_ids)"
+    )
+    teacher.add_argument("--output", type=Path, required=True, help="folder; an interrupted run goes on in it")
+    teacher.add_argument("--top-k", type=_positive, default=64)
+    teacher.add_argument("--temperature", type=float, default=1.0)
+    teacher.add_argument("--max-length", type=_positive, help="longer rows are cut to this many tokens")
+    teacher.add_argument("--vocab-size", type=_positive, help="tokens that exist, if the head has more")
+    teacher.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of the log-probabilities")
+    teacher.add_argument("--batch-size", type=_positive, default=8)
+    teacher.add_argument("--rows-per-shard", type=_positive, default=1024)
+    teacher.set_defaults(run=_teacher)
     return top
 
 
@@ -54,6 +70,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {text!r}")
     return int(text)
+
+
+def _need_extra(extra: str = "train", packages: Sequence[str] = TRAIN_PACKAGES) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        what = f"pip install '.[{extra}]' in a checkout of kdkernels"
+        raise ValueError(f"this command needs {', '.join(missing)}: {what}")
 
 
 def _rate(text: str) -> float:
@@ -64,14 +87,6 @@ def _rate(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
-
-
-def _need_extra() -> None:
-    from .doctor import TRAIN_PACKAGES
-
-    missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install '.[train]' in a checkout of kdkernels")
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -94,6 +109,13 @@ def _train(args: argparse.Namespace) -> None:
 
     train(args)
     _leave()
+
+
+def _teacher(args: argparse.Namespace) -> None:
+    _need_extra("hf", ("transformers", "safetensors"))
+    from .training.run_teacher import write
+
+    write(args)
 
 
 def _leave() -> None:

@@ -9,6 +9,8 @@ Only the paper's abstract is certain; these equations are the reading that satis
 With ``decouple=(w_target, w_non_target)`` the KL is split into the labelled classes and the others, whose mass is S:
 
     KL = TCKD + S_t NCKD   becomes   w_target TCKD + w_non_target NCKD    (DKD, arXiv 2203.08679, for one or two labels)
+
+``divergence=`` and ``standardize=`` change the KL as they do in ``kd_loss``.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .kd_loss import flatten_positions
+from .kd_loss import check_divergence, flatten_positions
 from .ops.checks import REDUCTIONS, check_number, check_positive, check_reduction, check_weight
 from .ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
@@ -36,6 +38,10 @@ def stkd_loss(
     reduction: str = "mean",
     class_dim: int = -1,
     ignore_index: int = -100,
+    scale_by_t2: bool = True,
+    divergence: str = "forward",
+    beta: float | None = None,
+    standardize: bool = False,
 ) -> Tensor:
     """Mixed-label cross entropy plus T^2 KL to the teacher's probabilities on the same mixed images, in one pass.
 
@@ -57,6 +63,10 @@ def stkd_loss(
             without the classes. For (N, C) logits "batchmean" is the same as "mean".
         class_dim: where the classes are.
         ignore_index: positions with this label in ``target`` or ``target_mixed`` do not count and get no gradient.
+        scale_by_t2: whether the KL is multiplied by T^2.
+        divergence, beta: in the place of the KL, as in ``kd_loss``; decouple needs "forward".
+        standardize: whether the terms with a teacher take standardised logits, as in ``kd_loss``; the cross entropy
+            does not.
 
     Returns:
         float32 (float64 if an input is). An empty batch, or one where nothing counts, gives 0.
@@ -68,15 +78,19 @@ def stkd_loss(
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """
     _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
+    shape = divergence, 0.5
+    if divergence != "forward" or beta is not None:
+        shape = _check_divergence(divergence, beta, decouple)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "stkd_loss")
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, "stkd_loss", batchmean=student_logits.dim() == 2)
     labels = _flatten_labels(target, target_mixed, lam, ignore_index, label_smoothing, student_logits, class_dim)
     if decouple is not None and labels.dense:
         raise ValueError("stkd_loss: decouple needs integer labels, got a dense floating-point target")
-    kd = kd_weight * temperature**2
+    kd = kd_weight * temperature**2 if scale_by_t2 else kd_weight
     terms = Terms(ce_weight, kd) if decouple is None else Terms(ce_weight, 0.0, kd * decouple[0], kd * decouple[1])
-    loss = softmax_kl(Rows(student, teacher, labels, terms, float(temperature), reduction))
+    rows = Rows(student, teacher, labels, terms, float(temperature), reduction, *shape, bool(standardize))
+    loss = softmax_kl(rows)
     return loss.view(_positions(student_logits, class_dim)) if reduction == "none" else loss
 
 
@@ -100,6 +114,12 @@ def _check_options(
         raise ValueError(f"decouple must be (w_target, w_non_target), got {decouple!r}")
     for weight in decouple:
         check_weight(decouple=weight)
+
+
+def _check_divergence(divergence: str, beta: float | None, decouple: tuple[float, float] | None) -> tuple[str, float]:
+    if decouple is not None and divergence != "forward":
+        raise ValueError(f"decouple takes the forward KL apart: it excludes divergence={divergence!r}")
+    return check_divergence(divergence, beta)
 
 
 def _positions(logits: Tensor, class_dim: int) -> list[int]:
@@ -184,13 +204,19 @@ class STKDLoss(nn.Module):
         reduction: str = "mean",
         class_dim: int = -1,
         ignore_index: int = -100,
+        scale_by_t2: bool = True,
+        divergence: str = "forward",
+        beta: float | None = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
+        _check_divergence(divergence, beta, decouple)
         check_reduction(reduction, "STKDLoss", batchmean=True)
         self.temperature, self.ce_weight, self.kd_weight = temperature, ce_weight, kd_weight
         self.decouple, self.label_smoothing, self.reduction = decouple, label_smoothing, reduction
-        self.class_dim, self.ignore_index = class_dim, ignore_index
+        self.class_dim, self.ignore_index, self.scale_by_t2 = class_dim, ignore_index, scale_by_t2
+        self.divergence, self.beta, self.standardize = divergence, beta, standardize
 
     def forward(
         self,
@@ -214,11 +240,16 @@ class STKDLoss(nn.Module):
             reduction=self.reduction,
             class_dim=self.class_dim,
             ignore_index=self.ignore_index,
+            scale_by_t2=self.scale_by_t2,
+            divergence=self.divergence,
+            beta=self.beta,
+            standardize=self.standardize,
         )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, ce_weight={self.ce_weight}, kd_weight={self.kd_weight}, "
             f"decouple={self.decouple}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}, "
-            f"class_dim={self.class_dim}, ignore_index={self.ignore_index}"
+            f"class_dim={self.class_dim}, ignore_index={self.ignore_index}, scale_by_t2={self.scale_by_t2}, "
+            f"divergence={self.divergence!r}, beta={self.beta}, standardize={self.standardize}"
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..training.checks import check_optimizer
 from ..training.distillation import Distillation
+from ..training.sequence import SequenceDistillation, counted_tokens
+from ..training.sequence_data import SequenceCollator
 from .relational import whole_batches
 
 try:
@@ -62,11 +66,7 @@ class DistillationTrainer(Trainer):
         if self.optimizer is not None:
             check_optimizer(distillation, self.optimizer)
         whole_batches(distillation, self.args.gradient_accumulation_steps, self.args.world_size)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"DistillationTrainer uses one GPU per process, and this process has {self.args.n_gpu}: start it with "
-                "torchrun --nproc-per-node, or set CUDA_VISIBLE_DEVICES"
-            )
+        _one_gpu(self)
         self.args.remove_unused_columns = False  # columns are the networks', of which the Trainer knows nothing
         self.label_names = self.args.label_names or ["labels"]
         self.loss_is_scaled_for_ga = False  # the loss is a mean over its micro-batch
@@ -80,3 +80,75 @@ class DistillationTrainer(Trainer):
         target, target_neg = inputs.pop(self.label_names[0]), inputs.pop("labels_neg", None)
         result = model(next(iter(inputs.values())) if len(inputs) == 1 else inputs, target, target_neg)
         return (result.loss, {"loss": result.loss, "logits": result.logits}) if return_outputs else result.loss
+
+
+class SequenceDistillationTrainer(Trainer):
+    """``SequenceDistillationTrainer(distillation, args, train_dataset=..., data_collator=...)``: language models.
+
+    Args:
+        distillation: a ``SequenceDistillation``. Its student is the model that is trained, saved and loaded, as in any
+            other training of it; a live teacher is only moved to the device.
+        args: TrainingArguments. remove_unused_columns is set to False and prediction_loss_only to True: ``evaluate``
+            gives the loss, as there are no logits.
+        options: those of ``Trainer``, whose data_collator is by default a ``SequenceCollator``.
+
+    A step's loss is the sum over the tokens that count, in all its micro-batches and processes, divided by their number
+    (transformers' num_items_in_batch): four micro-batches are one batch.
+
+    Raises:
+        TypeError: distillation is not a SequenceDistillation.
+        ValueError: several GPUs in one process; label smoothing.
+    """
+
+    def __init__(
+        self, distillation: SequenceDistillation, args: TrainingArguments | None = None, **options: Any
+    ) -> None:
+        if not isinstance(distillation, SequenceDistillation):
+            raise TypeError(
+                f"SequenceDistillationTrainer needs a SequenceDistillation, got {type(distillation).__name__}"
+            )
+        super().__init__(distillation.student, args, **{"data_collator": SequenceCollator(), **options})
+        _one_gpu(self)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                "SequenceDistillationTrainer: label_smoothing_factor belongs to transformers' own loss; give "
+                "label_smoothing to SequenceDistillation"
+            )
+        self.distillation = distillation
+        self.args.remove_unused_columns = False  # a cached teacher's columns are no arguments of the model
+        self.args.prediction_loss_only = True
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True  # the loss is divided by a step's tokens
+        teacher = distillation.teacher
+        if isinstance(teacher, nn.Module) and not hasattr(teacher, "hf_device_map"):
+            teacher.to(self.args.device)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor]:
+        """A step's micro-batches, and how many tokens count in them.
+
+        For some models (GPT-2) transformers also counts first tokens, which nothing predicts.
+        """
+        samples = list(islice(epoch_iterator, num_batches))
+        count = sum((counted_tokens(batch) for batch in samples), torch.zeros((), dtype=torch.int64)).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return samples, count.clamp_min(1)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not model.training:
+            loss = self.distillation(inputs, model=model)
+            return (loss, {"loss": loss}) if return_outputs else loss
+        loss = self.distillation(inputs, num_items_in_batch, model=model)
+        # the gradients' mean over the processes is to be their sum
+        return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+
+def _one_gpu(trainer: Trainer) -> None:
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{type(trainer).__name__} uses one GPU per process, and this process has {trainer.args.n_gpu}: start it "
+            "with torchrun --nproc-per-node, or set CUDA_VISIBLE_DEVICES"
+        )

@@ -139,3 +139,11 @@ def supports(*tensors: Tensor) -> str | None:
         if x.device.type == "cuda" and not hasattr(torch.ops.kdkernels_native, "has_cuda"):
             return "the native library has no CUDA kernels: it was built without nvcc, or where no GPU was at hand"
     return None
+
+
+def supports_cpu(*tensors: Tensor) -> str | None:
+    """The same for an op whose kernels are for the CPU alone."""
+    for x in tensors:
+        if not x.is_cpu:
+            return f"the op has native kernels for the CPU alone, not for {x.device.type}"
+    return supports(*tensors)

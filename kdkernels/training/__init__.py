@@ -2,6 +2,8 @@
 
 from .distillation import Distillation, DistillationOutput
 from .methods import METHODS, Batch, Method, Outputs, make_method
+from .sequence import SequenceDistillation
+from .sequence_data import SequenceCollator, token_rows
 from .stages import stage_names
 from .taps import FeatureTaps
 
@@ -13,9 +15,14 @@ __all__ = [
     "FeatureTaps",
     "Method",
     "Outputs",
+    "SequenceCollator",
+    "SequenceDistillation",
+    "TeacherCache",
     "fit",
     "make_method",
     "stage_names",
+    "token_rows",
+    "write_teacher_cache",
 ]
 
 
@@ -24,4 +31,8 @@ def __getattr__(name: str) -> object:
         from .loop import fit
 
         return fit
+    if name in ("TeacherCache", "write_teacher_cache"):  # these need safetensors
+        from . import teacher_cache
+
+        return getattr(teacher_cache, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

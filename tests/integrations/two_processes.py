@@ -73,9 +73,37 @@ def with_lightning() -> Distillation:
     return distillation
 
 
+def with_language_models(folder: str) -> Any:
+    """Rows of unequal length, some with prompts: each process has another number of tokens."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from sequence_tools import BATCH, LR, ROWS, STEPS, gpt2, teacher
+    from transformers import TrainingArguments
+
+    from kdkernels.integrations.hf import SequenceDistillationTrainer
+    from kdkernels.training import SequenceDistillation
+
+    distillation = SequenceDistillation(gpt2(), teacher(), ce_weight=0.5)
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=BATCH // 2,
+        max_steps=STEPS,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        ddp_backend="gloo",
+        save_strategy="no",
+        report_to=[],
+    )
+    SequenceDistillationTrainer(distillation, arguments, train_dataset=ROWS).train()
+    return distillation
+
+
+RUNS = {"hf": with_transformers, "lightning": lambda folder: with_lightning(), "language": with_language_models}
+
 if __name__ == "__main__":
     name, folder = sys.argv[1:]
-    distillation = with_transformers(folder) if name == "hf" else with_lightning()
+    distillation = RUNS[name](folder)
     assert dist.get_world_size() == 2
     torch.save(distillation.student.state_dict(), Path(folder) / f"{name}-{dist.get_rank()}.pt")
     dist.barrier()  # no rank leaves while another still needs it

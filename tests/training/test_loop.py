@@ -151,6 +151,9 @@ def test_weights_out_of_range_are_refused() -> None:
         ("amd", {"kd_weight": 1.5}),
         ("stkd", {"ce_weight": -1.0}),
         ("mlkd", {"supervised_weight": -1.0}),
+        ("nkd", {"weight": -1.0}),
+        ("dist", {"weight": -1.0}),
+        ("mlld", {"kd_weight": -1.0}),
     ):
         with pytest.raises(ValueError, match=rf"{method.upper()}: {next(iter(options))} must be .*, got"):
             make_method(method, **options)

@@ -1,10 +1,11 @@
 """softmax_kl as on a board: differentiable PyTorch, the oracle of the tests. Equations: arXiv 2203.08679, eq. 1-7.
 
-row  = w_ce CE + w_kl KL + w_target TCKD + w_non NCKD           z logits, s student, t teacher, T temperature
+row  = w_ce CE + w_kl D + w_target TCKD + w_non NCKD            z logits, s student, t teacher, T temperature
 CE   = -sum_k y_k log p_s,k                                     p = softmax(z)
-KL   = sum_k q_t,k log(q_t,k / q_s,k)                           q = softmax(z / T)
+D    = KL(q_t || q_s), or what log_divergence says              q = softmax(z / T),  KL(p || q) = sum p log(p / q)
 TCKD = sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s),  S = the mass of all others
-NCKD = the KL of the others, renormalised;   KL = TCKD + S_t NCKD
+NCKD = the KL of the others, renormalised;   KL(q_t || q_s) = TCKD + S_t NCKD
+standardize: q = softmax(z' / T),  z' = (z - mean) / (std + 1e-7) of each row
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
-from .op import Rows
+from .op import STANDARD_EPS, Rows
 
 
 def softmax_kl(x: Rows) -> Tensor:
@@ -24,13 +25,14 @@ def softmax_kl(x: Rows) -> Tensor:
     y, labelled, counts = _labels(x, dtype)
     s = s.masked_fill(~counts[:, None], 0)  # whatever an ignored row holds, even NaN, has no part in the gradient
     t = t.masked_fill(~counts[:, None], 0)
-    log_q_s, log_q_t = (s / x.temperature).log_softmax(1), (t / x.temperature).log_softmax(1)
-    log_m_s, log_m_t = (_masses(log_q, labelled) for log_q in (log_q_s, log_q_t))
+    soft = (_standardized(z) if x.standardize else z for z in (s, t))
+    log_q_s, log_q_t = ((z / x.temperature).log_softmax(1) for z in soft)
     y = (1 - x.labels.smoothing) * y + x.labels.smoothing / y.shape[1]
     rows = -x.terms.ce * _product(y, s.log_softmax(1)).sum(1)
-    rows = rows + x.terms.kl * _kl(log_q_t, log_q_s)
-    rows = rows + x.terms.target_kl * _kl(log_m_t, log_m_s)
-    rows = rows + x.terms.non_target_kl * _kl(_others(log_q_t, labelled), _others(log_q_s, labelled))
+    rows = rows + x.terms.kl * log_divergence(x.divergence, x.beta, log_q_t, log_q_s)
+    if x.terms.decoupled:
+        rows = rows + x.terms.target_kl * _kl(_masses(log_q_t, labelled), _masses(log_q_s, labelled))
+        rows = rows + x.terms.non_target_kl * _kl(_others(log_q_t, labelled), _others(log_q_s, labelled))
     rows = rows.masked_fill(~counts, 0)
     if x.reduction == "none":
         return rows
@@ -52,6 +54,32 @@ def _labels(x: Rows, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return lam * a + (1 - lam) * b, (a + b) > 0, counts
 
 
+def _standardized(z: Tensor) -> Tensor:
+    """Mean 0 and unbiased standard deviation 1; a row of one class, like any without spread, gives zeros."""
+    std = z.std(1, keepdim=True) if z.shape[1] > 1 else z * 0
+    return (z - z.mean(1, keepdim=True)) / (std + STANDARD_EPS)
+
+
+def log_divergence(kind: str, beta: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Of the teacher p and the student q."""
+    if kind == "reverse":
+        return _kl(log_q, log_p)
+    if kind == "jsd":
+        log_m = _log_mixture(beta, log_p, log_q)
+        return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    if kind == "skew":
+        return _kl(log_p, _log_mixture(beta, log_p, log_q))
+    if kind == "skew_reverse":
+        return _kl(log_q, _log_mixture(1 - beta, log_p, log_q))
+    return _kl(log_p, log_q)
+
+
+def _log_mixture(weight: float, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """log of weight p + (1 - weight) q, 0 for a class that neither network gives any probability."""
+    mixture = weight * log_p.exp() + (1 - weight) * log_q.exp()
+    return mixture.masked_fill(mixture == 0, 1).log()
+
+
 def _masses(log_q: Tensor, labelled: Tensor) -> Tensor:
     """log of the labelled classes' probabilities, and of the mass of all others in one more column."""
     others = log_q.masked_fill(labelled, -math.inf)
@@ -70,6 +98,6 @@ def _product(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sum_k p log(p / q) of the constant p; a class without probability in p adds nothing."""
+    """sum_k p log(p / q); a class without probability in p adds nothing."""
     p = log_p.exp()
     return (_product(p, log_p) - _product(p, log_q)).sum(1)

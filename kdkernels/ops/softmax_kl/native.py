@@ -17,6 +17,9 @@ def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     return outputs
 
 
-def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor) -> Tensor:
+def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
+    if in_place:
+        _native.softmax_kl_backward_.default(grad, *flatten(x), stats, scale)
+        return x.student
     gradient: Tensor = _native.softmax_kl_backward.default(grad, *flatten(x), stats, scale)
     return gradient

@@ -17,7 +17,8 @@ from ..backend import choose
 from ..checks import compute_dtype
 from ..library import Differentiable, build, register, schema
 
-STATS, STATS_DECOUPLED = 5, 9  # saved numbers per row: two maxima and three log-sums; four more for non-target classes
+STATS = 5  # saved numbers per row: two maxima and three log-sums
+STANDARD_EPS = 1e-7  # what standardize adds to a row's standard deviation
 
 
 class Labels(NamedTuple):
@@ -38,8 +39,8 @@ class Terms(NamedTuple):
     """The weights of a row's terms."""
 
     ce: float = 0.0  # cross entropy with y, at temperature 1
-    kl: float = 0.0  # KL(teacher || student) at the temperature
-    target_kl: float = 0.0  # its part over {the labelled classes, all others together}
+    kl: float = 0.0  # the divergence at the temperature: KL(teacher || student)
+    target_kl: float = 0.0  # that one's part over {the labelled classes, all others together}
     non_target_kl: float = 0.0  # the KL among the classes that are not labelled, renormalised
 
     @property
@@ -61,6 +62,14 @@ class Rows(NamedTuple):
     terms: Terms = Terms(kl=1.0)
     temperature: float = 1.0
     reduction: str = "mean"  # over the rows that are not ignored; "sum", "none": (N,)
+    divergence: str = "forward"  # "reverse", "jsd", "skew", "skew_reverse", which the decoupled terms exclude
+    beta: float = 0.5  # of the last three, in (0, 1)
+    standardize: bool = False  # logits of mean 0 and standard deviation 1 in all terms but CE
+
+    @property
+    def stats(self) -> int:
+        """How many numbers are saved per row."""
+        return STATS + 4 * self.terms.decoupled + (self.divergence != "forward") + 4 * self.standardize
 
 
 class SoftmaxKL(Protocol):
@@ -70,14 +79,23 @@ class SoftmaxKL(Protocol):
         """None, or the reason why these tensors cannot be computed."""
 
     def forward(self, x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, the statistics of every row (5 or 9, N; empty without need_grad), and the factor () of the mean.
+        """The loss, the statistics of every row (x.stats, N; empty without need_grad), and the factor () of the mean.
 
-        stats: the maxima of s and t; log Z of p_s, q_s and q_t, relative to the maxima; and for the non-target classes
-        their maxima of s and t relative to the row's, over T, and log Z of s and t.
+        stats: the maxima of s and t; log Z of p_s and of q_s, relative to the maximum; and log(Z of q_t / Z of q_s),
+        which keeps its digits where the networks are close.
+        With decoupled terms, of the non-target classes: the maxima of s and t relative to the row's, over T; log Z of
+        s and t.
+        Unless the divergence is "forward": the mean under q_s of its slopes (see reference_divergences.py).
+        With standardize, z' being the standardised s: the inverse standard deviations of s and t; the mean of z'
+        relative to its maximum; and how much of z' is to be taken from dL/dz' on its way to s.
         """
 
-    def backward(self, grad: Tensor, x: Rows, stats: Tensor, scale: Tensor) -> Tensor:
-        """dloss/dstudent, (N, C) in the student's dtype; grad is () or (N,)."""
+    def backward(self, grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
+        """dloss/dstudent, (N, C) in the student's dtype; grad is () or (N,).
+
+        Given stats it is elementwise in the two logits, but for decoupled terms and the sum of a dense target.
+        in_place: it is written over x.student, which is contiguous.
+        """
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +124,7 @@ def _check_values(labels: Labels, classes: int) -> None:
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, need_grad = build(Rows, args), args[-1]
     dtype, n = compute_dtype(x.student, x.teacher), x.student.shape[0]
-    stats = (STATS_DECOUPLED if x.terms.decoupled else STATS, n) if need_grad else (0,)
+    stats = (x.stats, n) if need_grad else (0,)
     loss = x.student.new_empty((n,) if x.reduction == "none" else (), dtype=dtype)
     return loss, x.student.new_empty(stats, dtype=dtype), x.student.new_empty((), dtype=dtype)
 

@@ -8,11 +8,18 @@ from typing import Any
 
 from .alone import Alone
 from .amd import AMD
+from .at import AT
 from .base import Batch, Method, Outputs
 from .corsd import CORSD
+from .dist import DIST
+from .ickd import ICKD
 from .kd import KD
 from .mixed import Mixed
 from .mlkd import MLKD
+from .mlld import MLLD
+from .nkd import NKD
+from .nst import NST
+from .relational import CC, IRG, PKT, RKD
 from .sp import SP
 from .stkd import STKD
 
@@ -21,9 +28,19 @@ METHODS: dict[str, type[Method]] = {
     "kd": KD,
     "sp": SP,
     "stkd": STKD,
+    "nkd": NKD,
+    "dist": DIST,
+    "mlld": MLLD,
     "amd": AMD,
+    "at": AT,
+    "nst": NST,
+    "ickd": ICKD,
     "mlkd": MLKD,
     "corsd": CORSD,
+    "rkd": RKD,
+    "pkt": PKT,
+    "cc": CC,
+    "irg": IRG,
 }
 
 
@@ -76,10 +93,20 @@ def _method(name: str, options: Mapping[str, Any]) -> Method:
 
 __all__ = [
     "AMD",
+    "AT",
+    "CC",
     "CORSD",
+    "DIST",
+    "ICKD",
+    "IRG",
     "KD",
     "METHODS",
     "MLKD",
+    "MLLD",
+    "NKD",
+    "NST",
+    "PKT",
+    "RKD",
     "SP",
     "STKD",
     "Alone",

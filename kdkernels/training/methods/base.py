@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...ops.checks import check_weight
-from ..layouts import pooled as pooled  # for the methods that compare rows
 
 
 def check_share(name: str, value: float) -> None:

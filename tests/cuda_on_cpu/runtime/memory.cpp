@@ -91,6 +91,11 @@ std::string describe(uintptr_t a) {
   return text.empty() ? "no tensor at all" : text;
 }
 
+// Whether that thread, or several of one warp, are in the running thread's warp.
+bool is_in_my_warp(unsigned other) {
+  return (other < kMostThreads ? other / kWarp : other - kSeveralInWarp) == running->number / kWarp;
+}
+
 // Whether an access at (interval, clock) by `other` is ordered before what the running thread does now.
 bool ordered(uint32_t when, unsigned other, uint16_t clock) {
   if (when < launch_first || (when >= block_first && when < interval)) return true;
@@ -100,8 +105,7 @@ bool ordered(uint32_t when, unsigned other, uint16_t clock) {
     return after != acquired.begin() && when <= std::prev(after)->last;
   }
   if (other == kNobody || other == running->number) return true;
-  const unsigned warp = other < kMostThreads ? other / kWarp : other - kSeveralInWarp;
-  return warp == running->number / kWarp && running->clock > clock;
+  return is_in_my_warp(other) && running->clock > clock;
 }
 
 [[noreturn]] void race(uint32_t when, unsigned other, const char* they, const char* we, uintptr_t a) {
@@ -115,9 +119,9 @@ bool ordered(uint32_t when, unsigned other, uint16_t clock) {
 
 void note_read(Cell& c) {
   const unsigned me = running->number;
-  if (c.read_interval != interval || c.reader == me || (running->clock > c.read_clock && c.reader / kWarp == me / kWarp)) {
-    c.reader = me;
-  } else if (c.reader < kMostThreads ? c.reader / kWarp == me / kWarp : c.reader == kSeveralInWarp + me / kWarp) {
+  if (c.read_interval != interval || c.reader == me || (running->clock > c.read_clock && is_in_my_warp(c.reader))) {
+    c.reader = me;  // who read before a __syncwarp of this warp has read before this
+  } else if (is_in_my_warp(c.reader)) {
     c.reader = kSeveralInWarp + me / kWarp;
   } else {
     c.reader = kSeveral;
