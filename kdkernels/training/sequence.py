@@ -42,8 +42,8 @@ class LanguageModel:
             )
         if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
             raise ValueError(
-                f"the {role}'s head must be a plain nn.Linear, got {type(head).__module__}.{type(head).__name__}: merge "
-                "LoRA into it, or leave it out of target_modules, modules_to_save and quantisation"
+                f"the {role}'s head must be a plain nn.Linear, got {type(head).__module__}.{type(head).__name__}: "
+                "merge LoRA into it, or leave it out of target_modules, modules_to_save and quantisation"
             )
         self.model, self.role, self.head = model, role, head
         # the keys and values that only generation needs
