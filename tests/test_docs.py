@@ -42,7 +42,10 @@ COLUMN = 88  # characters of code that the site shows in full: docs/assets/colum
 QUIET = {"__version__", "METHODS"}  # names that speak for themselves
 
 # Blocks that cannot run here, by page: ```python title="not run: why", for all to see. Adding one is a decision.
-NOT_RUN = {"docs/torchdistill.md": ["bash: not run: needs torchdistill"] * 2 + ["python: not run: needs torchdistill"]}
+NOT_RUN = {
+    "docs/linear-kd.md": ["python: not run: needs several processes"],
+    "docs/torchdistill.md": ["bash: not run: needs torchdistill"] * 2 + ["python: not run: needs torchdistill"],
+}
 
 
 class Block(NamedTuple):

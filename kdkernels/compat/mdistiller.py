@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kd_loss import kd_loss as kdkernels_kd_loss
-from ..ops.checks import check_pair, check_tensor, check_weight, compute_dtype
+from ..ops.checks import check_pair, check_tensor, check_weight
 from ..stkd_loss import stkd_loss
 from .scales import published_sp, warn_of_trained_teacher
 
@@ -23,13 +23,19 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
     """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over all positions; a scalar.
 
     Quirk: the classes are in dimension 1, for (N, L, C) too: use ``kdkernels.kd_loss(student, teacher,
-    temperature=T)``, whose ``class_dim`` is the last.
+    temperature=T)``, whose ``class_dim`` is the last. ``logit_stand`` is for (N, C): the fork standardises the last
+    dimension, which in other logits is not the classes'.
+
+    Raises:
+        ValueError: ``logit_stand`` with logits that are not (N, C).
     """
     check_pair(logits_student, logits_teacher, "kd_loss")
     warn_of_trained_teacher(logits_teacher)
-    if logit_stand:
-        logits_student, logits_teacher = _standardised(logits_student), _standardised(logits_teacher)
-    return kdkernels_kd_loss(logits_student, logits_teacher, temperature=temperature, class_dim=1)
+    if logit_stand and logits_student.dim() != 2:
+        raise ValueError(f"kd_loss: logit_stand needs (N, C) logits, got {tuple(logits_student.shape)}")
+    return kdkernels_kd_loss(
+        logits_student, logits_teacher, temperature=temperature, class_dim=1, standardize=bool(logit_stand)
+    )
 
 
 def dkd_loss(
@@ -63,8 +69,6 @@ def dkd_loss(
     alpha, beta = float(alpha), float(beta)
     check_weight("dkd_loss", alpha=alpha, beta=beta)
     warn_of_trained_teacher(logits_teacher)
-    if logit_stand:
-        logits_student, logits_teacher = _standardised(logits_student), _standardised(logits_teacher)
     target_mixed = lam = None
     if target.is_floating_point():
         target, target_mixed = _labelled(target, logits_student)
@@ -79,6 +83,7 @@ def dkd_loss(
         ce_weight=0.0,
         kd_weight=1.0,
         decouple=(alpha, beta),
+        standardize=bool(logit_stand),
     )
 
 
@@ -93,12 +98,6 @@ def sp_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> Tensor | int:
         return 0
     students, teachers = zip(*pairs, strict=True)
     return published_sp(students, teachers).view(1)
-
-
-def _standardised(logits: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 over the last dimension."""
-    z = logits.to(compute_dtype(logits))
-    return (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True))
 
 
 def _labelled(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

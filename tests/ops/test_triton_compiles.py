@@ -104,9 +104,9 @@ TERMS = {
 }
 
 
-def run_softmax_kl(student: Tensor, teacher: Tensor, terms: str, reduction: str) -> None:
+def run_softmax_kl(student: Tensor, teacher: Tensor, terms: str, reduction: str, *options: Any) -> None:
     weights, kind = TERMS[terms]
-    x = Rows(student, teacher, LABELS[kind](*student.shape), weights, 4.0, reduction)
+    x = Rows(student, teacher, LABELS[kind](*student.shape), weights, 4.0, reduction, *options)
     loss, stats, scale = softmax_kl.forward(x, True)
     softmax_kl.backward(torch.ones_like(loss), x, stats, scale)
 
@@ -130,6 +130,25 @@ def test_softmax_kl_dtypes_layouts_and_reductions(dtype: torch.dtype, compiled: 
     run_softmax_kl(torch.zeros(100, 64, dtype=dtype).t(), teacher, "stkd", "sum")
     run_softmax_kl(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, 2), "all", "mean")
     run_softmax_kl(torch.zeros(1, 1, dtype=dtype), torch.zeros(1, 1), "all", "mean")
+    check(compiled, {"rows_kernel", "sum_kernel", "gradient_kernel"}, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(64, 100), (2, 8000), (2, 40000)], ids=str)
+@pytest.mark.parametrize(
+    ("terms", "options"),
+    [
+        ("kd", ("reverse", 0.5, False)),
+        ("stkd", ("jsd", 0.5, False)),
+        ("kd", ("skew", 0.1, True)),
+        ("stkd", ("skew_reverse", 0.1, True)),
+        ("all", ("forward", 0.5, True)),
+    ],
+    ids=str,
+)
+def test_divergences_and_standardised_logits(
+    terms: str, options: tuple[str, float, bool], shape: tuple[int, int], compiled: list[Any], tmp_path: Path
+) -> None:
+    run_softmax_kl(torch.zeros(shape, dtype=HALF), torch.zeros(shape, dtype=HALF), terms, "mean", *options)
     check(compiled, {"rows_kernel", "sum_kernel", "gradient_kernel"}, tmp_path)
 
 

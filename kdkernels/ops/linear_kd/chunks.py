@@ -16,10 +16,9 @@ from .products import Gradients, Linear, logits, slope
 from .record import LinearKD
 
 IGNORED = -100  # the label of rows that do not count, whatever the caller's is
-# Bytes of logits and of what is made of them at a time. On a CPU they should stay in its caches; a GPU needs many rows,
-# because the sums over the vocabulary are read and written once per chunk.
-BUDGET = {"cpu": 32 << 20}
-BUDGET_ACCELERATOR = 1 << 30
+# Bytes of logits, and of what is made of them, at a time. Each chunk reads the weights and reads and writes the sums of
+# their gradient, which many rows make cheap. On a CPU it may be as much as the weights, beside which that is little.
+BUDGET_CPU, BUDGET_ACCELERATOR = 64 << 20, 1 << 30
 
 
 class Tokens(NamedTuple):
@@ -59,7 +58,8 @@ def chunk_size(x: LinearKD, columns: Columns) -> int:
     if x.options.chunk:
         return x.options.chunk
     matrices = 2 + (x.softcap != 0) + (x.teacher.ids is not None and x.terms.ce != 0)
-    budget = BUDGET.get(x.hidden.device.type, BUDGET_ACCELERATOR)
+    of_weight = x.weight.numel() * x.dtype.itemsize
+    budget = max(BUDGET_CPU, of_weight) if x.hidden.is_cpu else BUDGET_ACCELERATOR
     rows = budget // max(matrices * columns.share * x.dtype.itemsize, 1)
     return max(1, min(rows, -(-x.hidden.shape[0] // 4)))
 

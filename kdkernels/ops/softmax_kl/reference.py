@@ -109,8 +109,7 @@ def _spread(z: Tensor) -> Spread:
 
 def _over_temperature(z: Tensor, x: Rows, inverse_std: Tensor | None) -> Tensor:
     """z / T, standardised but for the mean, which no softmax sees; z is overwritten."""
-    z.mul_(1 / x.temperature)
-    return z if inverse_std is None else z.mul_(inverse_std)
+    return z.mul_(1 / x.temperature if inverse_std is None else inverse_std / x.temperature)
 
 
 def _logz(z: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Has(NamedTuple):
     mixed: bool  # two
     smooth: bool
     dense: bool  # y (N, C) instead
+    divergence: str
+    standardize: bool
 
 
 class Labels(NamedTuple):
@@ -59,6 +61,8 @@ class Inputs(NamedTuple):
     labels: Any  # Labels
     terms: Any  # Terms of op.py: the weights
     inverse_t: Any
+    teacher_share: Any  # of the divergence's mixture
+    student_share: Any
     N: Any
 
 
@@ -77,10 +81,20 @@ class Softmax(NamedTuple):
     """[R] each: the statistics of one network's rows."""
 
     top: Any  # max z
-    logz_p: Any  # log sum exp(z - top): the student's, for CE
+    inverse_std: Any  # 1 unless logits are standardised; below they are
+    logz_p: Any  # log sum exp(z - top): the student's, for CE, of logits as they are
     logz: Any  # log sum exp((z - top) / T)
     non_target_top: Any  # max (z - top) / T of the non-target classes
     non_target_logz: Any  # log sum exp((z - top) / T - non_target_top) of those
+
+
+class Saved(NamedTuple):
+    """[R] each: what is saved of both networks together."""
+
+    ratio: Any  # the teacher's logz - the student's
+    slope: Any  # the mean of the divergence's slopes
+    mean: Any  # of the student's standardised logits, relative to the maximum
+    lost: Any  # how much of those the gradient loses
 
 
 @triton.jit
@@ -130,12 +144,22 @@ def weighted(weight, value):
 
 
 @triton.jit
+def scaled(z, inverse_std, x, HAS: tl.constexpr):
+    """[R, K] or [R] z / T, standardised if that is asked for."""
+    if HAS.standardize:
+        factor = inverse_std * x.inverse_t
+        return z * (factor[:, None] if len(z.shape) == 2 else factor)
+    return z * x.inverse_t
+
+
+@triton.jit
 def online(top, total, z, scale):
-    """[R] maximum of z and sum of exp(scale (z - maximum)) with one more chunk; a row of -inf keeps -inf and 0."""
+    """[R] maximum of z and sum of exp(scale (z - maximum)) with one more chunk; a row of -inf keeps -inf and 0. scale
+    is [R] too."""
     new = tl.maximum(top, tl.max(z, 1))
     safe = tl.where(new == NEG_INF, 0.0, new)
     old = total * tl.where(top == NEG_INF, 0.0, tl.exp((top - safe) * scale))
-    return new, old + tl.sum(tl.exp((z - safe[:, None]) * scale), 1)
+    return new, old + tl.sum(tl.exp((z - safe[:, None]) * scale[:, None]), 1)
 
 
 @triton.jit
@@ -145,19 +169,29 @@ def log_sum(total):
 
 
 @triton.jit
-def store_stats(stats, rows, inside, N, of_s, of_t, HAS: tl.constexpr):
-    """[5 or 9, N], in the order that op.py gives."""
+def store_stats(stats, rows, inside, N, of_s, of_t, saved, HAS: tl.constexpr):
+    """In the order that op.py gives."""
     step = rows * 0 + N  # 64-bit
     tl.store(stats + rows, of_s.top, mask=inside)
     tl.store(stats + step + rows, of_t.top, mask=inside)
     tl.store(stats + 2 * step + rows, of_s.logz_p, mask=inside)
     tl.store(stats + 3 * step + rows, of_s.logz, mask=inside)
-    tl.store(stats + 4 * step + rows, of_t.logz, mask=inside)
+    tl.store(stats + 4 * step + rows, saved.ratio, mask=inside)
+    stats += 5 * step
     if HAS.decoupled:
-        tl.store(stats + 5 * step + rows, of_s.non_target_top, mask=inside)
-        tl.store(stats + 6 * step + rows, of_t.non_target_top, mask=inside)
-        tl.store(stats + 7 * step + rows, of_s.non_target_logz, mask=inside)
-        tl.store(stats + 8 * step + rows, of_t.non_target_logz, mask=inside)
+        tl.store(stats + rows, of_s.non_target_top, mask=inside)
+        tl.store(stats + step + rows, of_t.non_target_top, mask=inside)
+        tl.store(stats + 2 * step + rows, of_s.non_target_logz, mask=inside)
+        tl.store(stats + 3 * step + rows, of_t.non_target_logz, mask=inside)
+        stats += 4 * step
+    if HAS.divergence != "forward":
+        tl.store(stats + rows, saved.slope, mask=inside)
+        stats += step
+    if HAS.standardize:
+        tl.store(stats + rows, of_s.inverse_std, mask=inside)
+        tl.store(stats + step + rows, of_t.inverse_std, mask=inside)
+        tl.store(stats + 2 * step + rows, saved.mean, mask=inside)
+        tl.store(stats + 3 * step + rows, saved.lost, mask=inside)
 
 
 @triton.jit
@@ -166,26 +200,37 @@ def load_stats(stats, rows, N, HAS: tl.constexpr):
     step = rows * 0 + N
     zero = tl.zeros(rows.shape, tl.float32)
     s_non_target_top, t_non_target_top, s_non_target_logz, t_non_target_logz = zero, zero, zero, zero
+    slope, inverse_s, inverse_t, mean, lost = zero, zero, zero, zero, zero
     s_top = tl.load(stats + rows)
     t_top = tl.load(stats + step + rows)
     logz_p = tl.load(stats + 2 * step + rows)
     s_logz = tl.load(stats + 3 * step + rows)
-    t_logz = tl.load(stats + 4 * step + rows)
+    ratio = tl.load(stats + 4 * step + rows)
+    stats += 5 * step
     if HAS.decoupled:
-        s_non_target_top = tl.load(stats + 5 * step + rows)
-        t_non_target_top = tl.load(stats + 6 * step + rows)
-        s_non_target_logz = tl.load(stats + 7 * step + rows)
-        t_non_target_logz = tl.load(stats + 8 * step + rows)
-    of_s = Softmax(s_top, logz_p, s_logz, s_non_target_top, s_non_target_logz)
-    of_t = Softmax(t_top, zero, t_logz, t_non_target_top, t_non_target_logz)
-    return of_s, of_t
+        s_non_target_top = tl.load(stats + rows)
+        t_non_target_top = tl.load(stats + step + rows)
+        s_non_target_logz = tl.load(stats + 2 * step + rows)
+        t_non_target_logz = tl.load(stats + 3 * step + rows)
+        stats += 4 * step
+    if HAS.divergence != "forward":
+        slope = tl.load(stats + rows)
+        stats += step
+    if HAS.standardize:
+        inverse_s = tl.load(stats + rows)
+        inverse_t = tl.load(stats + step + rows)
+        mean = tl.load(stats + 2 * step + rows)
+        lost = tl.load(stats + 3 * step + rows)
+    of_s = Softmax(s_top, inverse_s, logz_p, s_logz, s_non_target_top, s_non_target_logz)
+    of_t = Softmax(t_top, inverse_t, zero, s_logz + ratio, t_non_target_top, t_non_target_logz)
+    return of_s, of_t, Saved(ratio, slope, mean, lost)
 
 
 @triton.jit
-def label_log_q(x, rows, of, y, inverse_t):
+def label_log_q(x, logits, rows, of, y, HAS: tl.constexpr):
     """[R] log q of a and of b, and their mass together."""
-    log_q_a = (load_at(x, rows, y.a) - of.top) * inverse_t - of.logz
-    log_q_b = (load_at(x, rows, y.b) - of.top) * inverse_t - of.logz
+    log_q_a = scaled(load_at(logits, rows, y.a) - of.top, of.inverse_std, x, HAS) - of.logz
+    log_q_b = scaled(load_at(logits, rows, y.b) - of.top, of.inverse_std, x, HAS) - of.logz
     return log_q_a, log_q_b, tl.exp(log_q_a) + tl.where(y.a == y.b, 0.0, tl.exp(log_q_b))
 
 
@@ -204,13 +249,16 @@ def non_target_log_q(z, of, non_target):
 
 
 @triton.jit
-def kl(log_qs, log_qt):
-    """[R] sum_k of q_t d - q_t + q_s, d = log(q_t / q_s): the KL as a sum of terms that are all positive, so that
-    it keeps its digits where the networks are close."""
-    qs = tl.exp(log_qs)
-    qt = tl.exp(log_qt)
-    d = log_qt - log_qs
+def kl_term(d, qs, qt):
+    """q_t d - q_t + q_s, d = log(q_t / q_s): a class's part of a KL, always positive, so that the sum keeps its digits
+    where the networks are close."""
     # d + expm1(-d) by its series
     series = 0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d / 5040))))
     terms = tl.where(tl.abs(d) < 0.25, qt * (d * d) * series, qt * (d - 1.0) + qs)
-    return tl.sum(tl.where(qt == 0, qs, terms), 1)
+    return tl.where(qt == 0, qs, terms)
+
+
+@triton.jit
+def kl(log_qs, log_qt):
+    """[R] sum_k of q_t log(q_t / q_s)."""
+    return tl.sum(kl_term(log_qt - log_qs, tl.exp(log_qs), tl.exp(log_qt)), 1)

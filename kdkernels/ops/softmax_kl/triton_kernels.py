@@ -4,8 +4,9 @@ Forward: one launch for the rows, and one that sums what its programs left where
 launch, elementwise from the saved statistics. Notation as in triton_device.py.
 
 Sizes: a tile of 2048 numbers per network and program (1024 with decoupled terms, which need more registers), as many
-short rows as fit; rows of up to 8192 classes are held in registers and read once, longer ones are read twice, in
-chunks of 4096: once for the maxima and sums, and once for the terms, which then need no difference of large numbers.
+short rows as fit; rows of up to 8192 classes (4096 standardised) are held in registers and read once, longer ones are
+read twice, in chunks of 4096: once for the maxima and sums, and once for the terms, which then need no difference of
+large numbers. Standardised, they are read three times more: maxima, moments, and what the gradient loses.
 """
 
 from __future__ import annotations
@@ -18,21 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import aligned, alignment, device_reason, launch, power_of_2, store
-from . import reference
 from .op import Rows
 from .triton_device import (
     Has,
     Inputs,
     Labels,
     Strided,
-    is_non_target,
-    label_log_q,
     load_labels,
     load_stats,
     load_tile,
-    non_target_log_q,
+    scaled,
 )
-from .triton_forward import rows_kernel, sum_kernel
+from .triton_forward import rows_kernel
+from .triton_gradient import soft_gradient
+from .triton_reduction import sum_kernel
 
 WHOLE, CHUNK, TILE = 8192, 4096, 2048
 
@@ -45,9 +45,9 @@ def supports(*tensors: Tensor) -> str | None:
 def gradient_kernel(
     grad,  # Strided [N], or one number for all with a stride of 0
     x,  # Inputs
-    stats,  # [5 or 9, N]
+    stats,  # [*, N]
     scale,  # []
-    out,  # [N, C], contiguous
+    out,  # [N, C], contiguous; may be the student's logits
     C,
     blocks,  # programs per row
     HAS: tl.constexpr,  # Has
@@ -60,20 +60,20 @@ def gradient_kernel(
     row_index = (pid // blocks) * ROWS + tl.arange(0, ROWS)
     rows = tl.minimum(row_index, x.N - 1).to(tl.int64)
     cols = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    of_s, of_t = load_stats(stats, rows, x.N, HAS)
+    of_s, of_t, saved = load_stats(stats, rows, x.N, HAS)
     s = load_tile(x.student, rows, cols, C, 0.0, ALIGN) - of_s.top[:, None]
     y = load_labels(x.labels, rows, C, HAS)
     result = tl.zeros([ROWS, BLOCK_C], tl.float32)
     if HAS.ce:
         result = x.terms.ce * _ce(x, y, s, of_s, rows, cols, C, HAS, ALIGN, BLOCK_C)
     if HAS.soft:
-        t = (load_tile(x.teacher, rows, cols, C, 0.0, ALIGN) - of_t.top[:, None]) * x.inverse_t
-        s = s * x.inverse_t
-        difference = tl.exp(s - of_s.logz[:, None]) - tl.exp(t - of_t.logz[:, None])  # q_s - q_t
-        if HAS.decoupled:
-            result += x.inverse_t * _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols)
-        if HAS.kl:
-            result += (x.terms.kl * x.inverse_t) * difference
+        t = scaled(load_tile(x.teacher, rows, cols, C, 0.0, ALIGN) - of_t.top[:, None], of_t.inverse_std, x, HAS)
+        over_t = scaled(s, of_s.inverse_std, x, HAS)
+        soft = soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS)
+        if HAS.standardize:
+            inverse = of_s.inverse_std[:, None]
+            soft = (soft - saved.lost[:, None] * (s * inverse - saved.mean[:, None])) * inverse
+        result += soft
     factor = tl.load(grad.pointer + rows * grad.strides[0]) * tl.load(scale)
     factor = tl.where(y.valid, factor, float("nan"))
     result = tl.where(y.keep[:, None], result * factor[:, None], 0.0)
@@ -100,22 +100,6 @@ def _ce(x, y, s, of_s, rows, cols, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BL
     return p
 
 
-@triton.jit
-def _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols):
-    """[R, K] T times the gradient of w_target TCKD + w_non_target NCKD; s and t are relative to the maximum, over T."""
-    non_target = is_non_target(cols, y)
-    q_s = tl.exp(non_target_log_q(s, of_s, non_target))
-    q_t = tl.exp(non_target_log_q(t, of_t, non_target))
-    _, _, mass_s = label_log_q(x.student, rows, of_s, y, x.inverse_t)
-    _, _, mass_t = label_log_q(x.teacher, rows, of_t, y, x.inverse_t)
-    non_target_s = tl.exp(of_s.non_target_top + of_s.non_target_logz - of_s.logz)
-    non_target_t = tl.exp(of_t.non_target_top + of_t.non_target_logz - of_t.logz)
-    # S_s - S_t is taken between the labels' masses or between the others', whichever is less
-    mass_difference = tl.where(mass_s < 0.5, mass_t - mass_s, non_target_s - non_target_t)
-    factor = x.terms.target_kl * mass_difference + x.terms.non_target_kl
-    return tl.where(non_target, q_s * factor[:, None] - x.terms.non_target_kl * q_t, x.terms.target_kl * difference)
-
-
 def _strided(x: Tensor | None) -> Strided | None:
     return None if x is None else Strided(x, x.stride() or (0,))
 
@@ -132,6 +116,7 @@ def _arguments(x: Rows) -> dict[str, Any]:
             Labels(_strided(target), _strided(mixed), _strided(lam), ignore_index, smoothing),
             x.terms,
             1 / x.temperature,
+            *((1 - x.beta, x.beta) if x.divergence == "skew_reverse" else (x.beta, 1 - x.beta)),
             x.student.shape[0],
         ),
         "C": x.student.shape[1],
@@ -146,6 +131,8 @@ def _arguments(x: Rows) -> dict[str, Any]:
             mixed=mixed is not None,
             smooth=smoothing != 0,
             dense=dense,
+            divergence=x.divergence,
+            standardize=x.standardize,
         ),
         "ALIGN": alignment(x.student.shape[1], *between_rows),
     }
@@ -156,8 +143,6 @@ def _tile_size(x: Rows) -> int:
 
 
 def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if x.divergence != "forward" or x.standardize:
-        return reference.forward(x, need_grad)
     n, classes = x.student.shape
     device, reduction = x.student.device, x.reduction
     float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
@@ -165,7 +150,7 @@ def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (n,) if reduction == "none" else ()
     if n == 0:
         return torch.zeros(shape, **float32), stats, torch.ones((), **float32)
-    whole = classes <= WHOLE
+    whole = classes <= (WHOLE // 2 if x.standardize else WHOLE)
     block_c = power_of_2(classes, 4, WHOLE) if whole else CHUNK
     rows = power_of_2(n, 1, max(1, _tile_size(x) // block_c))
     programs = triton.cdiv(n, rows)
@@ -194,12 +179,10 @@ def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
-    if x.divergence != "forward" or x.standardize:
-        return reference.backward(grad, x, stats, scale, in_place)
-    if in_place:
-        return x.student.copy_(backward(grad, x, stats, scale))
     n, classes = x.student.shape
-    out = torch.empty((n, classes), dtype=x.student.dtype, device=x.student.device)
+    if in_place and x.terms.decoupled:  # whose label's logits every program of a row reads
+        return x.student.copy_(backward(grad, x, stats, scale))
+    out = x.student if in_place else torch.empty((n, classes), dtype=x.student.dtype, device=x.student.device)
     if n == 0:
         return out
     tile = _tile_size(x)

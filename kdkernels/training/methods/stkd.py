@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...mixing import mixup
 from ...ops.checks import check_weight
-from ...stkd_loss import stkd_loss
+from ...stkd_loss import STKDLoss
 from .base import Batch, Method, Outputs, check_share
 
 
@@ -21,28 +21,29 @@ class STKD(Method):
         temperature: float = 4.0,
         decouple: tuple[float, float] | None = None,
         label_smoothing: float = 0.0,
+        divergence: str = "forward",
+        beta: float | None = None,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         check_weight("STKD", ce_weight=ce_weight, kd_weight=kd_weight)
         check_share("STKD: label_smoothing", label_smoothing)
-        self.alpha, self.ce_weight, self.kd_weight = alpha, ce_weight, kd_weight
-        self.temperature, self.decouple, self.label_smoothing = temperature, decouple, label_smoothing
+        self.alpha = alpha
+        self.stkd = STKDLoss(
+            temperature,
+            ce_weight,
+            kd_weight,
+            decouple,
+            label_smoothing,
+            divergence=divergence,
+            beta=beta,
+            standardize=standardize,
+        )
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(*mixup(images, target, alpha=self.alpha))
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        loss = stkd_loss(
-            student.logits,
-            teacher.logits,
-            batch.target,
-            batch.target_mixed,
-            batch.lam,
-            temperature=self.temperature,
-            ce_weight=self.ce_weight,
-            kd_weight=self.kd_weight,
-            decouple=self.decouple,
-            label_smoothing=self.label_smoothing,
-        )
+        loss = self.stkd(student.logits, teacher.logits, batch.target, batch.target_mixed, batch.lam)
         return {"stkd": loss}
