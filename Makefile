@@ -8,11 +8,12 @@ PYTEST := $(BIN)/python -m pytest
 .PHONY: demo test faults lint docs bench wheel clean
 
 demo: .venv/installed
-	$(BIN)/kdkernels demo
+	$(BIN)/kdkernels demo --overwrite
 
 # the Triton kernels run through Triton's interpreter, which has to be chosen before they are imported; the CUDA kernels
 # on a CPU (tests/cuda_on_cpu), in place of the native ones, once as they are and once with every access checked
-OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py angular_margin.py correlation.py) tests/test_golden.py
+OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.py angular_margin.py correlation.py) \
+  tests/test_golden.py
 test: .venv/installed
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/test_golden.py

@@ -15,7 +15,9 @@ Row = dict[str, Any]
 TITLES = {
     "softmax_kl": "Logits: `kd_loss`, `stkd_loss`",
     "gram": "One layer pair: `sp_loss`",
+    "energy": "Energy maps: `at_loss`, `ft_loss`",
     "angular_margin": "One layer pair: `amd_loss`",
+    "channel_gram": "Channel Grams: `nst_loss`, `ickd_loss`, `fsp_loss`",
     "losses": "Whole losses",
 }
 METHOD = """\

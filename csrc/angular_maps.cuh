@@ -1,26 +1,13 @@
 // What angular_margin.cu does on the small maps of a sample, by the threads of a block.
 #pragma once
 
-#include "arithmetic.h"
+#include "energy.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
 
 constexpr int kMaps = 9;  // numbers per pixel in the workspace: r and three maps of both networks, h
-
-struct Scratch {
-  char* data;
-  int64_t pixels;  // of all layers: [kMaps, pixels] T, behind them [layers, batch] double
-  template <typename T>
-  __host__ __device__ T* map(int i) const {
-    return reinterpret_cast<T*>(data) + i * pixels;
-  }
-  template <typename T>
-  __host__ __device__ double* losses() const {
-    return reinterpret_cast<double*>(data + ceil_div(kMaps * pixels * int64_t(sizeof(T)), 8) * 8);
-  }
-};
 
 struct Constants {
   double margin, sharpness, local_weight;
@@ -45,18 +32,6 @@ struct Maps {
     return i == 0 ? g[network] : i == 1 ? u[network] : w[network];
   }
 };
-
-// R = ||r||, by way of r / max r: squares of large energies overflow
-template <typename T>
-__device__ double energy_norm(const T* r, int64_t pixels, double* shared) {
-  double top = 0, squares = 0;
-  for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) top = Max()(top, double(r[n]));
-  top = reduce_block(top, shared, 0.0, Max());
-  if (top == 0) top = 1;  // a dead map; NaN does not count and shows in the sum
-  for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) squares += (r[n] / top) * (r[n] / top);
-  const double part = sqrt(reduce_block(squares, shared, 0.0, Add()));
-  return part > 0 && part < 1 ? top : part * top;  // never less than the largest energy
-}
 
 template <typename T>
 __device__ void make_maps(const Constants& c, const Maps<T>& maps, int network, double norm) {
@@ -85,7 +60,7 @@ __device__ T slope(const Constants& c, const Maps<T>& maps, int branch, int64_t 
 
 // One branch of one region: returns the squared distance of the unit vectors, times `factor`, and adds to h if wanted.
 template <typename T>
-__device__ double compare(const Constants& c, const AngularLayer& layer, const Maps<T>& maps, const Region& region,
+__device__ double compare(const Constants& c, const MapLayer& layer, const Maps<T>& maps, const Region& region,
                           int branch, double factor, double norm, bool gradient, double* shared) {
   const T *vs = maps.branch(0, branch), *vt = maps.branch(1, branch);
   double norm_s = 0, norm_t = 0, e = 0;

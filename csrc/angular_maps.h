@@ -1,4 +1,4 @@
-// What angular_margin.cpp makes of one activation: channel energies, their norm, and the angular map as a polynomial.
+// The angular map of angular_margin.cpp as a polynomial.
 #pragma once
 
 #include "cpu.h"
@@ -9,7 +9,6 @@ namespace {
 
 constexpr double kPi = 3.14159265358979323846;
 constexpr int kTerms = 14;
-constexpr int64_t kPixels = 2048;  // whose energies stay in the first cache while the channels go by
 
 // u(q) = cos(m acos q) and du/dq = m sin(m theta) / sin theta.
 template <typename T>
@@ -81,76 +80,6 @@ class Margin<float> {
   }
   float u_[kTerms], slope_[kTerms];
 };
-
-template <typename T>
-void energy_of_pixels(const Activation& a, int64_t first, int64_t pixels, T* r, T* buffer) {
-  for (int64_t n = 0; n < pixels; ++n) {
-    const T* x = load<T>(a.type, a.data, first + n * a.channels, a.channels, buffer);
-    T sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < a.channels; ++c) sum += x[c] * x[c];
-    r[n] = sum;
-  }
-}
-
-template <typename T>
-void energy_of_channels(const Activation& a, int64_t first, int64_t pixels, T* r, T* buffer) {
-  for (int64_t begin = 0; begin < pixels; begin += kPixels) {
-    const int64_t n = min(kPixels, pixels - begin);
-    T* out = r + begin;
-    for (int64_t k = 0; k < n; ++k) out[k] = 0;
-    int64_t c = 0;
-    for (; c + 2 <= a.channels; c += 2) {
-      const T* x = load<T>(a.type, a.data, first + c * pixels + begin, n, buffer);
-      const T* y = load<T>(a.type, a.data, first + (c + 1) * pixels + begin, n, buffer + kPixels);
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) out[k] += x[k] * x[k] + y[k] * y[k];
-    }
-    if (c < a.channels) {
-      const T* x = load<T>(a.type, a.data, first + c * pixels + begin, n, buffer);
-#pragma omp simd
-      for (int64_t k = 0; k < n; ++k) out[k] += x[k] * x[k];
-    }
-  }
-}
-
-// r[n] = sum over channels of A[c, n]^2
-template <typename T>
-void energy(const Activation& a, int64_t sample, int64_t pixels, T* r, T* buffer) {
-  const int64_t first = sample * a.channels * pixels;
-  a.channels_last ? energy_of_pixels(a, first, pixels, r, buffer) : energy_of_channels(a, first, pixels, r, buffer);
-}
-
-inline int64_t energy_buffer(const AngularLayer& l) {  // numbers that energy() needs
-  return max<int64_t>(2 * kPixels, max(l.student.channels, l.teacher.channels));
-}
-
-template <typename T>
-double sum_of_products(const T* a, const T* b, int64_t n) {
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < min(n, begin + kChunk); ++k) part += a[k] * b[k];
-    sum += part;
-  }
-  return sum;
-}
-
-// R = ||r||, by way of r / max r: squares of large energies overflow. A single energy is its own norm, exactly.
-template <typename T>
-T energy_norm(const T* r, int64_t n) {
-  const T top = largest(r, n);
-  if (top <= 0) return 0;
-  double sum = 0;
-  for (int64_t begin = 0; begin < n; begin += kChunk) {
-    T part = 0;
-#pragma omp simd reduction(+ : part)
-    for (int64_t k = begin; k < min(n, begin + kChunk); ++k) part += (r[k] / top) * (r[k] / top);
-    sum += part;
-  }
-  return static_cast<T>(std::sqrt(sum) * top);
-}
 
 }  // namespace
 }  // namespace KD_ISA

@@ -3,6 +3,7 @@
 #include "angular_margin.h"
 
 #include "angular_maps.h"
+#include "energy_maps.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -31,7 +32,7 @@ struct Maps {
     buffer = data;
   }
 
-  static int64_t size(const AngularMargin& x) {  // for any layer
+  static int64_t size(const AngularMarginForward& x) {  // for any layer
     int64_t size = 0;
     for (int64_t i = 0; i < x.count; ++i)
       size = max(size, kCount * x.layers[i].height * x.layers[i].width + energy_buffer(x.layers[i]));
@@ -118,7 +119,7 @@ __attribute__((noinline)) double compare_branch(const T* vs, const T* vt, const 
 
 // The sample's loss; adds to h if a gradient is wanted.
 template <typename T>
-double compare(const AngularMarginForward& x, const AngularLayer& layer, const Maps<T>& maps) {
+double compare(const AngularMarginForward& x, const MapLayer& layer, const Maps<T>& maps) {
   double loss = 0;
   for (int i = 0; i < regions(x.local_weight); ++i) {
     const Region a = region(i, layer.height, layer.width, x.local_weight);
@@ -146,7 +147,7 @@ void make_kappa(const Maps<T>& maps, int64_t n, T norm, T* kappa) {
 }
 
 template <typename T>
-double sample_forward(const AngularMarginForward& x, const AngularLayer& layer, int64_t sample, const Margin<T>& margin,
+double sample_forward(const AngularMarginForward& x, const MapLayer& layer, int64_t sample, const Margin<T>& margin,
                       T* scratch) {
   const int64_t n = layer.height * layer.width;
   const T sharpness = static_cast<T>(x.sharpness);
@@ -160,104 +161,24 @@ double sample_forward(const AngularMarginForward& x, const AngularLayer& layer, 
     for (int64_t k = 0; k < n; ++k) maps.h[k] = 0;
   }
   const double loss = compare(x, layer, maps);
-  if (x.kappa) make_kappa(maps, n, norm, static_cast<T*>(x.kappa) + layer.kappa_offset + sample * n);
+  if (x.kappa) make_kappa(maps, n, norm, static_cast<T*>(x.kappa) + layer.offset + sample * n);
   return loss;
-}
-
-inline int64_t tasks(const AngularMargin& x) { return x.count * x.batch; }
-
-// A task is one layer of one sample, the samples outermost: a thread's share has as much of every layer as the others'.
-template <typename F>
-void each_task(const AngularMargin& x, int64_t begin, int64_t end, const F& f) {
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t index = task % x.count;
-    const AngularLayer& layer = x.layers[index];
-    if (layer.height > 0 && layer.width > 0) f(layer, index, task / x.count);
-  }
-}
-
-// The samples' losses [count, batch] summed over layers, over samples, over both or over neither
-template <typename T>
-void reduce(const AngularMarginForward& x, const double* losses) {
-  const int64_t layers = x.per_layer ? x.count : 1, samples = x.per_sample ? x.batch : 1;
-  Buffer<double> sums(layers * samples);
-  double* sum = sums;
-  for (int64_t i = 0; i < layers * samples; ++i) sum[i] = 0;
-  for (int64_t i = 0; i < x.count; ++i)
-    for (int64_t k = 0; k < x.batch; ++k)
-      sum[(x.per_layer ? i : 0) * samples + (x.per_sample ? k : 0)] += losses[i * x.batch + k];
-  for (int64_t i = 0; i < layers * samples; ++i) static_cast<T*>(x.loss)[i] = static_cast<T>(sum[i]);
 }
 
 template <typename T>
 void forward(const AngularMarginForward& x, const Pool& pool) {
-  const int64_t count = tasks(x);
-  Buffer<double> losses(count);
-  double* loss = losses;
-  for (int64_t i = 0; i < count; ++i) loss[i] = 0;
   const Margin<T> margin(x.margin);
-  parallel(pool, count, 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> scratch(Maps<T>::size(x));
-    each_task(x, begin, end, [&](const AngularLayer& layer, int64_t index, int64_t sample) {
-      loss[index * layer.batch + sample] = sample_forward<T>(x, layer, sample, margin, scratch);
-    });
-  });
-  reduce<T>(x, loss);
-}
-
-template <typename T>
-void sample_backward(const AngularMarginBackward& x, const AngularLayer& layer, int64_t index, int64_t sample,
-                     T* scratch) {
-  const int64_t n = layer.height * layer.width, channels = layer.student.channels;
-  const T grad = static_cast<const T*>(x.grad)[index * x.layer_stride + sample * x.sample_stride];
-  const T* kappa = static_cast<const T*>(x.kappa) + layer.kappa_offset + sample * n;
-  T* factor = scratch;
-  for (int64_t k = 0; k < n; ++k) factor[k] = kappa[k] * grad;
-  const bool last = layer.student.channels_last;
-  const int64_t rows = last ? n : channels, width = last ? channels : n;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = (sample * rows + i) * width;
-    const T* a = load<T>(layer.student.type, layer.student.data, at, width, scratch + n);
-    T* out = destination<T>(layer.student.type, layer.out, at, scratch + n + width);
-    if (last) {
-      const T f = factor[i];
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k) out[k] = f * a[k];
-    } else {
-#pragma omp simd
-      for (int64_t k = 0; k < width; ++k) out[k] = factor[k] * a[k];
-    }
-    store<T>(layer.student.type, layer.out, at, width, out);
-  }
-}
-
-template <typename T>
-void backward(const AngularMarginBackward& x, const Pool& pool) {
-  int64_t size = 0;
-  for (int64_t i = 0; i < x.count; ++i) {
-    const int64_t n = x.layers[i].height * x.layers[i].width;
-    size = max(size, n + 2 * max(n, x.layers[i].student.channels));
-  }
-  parallel(pool, tasks(x), 1, [&](int64_t begin, int64_t end) {
-    Buffer<T> scratch(size);
-    each_task(x, begin, end, [&](const AngularLayer& layer, int64_t index, int64_t sample) {
-      sample_backward<T>(x, layer, index, sample, scratch);
-    });
+  map_loss<T>(x, pool, Maps<T>::size(x), [&](const MapLayer& layer, int64_t sample, T* scratch) {
+    return sample_forward<T>(x, layer, sample, margin, scratch);
   });
 }
 
 }  // namespace
-
 }  // namespace KD_ISA
 
 template <>
 void compute<Isa::KD_ISA>(const AngularMarginForward& x, const Pool& pool) {
   x.fp64 ? KD_ISA::forward<double>(x, pool) : KD_ISA::forward<float>(x, pool);
-}
-
-template <>
-void compute<Isa::KD_ISA>(const AngularMarginBackward& x, const Pool& pool) {
-  x.fp64 ? KD_ISA::backward<double>(x, pool) : KD_ISA::backward<float>(x, pool);
 }
 
 }  // namespace kd

@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "angular_margin.h"
+#include "energy.h"
 #include "gram.h"
 #ifdef __CUDACC__
 #include "device.cuh"
@@ -65,9 +65,29 @@ struct ThroughRowNorm {
   }
 };
 
+// ---- energy ----
+
+constexpr double kUnitEps = 1e-12;
+
+// The slope of |x|; NaN stays NaN
+template <typename T>
+KD_BOTH inline T sign(T x) {
+  return x > 0 ? T(1) : x < 0 ? T(-1) : x;
+}
+
+KD_BOTH inline double unit_length(double norm) { return max(norm, kUnitEps); }
+
+// <x, D> of x = v_s / |v_s| and D = x - v_t / |v_t|, given e = |D|^2: e / 2 for unit vectors. Under the clamp of the
+// norms (a dead map, or a region of one bright pixel) a vector is shorter than 1, and the student's norm is a constant.
+KD_BOTH inline double along_unit(double e, double norm_s, double norm_t) {
+  if (norm_s < kUnitEps) return 0;
+  const double of_1 = norm_t < kUnitEps ? norm_t / kUnitEps : 1;
+  return (e + 1 - of_1 * of_1) / 2;
+}
+
 // ---- angular_margin: r channel energy, R its norm, q = r / (R + eps), w = 1 - q, u = cos(m acos q) ----
 
-constexpr double kEnergyEps = 1e-6, kUnitEps = 1e-12, kClamp = 1e-7;
+constexpr double kEnergyEps = 1e-6, kClamp = 1e-7;
 
 template <typename T>
 KD_BOTH inline T clamp_cosine(T q) {  // NaN stays NaN
@@ -95,16 +115,6 @@ KD_BOTH inline T angular_log(T sharpness, T w, T u) {
 template <typename T>
 KD_BOTH inline T angular_log_slope(T sharpness, T w, T u, T du) {
   return sharpness * sigmoid(sharpness * (w - u)) * (du + 1);
-}
-
-KD_BOTH inline double unit_length(double norm) { return max(norm, kUnitEps); }
-
-// <x, D> of x = v_s / |v_s| and D = x - v_t / |v_t|, given e = |D|^2: e / 2 for unit vectors. Under the clamp of the
-// norms (a region of one bright pixel) a vector is shorter than 1, and the student's norm is a constant.
-KD_BOTH inline double along_unit(double e, double norm_s, double norm_t) {
-  if (norm_s < kUnitEps) return 0;
-  const double of_1 = norm_t < kUnitEps ? norm_t / kUnitEps : 1;
-  return (e + 1 - of_1 * of_1) / 2;
 }
 
 // Region 0 is the whole map; 1 to 4 are its quadrants.

@@ -1,8 +1,13 @@
 // The ops as torch sees them: schemas, and by way of the bindings_*.h checks, allocation, and calls of the kernels. The
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
+#include "bindings_energy.h"
 #include "bindings_gram.h"
+#include "bindings_relation.h"
+#include "bindings_multi_level.h"
+#include "bindings_nkd.h"
 #include "bindings_softmax_kl.h"
+#include "bindings_softmax_pearson.h"
 #include "boxing.h"
 
 #ifdef KD_CUDA
@@ -42,7 +47,10 @@ void define(StableLibrary& m) {
       "Tensor student, Tensor teacher, Tensor? target, Tensor? mixed, Tensor? lam, int ignore_index, "
       "float smoothing, float ce, float kl, float target_kl, float non_target_kl, float temperature, str reduction, "
       "str divergence, float beta, bool standardize";
+  const std::string nkd =
+      "Tensor student, Tensor teacher, Tensor target, float temperature, float gamma, int ignore_index, str reduction";
   const std::string sp = "str row_norm, float[] scales, float eps, bool zero_row_grad, bool per_layer, bool need_grad";
+  const std::string relation = ", bool mean, bool need_grad) -> (Tensor loss, Tensor gradient_matrix)";
   const std::string schemas[] = {
       "softmax_kl_forward(" + softmax_kl + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
       "softmax_kl_backward(Tensor grad, " + softmax_kl + ", Tensor stats, Tensor scale) -> Tensor",
@@ -58,6 +66,25 @@ void define(StableLibrary& m) {
       "angular_margin_forward(Tensor[] student, Tensor[] teacher, float[] factors, float margin, float sharpness, "
       "float local_weight, bool per_layer, bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
       "angular_margin_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
+      "relation_distances(Tensor[] features, bool exact) -> Tensor",
+      "relation_rkd(Tensor measures, float distance_weight, float angle_weight, float eps, bool squared" + relation,
+      "relation_irg(Tensor measures, float eps, bool squared" + relation,
+      "relation_pkt(Tensor measures, float eps" + relation,
+      "relation_cc(Tensor measures, float[] coefficients, bool normalize" + relation,
+      "nkd_forward(" + nkd + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
+      "nkd_backward(Tensor grad, " + nkd + ", Tensor stats, Tensor scale) -> Tensor",
+      "softmax_pearson_forward(Tensor student, Tensor teacher, float temperature, float beta, float gamma, float eps) "
+      "-> (Tensor loss, Tensor p_s, Tensor p_t, Tensor row_factors, Tensor column_factors)",
+      "softmax_pearson_backward(Tensor grad, Tensor p_s, Tensor p_t, Tensor row_factors, Tensor column_factors, "
+      "Tensor student, float temperature) -> Tensor",
+      "multi_level_rows(Tensor student, Tensor teacher, float temperature) "
+      "-> (Tensor q_s, Tensor difference, Tensor middle, Tensor divergence)",
+      "multi_level_gradient(Tensor(a!) total, Tensor q_s, Tensor difference, Tensor? by_batch, Tensor? by_class, "
+      "float kd, float batch, float of_class) -> Tensor(a!)",
+      "energy_energies(Tensor activation) -> Tensor",
+      "energy_forward(Tensor[] student, Tensor[] teacher, float[] factors, bool absolute, bool per_layer, "
+      "bool per_sample, bool need_grad) -> (Tensor loss, Tensor kappa)",
+      "energy_backward(Tensor grad, Tensor[] student, Tensor kappa) -> Tensor[]",
   };
   for (const std::string& schema : schemas) m.def(schema.c_str());
 }
@@ -74,7 +101,24 @@ void implement(StableLibrary& m) {
   m.impl("gram_cosine_forward", kd::boxed<kd::gram_cosine_forward>);
   m.impl("gram_cosine_backward", kd::boxed<kd::gram_cosine_backward>);
   m.impl("angular_margin_forward", kd::boxed<kd::angular_margin_forward>);
-  m.impl("angular_margin_backward", kd::boxed<kd::angular_margin_backward>);
+  m.impl("energy_energies", kd::boxed<kd::energy_energies>);
+  m.impl("energy_forward", kd::boxed<kd::energy_forward>);
+  m.impl("energy_backward", kd::boxed<kd::energy_backward>);
+}
+
+// Those without kernels for CUDA.
+void implement_on_cpu(StableLibrary& m) {
+  m.impl("relation_distances", kd::boxed<kd::relation_distances>);
+  m.impl("relation_rkd", kd::boxed<kd::relation_rkd>);
+  m.impl("relation_irg", kd::boxed<kd::relation_irg>);
+  m.impl("relation_pkt", kd::boxed<kd::relation_pkt>);
+  m.impl("relation_cc", kd::boxed<kd::relation_cc>);
+  m.impl("nkd_forward", kd::boxed<kd::nkd_forward>);
+  m.impl("nkd_backward", kd::boxed<kd::nkd_backward>);
+  m.impl("softmax_pearson_forward", kd::boxed<kd::softmax_pearson_forward>);
+  m.impl("softmax_pearson_backward", kd::boxed<kd::softmax_pearson_backward>);
+  m.impl("multi_level_rows", kd::boxed<kd::multi_level_rows>);
+  m.impl("multi_level_gradient", kd::boxed<kd::multi_level_gradient>);
 }
 
 }  // namespace
@@ -85,7 +129,10 @@ STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   m.def("has_cuda() -> bool");  // never called: that it exists says that there are CUDA kernels
 #endif
 }
-STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
+  implement(m);
+  implement_on_cpu(m);
+}
 #ifdef KD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) { implement(m); }
 #endif

@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "angular_margin.h"
+#include "energy.h"
 #include "gram.h"
 #include "softmax_kl.h"
 
@@ -34,6 +35,7 @@ int64_t workspace(const SpFromGrams&);
 int64_t workspace(const Products&);
 int64_t workspace(const CosineForward&);
 int64_t workspace(const CosineBackward&);
+int64_t workspace(const AttentionForward&);
 int64_t workspace(const AngularMarginForward&);
 
 void compute(const SoftmaxKlForward&, const Launch&);
@@ -45,8 +47,10 @@ void compute(const SpBackward&, const Launch&);
 void compute(const Products&, const Launch&);
 void compute(const CosineForward&, const Launch&);
 void compute(const CosineBackward&, const Launch&);
+void compute(const Energies&, const Launch&);
+void compute(const AttentionForward&, const Launch&);
+void compute(const MapBackward&, const Launch&);
 void compute(const AngularMarginForward&, const Launch&);
-void compute(const AngularMarginBackward&, const Launch&);
 
 }  // namespace cuda
 }  // namespace kd

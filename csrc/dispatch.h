@@ -2,6 +2,7 @@
 #pragma once
 
 #include "angular_margin.h"
+#include "energy.h"
 #include "gram.h"
 #include "softmax_kl.h"
 #include "tensors.h"

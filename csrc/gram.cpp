@@ -2,54 +2,11 @@
 #include "gram.h"
 
 #include "cosine.h"
+#include "pairs.h"
 
 namespace kd {
 namespace KD_ISA {
 namespace {
-
-constexpr int64_t kPartMemory = int64_t(1) << 26;  // bytes of partial Gram matrices at most
-
-// ---- Gram matrices ----
-
-// The number of parts that the columns are cut into: a function of the shapes and the thread count alone
-inline int64_t column_parts(const Rows* features, int64_t count, int64_t stride, const Pool& pool) {
-  int64_t width = 1;
-  for (int64_t i = 0; i < count; ++i) width = max(width, features[i].width);
-  const int64_t wanted = ceil_div(4 * pool.threads, count);
-  const int64_t room = kPartMemory / (count * stride * stride * 8 + 1);
-  return max<int64_t>(1, min(min(wanted, room), ceil_div(width, 256)));
-}
-
-// K = Q Q^T of every matrix: [count, batch, batch]
-template <typename T, typename Out>
-void raw_grams(const Rows* features, int64_t count, int64_t batch, const Pool& pool, Out* grams) {
-  if (batch == 0) return;
-  const int64_t stride = round_up(batch, kTile), size = stride * stride;
-  const int64_t parts = column_parts(features, count, stride, pool);
-  Buffer<double> partial(count * parts * size);
-  double* k = partial;
-  parallel(pool, count * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t matrix = task % count, part = task / count;  // every thread gets some of every matrix
-      const Rows& q = features[matrix];
-      const int64_t step = round_up(ceil_div(q.width, parts), 64);
-      inner_products<T>(q, 0, batch, q, true, min(q.width, part * step), min(q.width, (part + 1) * step),
-                        k + (matrix * parts + part) * size, stride);
-    }
-  });
-  parallel(pool, count * batch, kSmall / (batch * parts), [&](int64_t begin, int64_t end) {  // sum the parts and mirror
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t matrix = task / batch, i = task % batch;
-      const double* from = k + matrix * parts * size + i * stride;
-      Out* to = grams + matrix * batch * batch;
-      for (int64_t j = 0; j <= i; ++j) {
-        double sum = 0;
-        for (int64_t part = 0; part < parts; ++part) sum += from[part * size + j];
-        to[i * batch + j] = to[j * batch + i] = static_cast<Out>(sum);
-      }
-    }
-  });
-}
 
 template <typename T>
 void grams(const Grams& x, const Pool& pool) {

@@ -132,7 +132,42 @@ void pack_rows(const Rows& q, int64_t first, int64_t count, int64_t begin, int64
   }
 }
 
-template <typename P>
+struct InnerProducts {
+  template <typename P>
+  static void tile(const P* a, const P* b, int64_t stride, int64_t width, double* out, int64_t out_stride) {
+    inner_tile(a, b, stride, width, out, out_stride);
+  }
+};
+
+// |a_i - b_j|^2 by the differences themselves: equal rows are exactly 0 apart, and rows that are nearly equal keep
+// their digits
+struct SquaredDistances {
+  template <typename T>
+  static void tile(const T* a, const T* b, int64_t stride, int64_t width, double* out, int64_t out_stride) {
+    using V = typename Vector<T>::type;
+    V sum[kTile][kTile] = {};
+    for (int64_t k = 0; k < width; k += Vector<T>::lanes) {
+      V x[kTile];
+#pragma GCC unroll 8
+      for (int i = 0; i < kTile; ++i) x[i] = *reinterpret_cast<const V*>(a + i * stride + k);
+#pragma GCC unroll 8
+      for (int j = 0; j < kTile; ++j) {
+        const V y = *reinterpret_cast<const V*>(b + j * stride + k);
+#pragma GCC unroll 8
+        for (int i = 0; i < kTile; ++i) {
+          const V difference = x[i] - y;
+          sum[i][j] += difference * difference;
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTile; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kTile; ++j) out[i * out_stride + j] += LaneSum<T, kVectorBytes>::of(sum[i][j]);
+  }
+};
+
+template <typename P, typename Tile = InnerProducts>
 void inner_products_as(const Rows& a, int64_t first, int64_t count, const Rows& b, bool symmetric, int64_t begin,
                        int64_t end, double* out, int64_t out_stride) {
   const int64_t rows_a = round_up(count, kTile), rows_b = round_up(b.count, kTile);
@@ -148,7 +183,7 @@ void inner_products_as(const Rows& a, int64_t first, int64_t count, const Rows& 
     if (!symmetric) pack_rows(a, first, count, k, n, stride, pack_a);
     for (int64_t i = 0; i < rows_a; i += kTile)
       for (int64_t j = 0; j < (symmetric ? i + 1 : rows_b); j += kTile)
-        inner_tile(pack_a + i * stride, pack_b + j * stride, stride, width, out + i * out_stride + j, out_stride);
+        Tile::tile(pack_a + i * stride, pack_b + j * stride, stride, width, out + i * out_stride + j, out_stride);
   }
 }
 

@@ -122,10 +122,10 @@ double along_logits(const SoftmaxKl& x, const Logits<T>& z, const Labels& l, con
   Factors<T> f = gradient_factors(x, r, 1.0, 0.0);
   T* g = z.spare;
   soft_gradient(x, z, l, r, 1.0, f, g);
-  const T *s = z.s, max = r.s.max, inverse_std = r.s.inverse_std;
+  const T *s = z.s, max = r.s.max, inverse_std = r.s.inverse_std, mean = r.mean;
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < x.classes; ++k) sum += double(g[k]) * double((s[k] - max) * inverse_std);
+  for (int64_t k = 0; k < x.classes; ++k) sum += double(g[k]) * double((s[k] - max) * inverse_std - mean);
   return sum;
 }
 

@@ -87,7 +87,7 @@ __device__ double along_logits(const SoftmaxKl& x, const Team<T, WARP>& team, co
   for (int64_t k = team.rank; k < x.classes; k += team.size) {
     T es = 0;
     const T g = soft_gradient<false>(x, k, s[k], t[k], l, r, f, es);
-    sum += double(g) * double((s[k] - r.s.max) * r.s.inverse_std);
+    sum += double(g) * double((s[k] - r.s.max) * r.s.inverse_std - r.mean);
   }
   return team.sum(sum);
 }

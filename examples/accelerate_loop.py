@@ -1,6 +1,6 @@
 """Distillation in a loop of your own on Hugging Face Accelerate: any device, precision and number of processes.
 
-python examples/accelerate_loop.py    (pip install 'kdkernels[train]')
+python examples/accelerate_loop.py    (pip install '.[train]')
 accelerate launch --num_processes 2 --cpu examples/accelerate_loop.py
 """
 

@@ -1,6 +1,6 @@
 """Distillation with transformers' Trainer.
 
-python examples/huggingface.py    (pip install 'kdkernels[hf,train]')
+python examples/huggingface.py    (pip install '.[hf,train]')
 
 kdkernels.integrations.hf.Logits makes a transformers model return logits:
 Distillation(Logits(teacher), Logits(student), "kd").

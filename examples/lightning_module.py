@@ -1,6 +1,6 @@
 """Distillation with Lightning.
 
-python examples/lightning_module.py    (pip install 'kdkernels[lightning,train]')
+python examples/lightning_module.py    (pip install '.[lightning,train]')
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Distillation in a loop of your own.
 
-python examples/plain_loop.py    (pip install 'kdkernels[train]', for the teacher's training and the data)
+python examples/plain_loop.py    (pip install '.[train]', for the teacher's training and the data)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """STKD with timm's mixup: ``stkd_loss`` takes its dense targets (B, C) as they are.
 
-python examples/timm_mixup.py    (pip install timm 'kdkernels[train]')
+python examples/timm_mixup.py    (pip install timm '.[train]')
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -23,22 +24,29 @@ def parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="distil a small student on digits with every method (about two minutes)")
     demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for metrics and demo.png")
     demo.add_argument("--seeds", type=_positive, default=3)
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo in that folder")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train one student with one method")
-    train.add_argument("--method", default="kd", help="alone, kd, sp, stkd, amd, mlkd or corsd")
-    train.add_argument("--weight", type=float, help="weight of the method's term; default: the method's own")
+    train.add_argument("--method", default="kd", help="a method of docs/training.md, such as kd, sp; several: kd+sp")
+    train.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        help="weight of the method's term; sp=300 of one of several",
+    )
     train.add_argument("--data", default="digits", help="'digits', or an .npz with x_train, y_train, x_test, y_test")
     train.add_argument("--per-class", type=_positive, help="labelled training images per class for the student")
     train.add_argument("--teacher", type=Path, help="safetensors of a teacher trained before; default: train one")
     train.add_argument("--teacher-epochs", type=_positive, default=26)
     train.add_argument("--epochs", type=_positive, default=100)
     train.add_argument("--batch-size", type=_positive, default=32)
-    train.add_argument("--lr", type=float, default=0.1)
+    train.add_argument("--lr", type=_rate, default=0.1)
     train.add_argument("--accumulate", type=_positive, default=1, help="micro-batches per step")
     train.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--output", type=Path, default=Path("runs/train"))
+    train.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
     train.set_defaults(run=_train)
 
     teacher = commands.add_parser("teacher", help="write a language model's most likely tokens, to train on without it")
@@ -67,7 +75,18 @@ def _positive(text: str) -> int:
 def _need_extra(extra: str = "train", packages: Sequence[str] = TRAIN_PACKAGES) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"this command needs {', '.join(missing)}: pip install 'kdkernels[{extra}]'")
+        what = f"pip install '.[{extra}]' in a checkout of kdkernels"
+        raise ValueError(f"this command needs {', '.join(missing)}: {what}")
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
+    return value
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -81,7 +100,7 @@ def _demo(args: argparse.Namespace) -> None:
     _need_extra()
     from .training.demo import run_demo
 
-    run_demo(args.output, args.seeds)
+    run_demo(args.output, args.seeds, overwrite=args.overwrite)
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -120,7 +139,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, FloatingPointError, BackendError) as error:
-        print(f"kdkernels {args.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"kdkernels {args.command}: interrupted; {_saved(args)}", file=sys.stderr)
+        return 130  # as shells have it
+    except (ValueError, TypeError, OSError, FloatingPointError, BackendError) as error:
+        started = isinstance(error, FloatingPointError) or getattr(error, "started", False)
+        print(f"kdkernels {args.command}: {error}{f'; {_saved(args)}' if started else ''}", file=sys.stderr)
         return 2
     return 0
+
+
+def _saved(args: argparse.Namespace) -> str:
+    """What of a run that ended early is on the disk."""
+    if not hasattr(args, "output"):
+        return "nothing was saved"
+    from .training.runs import saved
+
+    return saved(args.output)

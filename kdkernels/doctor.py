@@ -49,7 +49,7 @@ def report() -> Iterator[str]:
     yield f"requested backend: {backend.requested()}"
     for device in _devices():
         yield f"\non {device.type}:"
-        for op in backend.OPS:
+        for op in (*backend.OPS, *backend.CPU_OPS):
             yield f"  {op}"
             yield from _op(op, device)
 

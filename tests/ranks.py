@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import kdkernels
-from kdkernels import correlation_loss, mlkd_loss, sp_loss, supervised_contrastive_loss
+from kdkernels import (
+    cc_loss,
+    correlation_loss,
+    irg_loss,
+    mlkd_loss,
+    pkt_loss,
+    rkd_loss,
+    sp_loss,
+    supervised_contrastive_loss,
+)
 from kdkernels.ops import backend as backends
 from kdkernels.ops.gram.op import Gram
 from kdkernels.ops.softmax_kl.op import SoftmaxKL
@@ -75,6 +84,10 @@ LOSSES: dict[str, Loss] = {
     "sp_l1_sum": lambda f, t, y, **group: sp_loss(f, [t, t], row_norm="l1", reduction="sum", **group),
     "correlation": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=VIEWS, **group),
     "correlation_one_view": lambda f, t, y, **group: correlation_loss(f[1].flatten(1), t[:, :7], views=1, **group),
+    "rkd": lambda f, t, y, **group: rkd_loss(f[1], t[:, :7], **group),
+    "irg": lambda f, t, y, **group: irg_loss(f[1], t[:, :7], reduction="sum", **group),
+    "pkt": lambda f, t, y, **group: 1e3 * pkt_loss(f[1], t[:, :7], **group),
+    "cc": lambda f, t, y, **group: cc_loss(f[1], t[:, :7], reduction="sum", **group),
     "supervised": lambda f, t, y, **group: supervised_contrastive_loss(f[1].flatten(1), t, y, **group),
     "mlkd": lambda f, t, y, **group: mlkd_loss(f[1].flatten(1), t, y, views=VIEWS, alignment_weight=0.0, **group),
 }
@@ -213,6 +226,7 @@ def contract(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
     for name, loss in (
         ("sp", lambda: sp_loss(x, t, group=world)),
         ("correlation", lambda: correlation_loss(x, t, views=VIEWS, group=world)),
+        ("rkd", lambda: rkd_loss(x, t, group=world)),
         ("supervised", lambda: supervised_contrastive_loss(x, x.detach() + t[:, :6], y, group=world)),
     ):
         first = loss()
@@ -251,6 +265,7 @@ def contract(rank: int, size: int, world: dist.ProcessGroup) -> dict[str, Any]:
     out["mismatch: temperature"] = raised(
         lambda: correlation_loss(x, t, views=VIEWS, temperature=0.7 if odd else 0.5, group=world)
     )
+    out["mismatch: options"] = raised(lambda: rkd_loss(x, t, squared=odd, group=world))
     out["mismatch: losses"] = raised(
         lambda: sp_loss(x, t, group=world) if odd else correlation_loss(x, t, views=VIEWS, group=world)
     )

@@ -11,7 +11,7 @@ from checking import DEVICE, check_close
 from torch import Tensor, nn
 
 import kdkernels
-from kdkernels import cached_backward, correlation_loss, sp_loss, supervised_contrastive_loss
+from kdkernels import cached_backward, correlation_loss, pkt_loss, rkd_loss, sp_loss, supervised_contrastive_loss
 
 VIEWS = 2
 SIZES = (6, 4, 8, 2)  # rows of the micro-batches
@@ -54,6 +54,8 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # logits, features, t
 LOSSES: dict[str, Loss] = {
     "sp": lambda z, f, t, y: 3000 * sp_loss([z, f], [t, t]),
     "correlation": lambda z, f, t, y: correlation_loss(f, t, views=VIEWS),
+    "rkd": lambda z, f, t, y: rkd_loss(f, t),
+    "pkt": lambda z, f, t, y: 1e4 * pkt_loss(f, t),
     "supervised": lambda z, f, t, y: supervised_contrastive_loss(f, t, y),
     "with cross entropy": lambda z, f, t, y: F.cross_entropy(z, y) + 50 * correlation_loss(f, t, views=VIEWS),
 }

@@ -109,9 +109,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert f"torch {torch.__version__}" in text
-    for op in backend.OPS:
+    ops = (*backend.OPS, *backend.CPU_OPS)
+    for op in ops:
         assert f"  {op}\n" in text
-    assert text.count("-> ") == len(backend.OPS) * (2 if torch.cuda.is_available() else 1)
+    assert text.count("-> ") == len(ops) * (2 if torch.cuda.is_available() else 1)
 
 
 def test_importing_kdkernels_does_not_import_triton() -> None:

@@ -11,7 +11,15 @@ import pytest
 import torch
 from checking import DEVICE
 
-from benchmarks import bench_angular_margin, bench_gram, bench_softmax_kl, published
+from benchmarks import (
+    bench_angular_margin,
+    bench_channel_gram,
+    bench_energy,
+    bench_gram,
+    bench_logit_losses,
+    bench_softmax_kl,
+    published,
+)
 from benchmarks.cases import Case, Provider, errors, logits, maps, oracle, our_backends
 from benchmarks.render import (
     best_compile,
@@ -41,10 +49,16 @@ def small_cases() -> list[Case]:
         dataclasses.replace(bench_softmax_kl.case(name, 6, 11), inputs=logits(6, 11, fp32, labels))
         for name, (_, _, labels) in bench_softmax_kl.LOSSES.items()
     ]
-    for module in (bench_gram, bench_angular_margin):
-        example = module.CASES[0]
-        found.append(dataclasses.replace(example, inputs=maps(shape, shape, fp32)))
-    return found
+    found += [
+        dataclasses.replace(bench_logit_losses.case(name, 6, 11), inputs=logits(6, 11, fp32, labels))
+        for name, (_, _, labels) in bench_logit_losses.LOSSES.items()
+    ]
+    found.append(bench_logit_losses.cwd_case(2, 3, 4, 5))
+    examples = [bench_gram.CASES[0], bench_angular_margin.CASES[0], bench_energy.CASES[2], bench_energy.CASES[-1]]
+    examples += bench_channel_gram.CASES[:4:3]
+    found += [dataclasses.replace(example, inputs=maps(shape, shape, fp32)) for example in examples]
+    stages = [(3, 2, 6, 6), (3, 3, 3, 3), (3, 4, 3, 3)]
+    return [*found, dataclasses.replace(bench_channel_gram.CASES[-1], inputs=maps(stages, stages, fp32))]
 
 
 @pytest.mark.parametrize("case", small_cases(), ids=lambda case: case.name.split(" ")[0])

@@ -113,7 +113,7 @@ def test_half_features_are_computed_in_fp32(ranks: Results, name: str, dtype: to
 
 def test_contract(ranks: Results) -> None:
     for out in ranks[1]["contract"]:
-        for name in ("sp", "correlation", "supervised", "one rank"):
+        for name in ("sp", "correlation", "rkd", "supervised", "one rank"):
             assert all(out[name].values()), f"{name}: {out[name]}"
 
 
@@ -126,6 +126,7 @@ def test_a_call_that_differs_raises_on_every_rank(ranks: Results) -> None:
         "layers": ("layer_weights=[1.0],", "layer_weights=[1.0, 1.0],"),
         "gradients": ("(B, 6) float32 with gradient", "(B, 6) float32,"),
         "temperature": ("temperature=0.5", "temperature=0.7"),
+        "options": ("squared=False", "squared=True"),
         "losses": ("correlation_loss", "sp_loss"),
     }.items():
         for out in results["contract"]:

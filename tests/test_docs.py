@@ -24,8 +24,10 @@ from torch.autograd import forward_ad
 import kdkernels.compat.kd_zoo
 import kdkernels.compat.liger
 import kdkernels.compat.mdistiller
+import kdkernels.compat.mlld
 import kdkernels.compat.repdistiller
-import kdkernels.compat.torchdistill
+import kdkernels.compat.torchdistill.features
+import kdkernels.compat.torchdistill.logits
 import kdkernels.compat.torchtune
 import kdkernels.compat.trl
 import kdkernels.integrations.hf
@@ -44,6 +46,7 @@ QUIET = {"__version__", "METHODS"}  # names that speak for themselves
 # Blocks that cannot run here, by page: ```python title="not run: why", for all to see. Adding one is a decision.
 NOT_RUN = {
     "docs/linear-kd.md": ["python: not run: needs several processes"],
+    "docs/compat.md": ["python: not run: needs RepDistiller", "python: not run: needs mdistiller"],
     "docs/torchdistill.md": ["bash: not run: needs torchdistill"] * 2 + ["python: not run: needs torchdistill"],
 }
 
@@ -218,8 +221,9 @@ def test_every_public_name_is_found_by_a_search() -> None:
     assert not [n for n in trainer if not re.search(rf"\b{n}\b", docs)]
 
 
-PRESETS = [kdkernels.compat.kd_zoo, kdkernels.compat.mdistiller, kdkernels.compat.repdistiller]
-PRESETS += [kdkernels.compat.torchdistill, kdkernels.integrations.hf, kdkernels.integrations.lightning]
+PRESETS = [kdkernels.compat.kd_zoo, kdkernels.compat.mdistiller, kdkernels.compat.mlld, kdkernels.compat.repdistiller]
+PRESETS += [kdkernels.compat.torchdistill.features, kdkernels.compat.torchdistill.logits]
+PRESETS += [kdkernels.integrations.hf, kdkernels.integrations.lightning]
 PRESETS += [kdkernels.compat.trl, kdkernels.compat.liger, kdkernels.compat.torchtune]
 
 

@@ -44,6 +44,9 @@ def losses() -> dict[str, Callable[[], Tensor]]:
         "sp_loss": lambda: kdkernels.sp_loss(student, teacher),
         "stkd_loss": lambda: kdkernels.stkd_loss(student, teacher, torch.arange(6)),
         "amd_loss": lambda: kdkernels.amd_loss(maps, other),
+        "nkd_loss": lambda: kdkernels.nkd_loss(student, teacher, torch.arange(6)),
+        "dist_loss": lambda: kdkernels.dist_loss(student, teacher),
+        "cwd_loss": lambda: kdkernels.cwd_loss(maps, maps.detach()),
     }
 
 

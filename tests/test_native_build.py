@@ -59,8 +59,13 @@ def test_a_library_that_cannot_be_loaded_is_built_anew(cache: Path, content: byt
 
 
 def test_without_a_compiler(tmp_path: Path) -> None:
-    reason, _ = outcome(start(tmp_path, PATH=str(tmp_path)))
+    unconfigured = PROBE.replace("logging.basicConfig(level=logging.INFO)", "")  # as users have it
+    reason, output = outcome(start(tmp_path, unconfigured, PATH=str(tmp_path)))
     assert "no C++ compiler found: install g++" in reason
+    (line,) = output.partition("REASON")[0].splitlines()
+    assert line == f"the native kernels are not available, slower ones take their place: {reason}"
+    _, output = outcome(start(tmp_path, unconfigured, KDKERNELS_JIT="0"))
+    assert output.startswith("REASON"), "whoever forbids the build is not told that it was not made"
 
 
 @pytest.mark.parametrize("version_works", [False, True])

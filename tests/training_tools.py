@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdkernels.training import (
+    METHODS,
     Distillation,
     data,
 )
@@ -34,7 +35,8 @@ def loaders(n: int = 96) -> tuple[DataLoader, DataLoader]:
 
 def make(method: str = "kd", seed: int = 0) -> Distillation:
     torch.manual_seed(seed)
-    return Distillation(small_teacher(1, 10), small_student(1, 10), method)
+    teacher, student = small_teacher(1, 10), small_student(1, 10)
+    return Distillation(teacher if METHODS[method].needs_teacher else None, student, method)
 
 
 def plain(width: int, seed: int) -> nn.Module:

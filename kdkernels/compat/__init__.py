@@ -1,9 +1,10 @@
 """The losses under other libraries' names, arguments, shapes and scales: change one import, keep the numbers.
 
-    kdkernels.compat.repdistiller    DistillKL, Similarity
-    kdkernels.compat.mdistiller      kd_loss, dkd_loss, sp_loss
-    kdkernels.compat.torchdistill    KDLoss, SPKDLoss; importing it replaces torchdistill's own in its registry
-    kdkernels.compat.kd_zoo          SoftTarget, SP
+    kdkernels.compat.repdistiller    its classes; ``patch()`` puts them in the place of distiller_zoo's
+    kdkernels.compat.mdistiller      its functions; ``patch()`` puts them in the place of the distillers' own
+    kdkernels.compat.mlld            Multi-Level-Logit-Distillation's, which is a fork of mdistiller
+    kdkernels.compat.torchdistill    its mid-level losses; importing it replaces torchdistill's own in its registry
+    kdkernels.compat.kd_zoo          Knowledge-Distillation-Zoo's classes
     kdkernels.compat.trl             generalized_jsd_loss
     kdkernels.compat.liger           LigerFusedLinearJSDLoss
     kdkernels.compat.torchtune       ForwardKLLoss
@@ -17,5 +18,6 @@ and the loss is float32), tensors may have any strides (channels_last too), a co
 empty batch gives 0.
 
 Refused: student and teacher logits of different shapes, which the originals broadcast. Missing: as in all of kdkernels,
-no gradient flows to the teacher; if the teacher's tensor requires one, a UserWarning says so.
+no gradient flows to the teacher (but in ``repdistiller.Correlation``); if the teacher's tensor requires one, a
+UserWarning says so.
 """

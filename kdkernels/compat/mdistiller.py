@@ -1,6 +1,10 @@
-"""mdistiller's losses (github.com/megvii-research/mdistiller, mdistiller/distillers): KD, DKD and SP.
+"""mdistiller's losses (github.com/megvii-research/mdistiller, mdistiller/distillers): AT, DKD, KD, NST, PKT, RKD, SP.
 
     from kdkernels.compat.mdistiller import dkd_loss, kd_loss, sp_loss        # was: from mdistiller.distillers.KD ...
+
+or, before training and with no other change, all of them in the distillers themselves:
+
+    kdkernels.compat.mdistiller.patch()
 
 ``logit_stand`` is the last argument of the fork with standardised logits (github.com/sunshangquan/
 logit-standardization-KD, arXiv 2403.01427); mdistiller itself has none, which is its default here.
@@ -14,9 +18,14 @@ import torch
 from torch import Tensor
 
 from ..kd_loss import kd_loss as kdkernels_kd_loss
+from ..nst_loss import nst_loss as kdkernels_nst_loss
 from ..ops.checks import check_pair, check_tensor, check_weight
+from ..pkt_loss import pkt_loss as kdkernels_pkt_loss
+from ..rkd_loss import rkd_loss as kdkernels_rkd_loss
 from ..stkd_loss import stkd_loss
-from .scales import published_sp, warn_of_trained_teacher
+from . import mlld
+from .patching import Patch, bare_signature
+from .scales import paired, published_at, published_sp, warn_of_trained_teacher
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False) -> Tensor:
@@ -100,6 +109,44 @@ def sp_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> Tensor | int:
     return published_sp(students, teachers).view(1)
 
 
+def rkd_loss(
+    f_s: Tensor,
+    f_t: Tensor,
+    squared: bool = False,
+    eps: float = 1e-12,
+    distance_weight: float = 25,
+    angle_weight: float = 50,
+) -> Tensor:
+    """RKD's distances and angles of features (B, ...); a scalar: ``kdkernels.rkd_loss``."""
+    warn_of_trained_teacher(f_t)
+    return kdkernels_rkd_loss(
+        f_s, f_t, distance_weight=distance_weight, angle_weight=angle_weight, squared=squared, eps=eps
+    )
+
+
+def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
+    """Probabilistic knowledge transfer of features (B, d), mean over the B^2 pairs: ``kdkernels.pkt_loss``."""
+    warn_of_trained_teacher(f_t)
+    return kdkernels_pkt_loss(f_s, f_t, eps=eps)
+
+
+def at_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor], p: float) -> Tensor | int:
+    """Attention transfer, summed over the pairs of maps (B, C, H, W); a scalar.
+
+    Quirks: those of ``kdkernels.compat.repdistiller.Attention``; no pairs give the int 0.
+    """
+    return sum(published_at(g_s, g_t, p))
+
+
+def nst_loss(g_s: Iterable[Tensor], g_t: Iterable[Tensor]) -> Tensor | int:
+    """Neuron selectivity transfer, summed over the pairs of maps (B, C, H, W); a scalar.
+
+    Quirk: if the lists differ in length, the shorter one counts; no pairs give the int 0.
+    """
+    students, teachers = paired(g_s, g_t)
+    return kdkernels_nst_loss(students, teachers) if students else 0
+
+
 def _labelled(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The one or two classes of each row of a dense target; one class twice where there is one."""
     if target.shape != logits.shape:
@@ -118,3 +165,46 @@ def _labelled(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     first = order[:, 0]
     second = torch.where(positive == 2, order[:, min(1, order.shape[1] - 1)], first)
     return torch.where(wrong, logits.shape[1], first), second
+
+
+_PATCH = Patch(
+    "mdistiller.distillers",
+    {
+        "kd_loss": {
+            "(logits_student, logits_teacher, temperature)": kd_loss,
+            "(logits_student_in, logits_teacher_in, temperature, logit_stand)": kd_loss,
+            # the forks' KD_ours.py and MLKD.py
+            "(logits_student, logits_teacher, temperature, reduce=True)": mlld.kd_loss,
+            "(logits_student_in, logits_teacher_in, temperature, reduce=True, logit_stand=False)": mlld.kd_loss,
+        },
+        "dkd_loss": {
+            "(logits_student, logits_teacher, target, alpha, beta, temperature)": dkd_loss,
+            "(logits_student_in, logits_teacher_in, target, alpha, beta, temperature, logit_stand)": dkd_loss,
+        },
+        "cc_loss": {"(logits_student, logits_teacher, temperature, reduce=True)": mlld.cc_loss},
+        "bc_loss": {"(logits_student, logits_teacher, temperature, reduce=True)": mlld.bc_loss},
+        **{loss.__name__: {bare_signature(loss): loss} for loss in (at_loss, nst_loss, pkt_loss, rkd_loss, sp_loss)},
+    },
+    {
+        "kdsvd_loss": "its singular value decompositions are its time",
+        "vid_loss": "its convolutions are its time",
+        "feat_loss": "OFD: elementwise, and its connectors are its time",
+        "hcl_loss": "ReviewKD: pooled mean squared errors, which PyTorch has",
+        "FitNet": "a mean squared error, which PyTorch has",
+        "ContrastLoss": "CRD: not here yet",
+    },
+)
+
+
+def patch() -> None:
+    """Replace the functions that mdistiller's distillers call by ours, and print what was replaced and what was left.
+
+    Each is recognised by its name and its arguments: the forks' ``kd_loss(..., temperature, reduce, logit_stand)`` of
+    MLKD.py becomes ``kdkernels.compat.mlld.kd_loss``, and a function with arguments that are not known is left.
+    """
+    _PATCH.apply()
+
+
+def unpatch() -> None:
+    """Put mdistiller's own functions back."""
+    _PATCH.undo()

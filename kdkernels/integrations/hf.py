@@ -1,4 +1,4 @@
-"""Distillation with transformers' ``Trainer``. It needs the extra "hf": pip install 'kdkernels[hf]'."""
+"""Distillation with transformers' ``Trainer``. It needs the extra "hf": pip install '.[hf]'."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..training.checks import check_optimizer
 from ..training.distillation import Distillation
 from ..training.sequence import SequenceDistillation, counted_tokens
 from ..training.sequence_data import SequenceCollator
@@ -17,7 +18,7 @@ from .relational import whole_batches
 try:
     from transformers import Trainer, TrainingArguments
 except ImportError as error:
-    raise ImportError(f"kdkernels.integrations.hf needs the extra hf: pip install 'kdkernels[hf]' ({error})") from error
+    raise ImportError(f"kdkernels.integrations.hf needs the extra hf: pip install '.[hf]' ({error})") from error
 
 
 class Logits(nn.Module):
@@ -53,13 +54,17 @@ class DistillationTrainer(Trainer):
     Raises:
         TypeError: distillation is not a Distillation.
         ValueError: gradient accumulation with a method that compares the rows of a batch (sp, mlkd), or several GPUs in
-            one process. Several processes are fine: rows are compared over all processes.
+            one process, or an optimizer that misses the method's heads. Several processes are fine: rows are compared
+            over all processes.
     """
 
     def __init__(self, distillation: Distillation, args: TrainingArguments | None = None, **options: Any) -> None:
         if not isinstance(distillation, Distillation):
             raise TypeError(f"DistillationTrainer needs a Distillation, got {type(distillation).__name__}")
         super().__init__(distillation, args, **options)
+        self._distillation = distillation  # self.model may become a wrapper of it
+        if self.optimizer is not None:
+            check_optimizer(distillation, self.optimizer)
         whole_batches(distillation, self.args.gradient_accumulation_steps, self.args.world_size)
         _one_gpu(self)
         self.args.remove_unused_columns = False  # columns are the networks', of which the Trainer knows nothing
@@ -69,6 +74,8 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if model.training and self.state.max_steps:
+            self._distillation.schedule(self.state.global_step / self.state.max_steps)
         inputs = dict(inputs)
         target, target_neg = inputs.pop(self.label_names[0]), inputs.pop("labels_neg", None)
         result = model(next(iter(inputs.values())) if len(inputs) == 1 else inputs, target, target_neg)

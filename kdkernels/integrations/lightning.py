@@ -1,4 +1,4 @@
-"""Distillation with Lightning. It needs the extra "lightning": pip install 'kdkernels[lightning]'."""
+"""Distillation with Lightning. It needs the extra "lightning": pip install '.[lightning]'."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..training.checks import check_optimizer
 from ..training.defaults import default_optimizer, default_scheduler
 from ..training.distillation import Distillation, DistillationOutput
 from .relational import whole_batches
@@ -15,7 +16,7 @@ try:
     from lightning import LightningModule
 except ImportError as error:
     raise ImportError(
-        f"kdkernels.integrations.lightning needs the extra lightning: pip install 'kdkernels[lightning]' ({error})"
+        f"kdkernels.integrations.lightning needs the extra lightning: pip install '.[lightning]' ({error})"
     ) from error
 
 
@@ -38,7 +39,8 @@ class DistillationModule(LightningModule):
     Raises:
         TypeError: distillation is not a Distillation.
         ValueError: when training starts, for accumulate_grad_batches with a method that compares the rows of a batch
-            (sp, mlkd). Several processes are fine: rows are compared over all processes.
+            (sp, mlkd), and for an optimizer that misses the method's heads. Several processes are fine: rows are
+            compared over all processes.
     """
 
     def __init__(self, distillation: Distillation, lr: float = 0.05) -> None:
@@ -54,7 +56,11 @@ class DistillationModule(LightningModule):
         whole_batches(self.distillation, self.trainer.accumulate_grad_batches, self.trainer.world_size)
         self.distillation.train()  # Lightning leaves modes alone, and in eval mode a method does not mix images
 
+    def on_train_start(self) -> None:
+        check_optimizer(self.distillation, *self.trainer.optimizers)
+
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        self.distillation.schedule(self.global_step / max(int(self.trainer.estimated_stepping_batches), 1))
         result: DistillationOutput = self.distillation(*batch)
         self.log_dict({"loss": result.loss.detach(), **result.terms}, batch_size=len(batch[0]))
         return result.loss

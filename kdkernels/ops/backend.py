@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor
 
-OPS = ("softmax_kl", "gram", "angular_margin")
+OPS = ("softmax_kl", "gram", "energy", "angular_margin")
+CPU_OPS = ("relation", "nkd", "softmax_pearson", "multi_level")  # native kernels for the CPU; the reference elsewhere
 MODULES = {"native": "native", "triton": "triton_kernels", "reference": "reference"}  # each backend's in an op's folder
 VARIABLE = "KDKERNELS_BACKEND"
 # auto tries these in turn, fastest first; a device that is not listed has the reference alone. On CUDA native comes

@@ -43,6 +43,21 @@ def check_rows(student: Tensor, teacher: Tensor, caller: str, *, same_width: boo
         raise ValueError(f"{caller}: student and teacher must have the same width (project the student), got {shapes}")
 
 
+def check_batches(student: Tensor, teacher: Tensor, caller: str) -> None:
+    """Student and teacher are (B, ...) with the same B."""
+    check_pair(student, teacher, caller)
+    if student.dim() < 2 or teacher.dim() < 2 or student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{caller}: student and teacher must be (B, ...) with the same B, "
+            f"got {tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
@@ -95,6 +110,11 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
 def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """int64 class indices of that shape on that device."""
     check_tensor(name, labels)
@@ -104,6 +124,13 @@ def check_labels(name: str, labels: Tensor, shape: Sequence[int], device: torch.
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.device != device:
         raise ValueError(f"{name} is on {labels.device} and the student's tensors are on {device}; move one of them")
+
+
+def check_label_values(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Raise for a label out of range. On the CPU alone: reading values would stall an accelerator."""
+    bad = labels[(labels != ignore_index) & ((labels < 0) | (labels >= classes))]
+    if bad.numel():
+        raise ValueError(f"{name} has label {int(bad[0])}; valid are 0..{classes - 1}, and {ignore_index} to ignore")
 
 
 def layer_pairs(
@@ -123,12 +150,7 @@ def layer_pairs(
         raise ValueError(f"{caller}: needs as many student as teacher layers, got {len(students)} and {len(teachers)}")
     constants = []
     for s, t in zip(students, teachers, strict=True):
-        check_pair(s, t, caller)
-        if s.dim() < 2 or t.dim() < 2 or s.shape[0] != t.shape[0]:
-            raise ValueError(
-                f"{caller}: student and teacher must be (B, ...) with the same B, "
-                f"got {tuple(s.shape)} and {tuple(t.shape)}"
-            )
+        check_batches(s, t, caller)
         constants.append(t.detach())
     if len(students) > 1:
         _check_layers(students, teachers, caller)

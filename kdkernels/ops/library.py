@@ -140,7 +140,7 @@ class Differentiable:
                 args.append(value)
         args.append(need_grad)
         if torch.compiler.is_compiling():
-            return typing.cast(Tensor, self._traced(*args)[0])
+            return _several(self._traced(*args))[0]
         return typing.cast(Tensor, self._node.apply(args, *inputs))
 
 
@@ -168,7 +168,7 @@ def _node(
     name: str, op: Callable[..., Any], keep: Callable[..., Sequence[Any]], backward: Callable[..., Any], first: int
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
-        outputs = op(*args)
+        outputs = _several(op(*args))
         if args[-1]:  # need_grad
             _save(ctx, (*outputs[first:], *keep(args)))
         return outputs[0]
@@ -197,7 +197,7 @@ def _register_traced_backward(
         if keeps_constants:
             *output, copies = output
             inputs = _replaced(inputs, copies)
-        _save(ctx, (*output[first:], *keep(inputs)))
+        _save(ctx, (*_several(output)[first:], *keep(inputs)))
         # a list of tensors wants a list of gradients, a list of numbers one None
         ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
 
@@ -213,6 +213,11 @@ def _register_traced_backward(
 def refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
         raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
+
+
+def _several(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    """An op's outputs, of which torch.library gives one as itself."""
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _is_layers(x: Any) -> bool:

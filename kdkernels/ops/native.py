@@ -26,6 +26,7 @@ from .native_build import BuildError
 
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "_native.abi3.so"
+FORBIDDEN = ("0", "false", "off", "no")  # values of KDKERNELS_JIT
 LOCK_TIMEOUT = 300.0  # seconds to wait for another process that builds
 
 logger = logging.getLogger("kdkernels")
@@ -42,7 +43,12 @@ def why_not() -> str | None:
             except Exception as error:  # whatever is wrong with the machine must not stop a training run
                 _state["reason"] = f"{type(error).__name__}: {error}"
             if _state["reason"]:
-                logger.info("the native kernels are not available: %s", _state["reason"])
+                asked = os.environ.get("KDKERNELS_JIT", "1").lower() in FORBIDDEN
+                logger.log(
+                    logging.INFO if asked else logging.WARNING,  # several times slower, and nobody asked for it
+                    "the native kernels are not available, slower ones take their place: %s",
+                    _state["reason"],
+                )
         return _state["reason"]
 
 
@@ -55,7 +61,7 @@ def _find_and_load() -> str | None:
         except BuildError as error:
             reason = str(error)
             logger.warning("%s; building it anew", reason)
-    if os.environ.get("KDKERNELS_JIT", "1").lower() in ("0", "false", "off", "no"):
+    if os.environ.get("KDKERNELS_JIT", "1").lower() in FORBIDDEN:
         return f"{reason}, and KDKERNELS_JIT=0 forbids to build it now"
     if torch.version.cuda is not None and torch.cuda.is_available():
         try:
@@ -133,3 +139,11 @@ def supports(*tensors: Tensor) -> str | None:
         if x.device.type == "cuda" and not hasattr(torch.ops.kdkernels_native, "has_cuda"):
             return "the native library has no CUDA kernels: it was built without nvcc, or where no GPU was at hand"
     return None
+
+
+def supports_cpu(*tensors: Tensor) -> str | None:
+    """The same for an op whose kernels are for the CPU alone."""
+    for x in tensors:
+        if not x.is_cpu:
+            return f"the op has native kernels for the CPU alone, not for {x.device.type}"
+    return supports(*tensors)

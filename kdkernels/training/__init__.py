@@ -1,10 +1,11 @@
-"""The thin trainer. It needs the extra "train": pip install 'kdkernels[train]'."""
+"""The thin trainer. It needs the extra "train": pip install '.[train]'."""
 
 from .distillation import Distillation, DistillationOutput
 from .methods import METHODS, Batch, Method, Outputs, make_method
 from .sequence import SequenceDistillation
 from .sequence_data import SequenceCollator, token_rows
-from .taps import FeatureTaps, stage_names
+from .stages import stage_names
+from .taps import FeatureTaps
 
 __all__ = [
     "METHODS",

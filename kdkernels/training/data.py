@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from .triplets import TripletDataset, collate_triplets
+from .triplets import triplet_loader
 
 
 class Split(NamedTuple):
@@ -26,7 +26,7 @@ class Split(NamedTuple):
 def load(source: str) -> Split:
     """ "digits", or the path of an .npz file with x_train, y_train, x_test, y_test; x is (N, H, W), (N, C, H, W) or
     (N, H, W, C) with at most four channels, y holds one whole number from 0 on per image. Where both the second and
-    the last size could be the channels, they are the last, unless the second is 1."""
+    the last size could be the channels, they are the one that is 1 or 3, and where that is no answer it is an error."""
     if source == "digits":
         return digits()
     path = Path(source)
@@ -65,13 +65,9 @@ def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> Tensor
 
 def loader(dataset: TensorDataset, batch_size: int, *, train: bool, triplets: bool = False) -> DataLoader[Any]:
     """Batches of ``batch_size`` images; with ``triplets`` a third as many triplets, so as many images in a step."""
-    batch_size = max(2, batch_size // 3) if triplets else batch_size
     # drop_last: relational losses mean something else on a rest of three images
-    options: dict[str, Any] = {"shuffle": train, "drop_last": train and len(dataset) >= batch_size}
-    if triplets:
-        drawn = TripletDataset(dataset, dataset.tensors[1])
-        return DataLoader(drawn, batch_size, collate_fn=collate_triplets, **options)
-    return DataLoader(dataset, batch_size, **options)
+    images = DataLoader(dataset, batch_size, shuffle=train, drop_last=train and len(dataset) >= batch_size)
+    return triplet_loader(images) if triplets else images
 
 
 def _split(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> Split:
@@ -103,14 +99,20 @@ def _labels(name: str, y: np.ndarray) -> Tensor:
     return torch.as_tensor(y.astype(np.int64)).flatten()
 
 
+def _channels_last(name: str, x: np.ndarray) -> bool:
+    for usual in ((1, 2, 3, 4), (1, 3)):
+        first, last = x.shape[1] in usual, x.shape[3] in usual
+        if first != last:
+            return last
+    raise ValueError(f"{name} is {x.shape}: it is not clear whether its channels are the second or the last size")
+
+
 def _images(name: str, x: np.ndarray) -> Tensor:
     images = torch.as_tensor(np.ascontiguousarray(x, dtype=np.float32))
     if not images.isfinite().all():
         raise ValueError(f"{name} has NaN or infinite pixels")
     if images.dim() == 3:
         return images[:, None]
-    if images.dim() == 4 and images.shape[3] <= 4 and images.shape[1] != 1:
-        return images.permute(0, 3, 1, 2).contiguous()
-    if images.dim() == 4 and images.shape[1] <= 4:
-        return images
+    if images.dim() == 4 and min(images.shape[1], images.shape[3]) <= 4:
+        return images.permute(0, 3, 1, 2).contiguous() if _channels_last(name, x) else images
     raise ValueError(f"{name} must be (N, H, W), (N, H, W, C) or (N, C, H, W) with C <= 4, got {x.shape}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import set_seed
@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import TensorDataset
 
-from . import data
+from . import data, runs
 from .distillation import Distillation
 from .loop import History, fit
 from .methods import AMD, CORSD, KD, MLKD, SP, STKD, Alone, Method, Outputs
 from .models import ConvNet, small_student, small_teacher
 from .plots import plot_demo
-from .taps import FeatureTaps, stage_names
+from .stages import stage_names
+from .taps import FeatureTaps
 
 LABELLED = 10  # per class: few, so that a teacher has something to add
 LR = 0.4  # of 0.02 .. 0.4 the best for the student alone; the methods get the same
@@ -50,17 +51,21 @@ class Result(NamedTuple):
     loss_ms: float
 
 
-def run_demo(output: str | Path = "runs/demo", seeds: int = 3, console: Console | None = None) -> list[Result]:
+def run_demo(
+    output: str | Path = "runs/demo", seeds: int = 3, console: Console | None = None, overwrite: bool = False
+) -> list[Result]:
     """Train everything, print the table, write metrics and ``demo.png`` to ``output``."""
     console = console or Console()
     start = time.perf_counter()
     folder = Path(output)
+    train = partial(_train, overwrite=overwrite)
+    runs.check_free(folder / "teacher", overwrite)  # the first of its runs
     split = data.digits()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
 
     set_seed(0)
     teacher = small_teacher(split.channels, split.classes)
-    history = _train(
+    history = train(
         Alone(), None, teacher, split.train, split.test, folder / "teacher", epochs=TEACHER_EPOCHS, batch=64, lr=0.05
     )
     console.print(
@@ -76,9 +81,9 @@ def run_demo(output: str | Path = "runs/demo", seeds: int = 3, console: Console 
             subset = data.labelled_subset(split.train, LABELLED, seed)
             where = folder / f"{name}-{seed}"
             histories.append(
-                _train(
+                train(
                     method,
-                    teacher,
+                    teacher if method.needs_teacher else None,
                     student,
                     subset,
                     split.test,
@@ -120,12 +125,14 @@ def _train(
     batch: int,
     lr: float,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> History:
     distillation = Distillation(teacher, student, method)
     if method.triplets:
         epochs = round(epochs / 3)  # each epoch shows three times the images
     loaders = data.loader(train, batch, train=True, triplets=method.triplets), data.loader(test, 1000, train=False)
-    history = fit(distillation, *loaders, epochs=epochs, lr=lr, output=output, seed=seed, eval_every=5)
+    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
+    history = fit(distillation, *loaders, epochs=epochs, lr=lr, seed=seed, eval_every=5, **where)
     distillation.close()
     return history
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -10,34 +13,45 @@ from accelerate.utils import set_seed
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_model
+from torch.utils.data import DataLoader
 
-from . import data
+from . import data, runs
 from .distillation import Distillation
 from .loop import fit, make_accelerator
 from .methods import METHODS, Method, make_method
 from .models import ConvNet, small_student, small_teacher
+
+TEACHER = "teacher"  # the folder of a teacher that was trained for a run
 
 
 def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
     console = Console(quiet=not PartialState(cpu=not torch.accelerator.is_available()).is_main_process)
     method = _method(args.method, args.weight)
+    runs.check_free(args.output, args.overwrite)
+    if method.needs_teacher and args.teacher is None:
+        runs.check_free(args.output / TEACHER, args.overwrite)
     split = data.load(args.data)
+    dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
+    train_loader = data.loader(dataset, args.batch_size, train=True, triplets=method.triplets)
     test_loader = data.loader(split.test, 1000, train=False)
+    set_seed(args.seed)
+    _rehearse(_method(args.method, args.weight), split, train_loader)
+    args.output.mkdir(parents=True, exist_ok=True)
     teacher = _teacher(args, split, console) if method.needs_teacher else None
 
     # after the teacher's training, whose own accelerator overwrites the state that all of them share
     accelerator = make_accelerator(args.mixed_precision, args.accumulate)
     set_seed(args.seed)
     student = small_student(split.channels, split.classes)
-    dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
     history = fit(
         Distillation(teacher, student, method).to(accelerator.device),
-        data.loader(dataset, args.batch_size, train=True, triplets=method.triplets),
+        train_loader,
         test_loader,
         epochs=args.epochs,
         lr=args.lr,
         output=args.output,
+        overwrite=args.overwrite,
         seed=args.seed,
         accelerator=accelerator,
     )
@@ -48,12 +62,34 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
-def _method(name: str, weight: float | None) -> Method:
-    if weight is None:
-        return make_method(name)
-    if name in ("sp", "amd", "kd"):
-        return make_method(name, weight=weight)
-    raise ValueError(f"--weight belongs to the methods sp, amd and kd, got {name!r} (methods: {', '.join(METHODS)})")
+def _rehearse(method: Method, split: data.Split, loader: DataLoader[Any]) -> None:
+    """One batch through untrained networks: what the method refuses, it refuses before a teacher is trained."""
+    teacher = small_teacher(split.channels, split.classes) if method.needs_teacher else None
+    Distillation(teacher, small_student(split.channels, split.classes), method)(*next(iter(loader)))
+
+
+def _method(names: str, weights: Sequence[str]) -> Method:
+    """The method, or several joined by +, with the weights that were given as "300" or "sp=300"."""
+    options: dict[str, dict[str, float]] = {name: {} for name in names.split("+")}
+    for text in weights:
+        name, _, number = text.rpartition("=")
+        if not name and len(options) > 1:
+            raise ValueError(
+                f"--weight {text}: say of which of {', '.join(options)} it is, as {next(iter(options))}={text}"
+            )
+        name = name or names
+        if name in METHODS and "weight" not in signature(METHODS[name]).parameters:
+            takers = [n for n, method in METHODS.items() if "weight" in signature(method).parameters]
+            raise ValueError(f"--weight belongs to the methods {', '.join(takers)}, got {name!r}")
+        if name not in options:
+            raise ValueError(f"--weight {text}: {name!r} is not among the methods {names}")
+        try:
+            options[name]["weight"] = float(number)
+        except ValueError:
+            raise ValueError(f"--weight must be a number or method=number, got {text!r}") from None
+    if len(options) < len(names.split("+")):
+        raise ValueError(f"--method names a method twice, got {names!r}")
+    return make_method(names, **options[names]) if len(options) == 1 else make_method(list(options.items()))
 
 
 def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:
@@ -68,7 +104,7 @@ def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> C
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of one line per layer
             raise ValueError(f"--teacher {args.teacher} holds no teacher for this data: {reason}") from None
         return teacher
-    folder = args.output / "teacher"
+    folder = args.output / TEACHER
     loaders = data.loader(split.train, 64, train=True), data.loader(split.test, 1000, train=False)
     history = fit(
         Distillation(None, teacher, "alone"),
@@ -76,6 +112,7 @@ def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> C
         epochs=args.teacher_epochs,
         lr=0.05,
         output=folder,
+        overwrite=args.overwrite,
         seed=args.seed,
     )
     console.print(f"teacher: {history[-1]['test_accuracy']:.1f} %, kept in {folder / 'last.safetensors'}")

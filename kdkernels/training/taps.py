@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-# residual networks' stages, and lists of stages: layer1 .. layer4, stage1 .., stages.0 .., blocks.0 ..
-_STAGE = re.compile(r"(layer|stage|block)_?\d+|(layers|stages|blocks)\.\d+")
+from .outputs import described, take
+
+_PART = re.compile(r"(.+)\[(.+)\]")  # "lstm[0]", "encoder[last_hidden_state]": a part of what a module returns
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -22,17 +24,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
-
-
-def stage_names(model: nn.Module) -> list[str]:
-    """The names of a network's stages, first to last, if they are usual ones (layer1, stages.0, ...)."""
-    names = [name for name, _ in unwrap(model).named_modules() if _STAGE.fullmatch(name)]
-    if not names:
-        children = [name for name, _ in unwrap(model).named_children()]
-        raise ValueError(
-            f"no stages (layer1, stages.0, ...) found in {type(model).__name__}: name the layers; it has {children}"
-        )
-    return names
 
 
 def width(module: nn.Module) -> int | None:
@@ -71,6 +62,28 @@ class _Forget:
         self.features.clear()
 
 
+def _near(name: str, known: Iterable[str]) -> str:
+    """What a mistyped name may have meant; names further out where nothing is near."""
+    names = [other for other in known if other]
+    if close := get_close_matches(name, names, 5, 0.5):
+        return f"close to it are {close}"
+    outer = [other for other in names if other.count(".") < 2]
+    return f"it has {outer[:12]}" + (" and more" if len(outer) > 12 else "")
+
+
+def _tensor(name: str, output: Any, part: str | None) -> Tensor:
+    """The tensor in what a module returned."""
+    if part is None:
+        tensors = [x for x in output if isinstance(x, Tensor)] if isinstance(output, (tuple, list)) else [output]
+        x = tensors[0] if len(tensors) == 1 else None
+    else:
+        x = take(output, int(part) if part.isdecimal() else part)
+    if not isinstance(x, Tensor):
+        what = described(output) if part is None else f"{described(output)}, of which {part} is no tensor"
+        raise TypeError(f"module {name!r} returns {what}: name the tensor in it, as '{name}[0]' or '{name}[field]'")
+    return x
+
+
 class FeatureTaps:
     """Keeps what the named modules return in the last forward pass.
 
@@ -79,7 +92,8 @@ class FeatureTaps:
             features = taps.pop()
 
     The names are those of ``named_modules`` of the bare model, also if it is inside DistributedDataParallel or
-    torch.compile. A model that was compiled and run before does not call new hooks: tap it first, or call
+    torch.compile. Where a module returns several things, "name[0]" or "name[field]" is one of them; a tuple's only
+    tensor needs no such name. A model that was compiled and run before does not call new hooks: tap it first, or call
     ``torch.compiler.reset()``; ``pop`` says so. ``remove`` takes everything off the model.
 
     A copy or a pickle of these taps together with their model works independently. A copy of only the model (deepcopy,
@@ -88,40 +102,35 @@ class FeatureTaps:
     Raises:
         ValueError: a name that the model does not have, or that is given twice.
         RuntimeError: from ``pop``, if a tapped module did not run.
-        TypeError: from ``pop``, if a tapped module did not return a tensor.
+        TypeError: from ``pop``, if a tapped module (or the named part of what it returned) is no tensor.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         names = [names] if isinstance(names, str) else list(names)
         modules = dict(unwrap(model).named_modules(remove_duplicate=False))  # a shared module has several names
-        missing = [name for name in names if name not in modules or not name]
+        parts = [match.groups() if (match := _PART.fullmatch(name)) else (name, None) for name in names]
+        missing = [name for name, _ in parts if name not in modules or not name]
         if missing:
-            raise ValueError(
-                f"{type(unwrap(model)).__name__} has no modules {missing}; it has {[m for m in modules if m]}"
-            )
+            raise ValueError(f"{type(unwrap(model)).__name__} has no modules {missing}; {_near(missing[0], modules)}")
         if len(set(names)) != len(names):
             raise ValueError(f"a layer is named twice: {list(names)}")
-        self.names = names
+        self.names, self._parts = names, parts
         self._features = _Features()
-        self._hooks = [modules[name].register_forward_hook(_Keep(self._features, name)) for name in names]
+        tapped = dict.fromkeys(name for name, _ in parts)
+        self._hooks = [modules[name].register_forward_hook(_Keep(self._features, name)) for name in tapped]
         if names:
             self._hooks.append(unwrap(model).register_forward_pre_hook(_Forget(self._features)))
 
     def pop(self) -> list[Tensor]:
         """The features of the last forward pass in the order of the names; they are forgotten here."""
-        missing = [name for name in self.names if name not in self._features]
+        missing = [name for name, _ in self._parts if name not in self._features]
         if missing:
             raise RuntimeError(
                 f"no features from {missing}: the model has not run since, does not use them, or was compiled before "
                 "it was tapped (then call torch.compiler.reset())"
             )
-        features = [self._features[name] for name in self.names]
+        features = [_tensor(name, self._features[name], part) for name, part in self._parts]
         self._features.clear()
-        for name, x in zip(self.names, features, strict=True):
-            if not isinstance(x, Tensor):
-                raise TypeError(
-                    f"module {name!r} returns a {type(x).__name__}; only modules that return a tensor can be tapped"
-                )
         return features
 
     def remove(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 Triplet = tuple[Tensor, Tensor, Tensor, int, int]
 
@@ -20,7 +20,8 @@ class TripletDataset(Dataset[Triplet]):
 
     Args:
         dataset: anything with len() and [i], whose items are an image tensor or a tuple that starts with one.
-        labels: one int per item; None reads ``dataset.targets`` or, failing that, ``dataset[i][1]`` of every item once.
+        labels: one int per item; None reads those of a TensorDataset, of a Subset's data set or ``dataset.targets``,
+            and failing that ``dataset[i][1]`` of every item once.
         generator: a CPU generator for the draws. None uses PyTorch's own random state, which a DataLoader seeds again
             for each worker and epoch; a given generator is copied unchanged to every worker in every epoch.
     """
@@ -32,9 +33,7 @@ class TripletDataset(Dataset[Triplet]):
         generator: torch.Generator | None = None,
     ) -> None:
         if labels is None:
-            labels = getattr(dataset, "targets", None)
-        if labels is None:
-            labels = [int(dataset[i][1]) for i in range(len(dataset))]
+            labels = _labels(dataset)
         self.dataset, self.generator = dataset, generator
         self.labels = [int(y) for y in labels]
         if len(self.labels) != len(dataset):
@@ -79,6 +78,48 @@ class TripletDataset(Dataset[Triplet]):
         positive, negative = self.draw(index)
         images = self._image(index), self._image(positive), self._image(negative)
         return *images, self.labels[index], self.labels[negative]
+
+
+def _labels(dataset: Any) -> Sequence[int] | Tensor:
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1]
+    if isinstance(dataset, Subset):
+        whole = _labels(dataset.dataset)
+        return [int(whole[i]) for i in dataset.indices]
+    if (targets := getattr(dataset, "targets", None)) is not None:
+        return targets
+    return [int(dataset[i][1]) for i in range(len(dataset))]
+
+
+def triplet_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Triplets of a loader's labelled data set, drawn in its order: of B images, batches of B // 3 triplets.
+
+    A loader of triplets, or one with a ``collate_fn`` of its own, comes back as it is.
+
+    Raises:
+        ValueError: a data set without len() and [i], or a loader without a batch size.
+    """
+    if isinstance(loader.dataset, TripletDataset) or loader.collate_fn is not default_collate:
+        return loader
+    if loader.batch_size is None or isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "triplets can be made from a DataLoader with a batch_size over a data set with len() and [i]; for another "
+            "give batches of triplets yourself: kdkernels.training.triplets has TripletDataset and collate_triplets"
+        )
+    images = len(cast(Sized, loader.sampler))
+    size = max(2, loader.batch_size // 3)
+    return DataLoader(
+        TripletDataset(loader.dataset),
+        size,
+        sampler=loader.sampler,
+        collate_fn=collate_triplets,
+        drop_last=loader.drop_last or (images > 1 and images % size == 1),  # batch norm needs two rows
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        generator=loader.generator,
+        persistent_workers=loader.persistent_workers,
+    )
 
 
 def collate_triplets(samples: Sequence[Triplet]) -> tuple[Tensor, Tensor, Tensor]:

@@ -138,7 +138,9 @@ def test_an_empty_batch_gives_zero() -> None:
     maps, logits = torch.empty(0, 3, 2, 2, device=DEVICE), torch.empty(0, 4, device=DEVICE)
     losses = [loss for loss, _ in (*sp_presets(maps, maps).values(), *kd_presets(maps, maps).values())]
     losses.append(mdistiller.dkd_loss(logits, logits, torch.empty(0, dtype=torch.int64, device=DEVICE), 1.0, 8.0, 4.0))
-    assert torch.stack(losses).tolist() == [0.0] * 9
+    losses += [repdistiller.Correlation()(logits, logits), *repdistiller.Attention(3)([maps], [maps])]
+    losses += [kd_zoo.AT(2)(maps, maps), kd_zoo.IRG(1, 1, 1)(*[[maps, maps, logits, logits]] * 2)]
+    assert torch.stack(losses).tolist() == [0.0] * 13
 
 
 def test_a_teacher_that_wants_a_gradient_is_told() -> None:
@@ -170,12 +172,13 @@ def test_importing_the_torchdistill_preset_registers_it_after_the_originals(tmp_
         "from .registry import register_mid_level_loss\n"
         "@register_mid_level_loss\nclass KDLoss: pass\n"
         "@register_mid_level_loss\nclass SPKDLoss: pass\n"
-        "@register_mid_level_loss\nclass ATLoss: pass\n"
+        "@register_mid_level_loss\nclass CRDLoss: pass\n"
     )
     code = (
         "import kdkernels.compat.torchdistill as ours; import torchdistill.losses.mid_level as theirs\n"
         "from torchdistill.losses.registry import LOSSES\n"
-        "assert LOSSES == {'KDLoss': ours.KDLoss, 'SPKDLoss': ours.SPKDLoss, 'ATLoss': theirs.ATLoss}, LOSSES"
+        "expected = {loss.__name__: loss for loss in ours.LOSSES} | {'CRDLoss': theirs.CRDLoss}\n"
+        "assert LOSSES == expected and len(expected) == 11, LOSSES"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

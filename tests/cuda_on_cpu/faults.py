@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.ops.angular_margin import ActivationPairs, angular_margin
+from kdkernels.ops.energy import AttentionPairs, attention
 from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity, sp_gram
 from kdkernels.ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 
@@ -69,6 +70,16 @@ def _angular(height: int, width: int, layers: int = 1) -> None:
     )
 
 
+def _attention() -> None:
+    from checking import check_op
+
+    check_op(
+        lambda s, t: attention(AttentionPairs([s], [t], [1.0], absolute=True)),
+        [torch.rand(2, 3, 5, 7)],
+        constants=[torch.rand(2, 5, 5, 7)],
+    )
+
+
 PROBES: dict[str, Callable[[], None]] = {
     "sp": partial(_sp, 5, 300),
     "sp of two tiles": partial(_sp, 66, 20),
@@ -77,6 +88,7 @@ PROBES: dict[str, Callable[[], None]] = {
     "cosine in fp64": partial(_cosine, torch.float64),
     "narrow rows": partial(_softmax, 5, 11, torch.full((5,), 0.3)),
     "wide rows": partial(_softmax, 2, 2100, torch.tensor(0.3)),
+    "attention": _attention,
     "angular": partial(_angular, 5, 7),
     "angular of two launches": partial(_angular, 2, 2, layers=17),
 }
@@ -122,13 +134,16 @@ FAULTS = [
     Fault("workspace a row short", "softmax_kl.cu", "return 8 * x.rows;", "return 8 * (x.rows - 1);", "narrow rows"),
     Fault("every thread writes the loss", "softmax_kl.cu", "  if (threadIdx.x) return;\n", "", "narrow rows"),
     Fault("one lam read as one per row", "bindings_softmax_kl.h", "lam.dim() ? lam.stride(0) : 0", "1", "wide rows"),
-    Fault("no barrier behind the slices", "angular_margin.cu", "partial[slice][lane] = sum;\n  __syncthreads();", "partial[slice][lane] = sum;", "angular"),
-    Fault("one slice too many", "angular_margin.cu", "k < kSlices; ++k) sum", "k <= kSlices; ++k) sum", "angular"),
-    Fault("a map too few", "angular_margin.cu", "return kMaps * pixels_of(x)", "return (kMaps - 1) * pixels_of(x)", "angular"),
+    Fault("no barrier behind the slices", "energy.cuh", "partial[slice][lane] = sum;\n  __syncthreads();", "partial[slice][lane] = sum;", "angular"),
+    Fault("one slice too many", "energy.cuh", "k < kSlices; ++k) sum", "k <= kSlices; ++k) sum", "angular"),
+    Fault("a map too few", "energy.cuh", "return maps * pixels_of(x)", "return (maps - 1) * pixels_of(x)", "angular"),
     Fault("a map without a start", "angular_margin.cu", "maps.h[n] = 0;", "continue;", "angular"),
-    Fault("the gradient into the input", "angular_margin.cu", "store<T>(a.type, layer.out, at,", "store<T>(a.type, const_cast<void*>(a.data), at,", "angular"),
-    Fault("all layers' maps in one place", "bindings_angular_margin.h", "layer.kappa_offset = pixels;", "layer.kappa_offset = 0;", "angular of two launches"),
+    Fault("the gradient into the input", "energy.cu", "store<T>(a.type, layer.out, at,", "store<T>(a.type, const_cast<void*>(a.data), at,", "angular"),
+    Fault("all layers' maps in one place", "bindings_energy.h", "layer.offset = pixels;", "layer.offset = 0;", "angular of two launches"),
     Fault("half of the block at the barriers", "angular_maps.cuh", "  e = reduce_block(e, ", "  if (threadIdx.x < 128) e = reduce_block(e, ", "angular"),
+    Fault("a sign dropped", "energy.cu", "inner += double(sign(d)) * double(u);", "inner += double(u);", "attention"),
+    Fault("unit maps of another sample", "energy.cu", "offset = layer.offset + sample * pixels;", "offset = layer.offset;", "attention"),
+    Fault("energies without a teacher", "energy.cuh", "networks = teachers ? 2 : 1", "networks = 1", "attention"),
 ]  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdkernels.training import Distillation, Method, data, fit
+from kdkernels.training import Distillation, Method, data, fit, make_method
 from kdkernels.training.models import small_student, small_teacher
 from kdkernels.training.triplets import TripletDataset, collate_triplets
 
@@ -19,7 +19,9 @@ METHODS = ["kd", "sp", "stkd", "mlkd"]
 
 def make(method: str | Method) -> Distillation:
     torch.manual_seed(0)
-    return Distillation(small_teacher(1, 10), small_student(1, 10), method)
+    teacher, student = small_teacher(1, 10), small_student(1, 10)
+    method = make_method(method) if isinstance(method, str) else method
+    return Distillation(teacher if method.needs_teacher else None, student, method)
 
 
 def loader(shuffle: bool = False, triplets: bool = False) -> DataLoader[Any]:

@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForSequenceClassification, TrainingArgu
 
 import kdkernels
 from kdkernels.integrations.hf import DistillationTrainer, Logits
-from kdkernels.training import Distillation
+from kdkernels.training import Distillation, make_method
 from kdkernels.training.defaults import default_optimizer, default_scheduler
 from kdkernels.training.triplets import TripletDataset, collate_triplets
 
@@ -178,6 +178,20 @@ def test_transformers_models_and_several_inputs(tmp_path: Path) -> None:
     torch.testing.assert_close(student(batch["input_ids"]), unmasked)  # one tensor goes in as it is
 
 
+def test_weights_follow_their_schedule(tmp_path: Path) -> None:
+    method = make_method("kd", weight=lambda share: 0.5 * share)
+    train(make(method), tmp_path)
+    steps = EPOCHS * IMAGES // BATCH
+    assert method.weight == pytest.approx(0.5 * (steps - 1) / steps)  # that of the last step
+
+
+def test_an_optimizer_without_the_heads_is_refused(tmp_path: Path) -> None:
+    distillation = make("mlkd")
+    optimizers = (default_optimizer(distillation.student.parameters(), LR), None)
+    with pytest.raises(ValueError, match="the optimizer misses parameters of MLKD's own heads"):
+        DistillationTrainer(distillation, TrainingArguments(str(tmp_path), report_to=[]), optimizers=optimizers)
+
+
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="needs a Distillation, got Linear"):
         DistillationTrainer(nn.Linear(2, 2))
@@ -189,5 +203,5 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "kdkernels.integrations.hf")
-    with pytest.raises(ImportError, match=r"pip install 'kdkernels\[hf\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[hf\]'"):
         importlib.import_module("kdkernels.integrations.hf")

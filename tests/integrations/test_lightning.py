@@ -10,13 +10,13 @@ from typing import Any
 import lightning_module
 import pytest
 import torch
-from distilling import DATASET, EPOCHS, IMAGES, LR, METHODS, SEED, check_same, fitted, loader, make
+from distilling import BATCH, DATASET, EPOCHS, IMAGES, LR, METHODS, SEED, check_same, fitted, loader, make
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from kdkernels.integrations.lightning import DistillationModule
-from kdkernels.training import Distillation
+from kdkernels.training import Distillation, make_method
 
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -96,6 +96,22 @@ def test_terms_and_validation_are_logged() -> None:
     torch.testing.assert_close(logits, distillation.student(images))
 
 
+def test_weights_follow_their_schedule() -> None:
+    method = make_method("kd", weight=lambda share: 0.5 * share)
+    train(make(method))
+    steps = EPOCHS * IMAGES // BATCH
+    assert method.weight == pytest.approx(0.5 * (steps - 1) / steps)  # that of the last step
+
+
+def test_an_optimizer_without_the_heads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def configure_optimizers(self: DistillationModule) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.distillation.student.parameters(), LR)
+
+    monkeypatch.setattr(DistillationModule, "configure_optimizers", configure_optimizers)
+    with pytest.raises(ValueError, match="the optimizer misses parameters of MLKD's own heads"):
+        train(make("mlkd"))
+
+
 def test_no_distillation_is_refused() -> None:
     with pytest.raises(TypeError, match="needs a Distillation, got Linear"):
         DistillationModule(nn.Linear(2, 2))
@@ -104,5 +120,5 @@ def test_no_distillation_is_refused() -> None:
 def test_without_lightning_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.delitem(sys.modules, "kdkernels.integrations.lightning")
-    with pytest.raises(ImportError, match=r"pip install 'kdkernels\[lightning\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[lightning\]'"):
         importlib.import_module("kdkernels.integrations.lightning")

@@ -53,7 +53,7 @@ def run(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
 def test_divergences_beside_labels(divergence: tuple[str, float], dtype: torch.dtype) -> None:
-    for n, c, scale in ((1, 2, 2.0), (7, 13, 0.3), (31, 100, 3.0)):
+    for n, c, scale in ((1, 2, 2.0), (7, 13, 0.3), (9, 50, 3.0)):
         student, teacher = logits(n, c, dtype, scale)
         a, b = (torch.randint(c, (n,), device=DEVICE) for _ in range(2))
         a[3:4] = -100
@@ -63,7 +63,7 @@ def test_divergences_beside_labels(divergence: tuple[str, float], dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", ALL, ids=str)
+@pytest.mark.parametrize("divergence", ALL[::2], ids=str)
 def test_standardised_logits(divergence: tuple[str, float], dtype: torch.dtype) -> None:
     for n, c in ((2, 3), (9, 37)):
         student, teacher = logits(n, c, dtype, 5.0)
@@ -128,7 +128,7 @@ def test_close_networks_keep_their_digits(divergence: tuple[str, float], differe
 
 @pytest.mark.parametrize("divergence", ALL, ids=str)
 def test_gradients_are_those_of_differences(divergence: tuple[str, float]) -> None:
-    student, teacher = logits(3, 6, torch.float64)
+    student, teacher = logits(2, 4, torch.float64)
     for standardize in (False, True):
         call = lambda s, standardize=standardize: run(s, teacher, divergence, standardize)  # noqa: E731
         if refused(call, student):

@@ -17,6 +17,7 @@ import kdkernels
 from kdkernels.ops import library
 from kdkernels.ops.angular_margin import ActivationPairs
 from kdkernels.ops.correlation import CorrelationOptions, ViewRows
+from kdkernels.ops.energy import Activation, AttentionPairs, attention, energy
 from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity
 from kdkernels.ops.softmax_kl import Labels, Rows, Terms
 
@@ -25,6 +26,8 @@ LOSSES: dict[str, tuple[Loss, tuple[int, ...]]] = {
     "softmax_kl": (kdkernels.kd_loss, (6, 10)),
     "sp_gram": (kdkernels.sp_loss, (6, 3, 4, 4)),
     "angular_margin": (kdkernels.amd_loss, (6, 3, 4, 4)),
+    "attention": (lambda s, t: attention(AttentionPairs([s], [t], [1.0])), (6, 3, 4, 4)),
+    "energy": (lambda s, t: (energy(Activation(s, normalize=True)) * t.sum()).sum(), (6, 3, 4, 4)),
     "correlation": (kdkernels.correlation_loss, (8, 5)),
     "cosine_similarity": (lambda s, t: (cosine_similarity(s, t) * t.sum()).sum(), (6, 5)),
 }
@@ -157,7 +160,7 @@ def test_batched_gradients(name: str) -> None:
     torch.testing.assert_close(batched, torch.stack([single, -2 * single]))
 
 
-@pytest.mark.parametrize("name", ["sp_gram", "angular_margin"])
+@pytest.mark.parametrize("name", ["sp_gram", "angular_margin", "attention"])
 def test_batched_gradients_of_layers_are_refused(name: str) -> None:
     """PyTorch loops over a batch only for ops that return tensors, and these return one list."""
     loss, student, teacher = pair(name)

@@ -12,6 +12,8 @@ import kdkernels
 from kdkernels.ops.angular_margin import ActivationPairs, angular_margin
 from kdkernels.ops.angular_margin import reference as angular_reference
 from kdkernels.ops.correlation import CorrelationOptions, ViewRows, correlation
+from kdkernels.ops.energy import Activation, AttentionPairs, attention, energy
+from kdkernels.ops.energy import reference as energy_reference
 from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity, sp_gram
 from kdkernels.ops.gram import reference as gram_reference
 from kdkernels.ops.softmax_kl import Labels, Rows, Terms, softmax_kl
@@ -79,6 +81,18 @@ def test_angular_margin_of_tiny_quadrants(size: tuple[int, int]) -> None:
     assert torch.autograd.gradcheck(loss, student.requires_grad_(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_energy(power: float) -> None:
+    student, teacher = torch.randn(2, 3, 3, 4, dtype=D, requires_grad=True), torch.randn(2, 2, 3, 4, dtype=D)
+    for normalize in (False, True):
+        assert torch.autograd.gradcheck(lambda x, n=normalize: energy(Activation(x, power, n)), student)
+    for absolute in (False, True):
+        options = ([2.0, 3.0], "none", "sum", power, absolute)
+        assert torch.autograd.gradcheck(
+            lambda s, o=options: attention(AttentionPairs([s, s * s], [teacher, teacher], *o)), student
+        )
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Refuses what makes the host wait for a device: reading values, and shapes that depend on them."""
 
@@ -114,7 +128,8 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         saved = gram_reference.cosine_forward(s, t)
         gram_reference.cosine_backward(saved[0], s, t, *saved)
         loss, kappa = angular_reference.forward(pairs, True)
-        angular_reference.backward(grad.expand(1, 2), pairs.student, kappa)
+        energy_reference.backward(grad.expand(1, 2), pairs.student, kappa)
+        energy_reference.forward(AttentionPairs(pairs.student, pairs.teacher, [1.0]), True)
     assert loss.isfinite()
     with pytest.raises(AssertionError, match="waits"), NoSynchronisation():
         loss.item()

@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 
 from kdkernels.ops.angular_margin import triton_kernels as angular_margin  # noqa: E402
 from kdkernels.ops.angular_margin.op import ActivationPairs  # noqa: E402
+from kdkernels.ops.energy import triton_kernels as energy  # noqa: E402
+from kdkernels.ops.energy.op import AttentionPairs  # noqa: E402
 from kdkernels.ops.gram import triton_cosine  # noqa: E402
 from kdkernels.ops.gram import triton_kernels as gram  # noqa: E402
 from kdkernels.ops.gram.op import LayerPairs, SPOptions  # noqa: E402
@@ -60,7 +62,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]
         if programs:
             kernels.append((kernel.__name__, kernel.warmup(*args, grid=(programs,), **options)))
 
-    for module in (angular_margin, gram, triton_cosine, softmax_kl):
+    for module in (angular_margin, energy, gram, triton_cosine, softmax_kl):
         monkeypatch.setattr(module, "launch", launch)
     for module in (gram, triton_cosine):
         monkeypatch.setattr(module, "split_precision", lambda x: "ieee" if x.dtype == torch.float32 else "tf32x3")
@@ -207,7 +209,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def run_angular_margin(student: list[Tensor], teacher: list[Tensor], local_weight: float, reduction: str) -> None:
     x = ActivationPairs(student, teacher, [1.0] * len(student), reduction=reduction, local_weight=local_weight)
     _, kappa = angular_margin.forward(x, True)
-    angular_margin.backward(torch.ones(len(student), len(student[0])), student, kappa)
+    energy.backward(torch.ones(len(student), len(student[0])), student, kappa)
 
 
 AMD_KERNELS = {"energy_kernel", "maps_kernel", "sum_kernel", "gradient_kernel"}
@@ -231,3 +233,18 @@ def test_angular_margin_of_several_layers(layers: int, compiled: list[Any], tmp_
     run_angular_margin(students, [channels_last(x.float()) for x in students], 0.2, "none")
     run_angular_margin(students, students, 0.0, "mean")
     check(compiled, AMD_KERNELS, tmp_path)
+
+
+ATTENTION_KERNELS = {"energy_kernel", "attention_kernel", "sum_kernel", "gradient_kernel"}
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_attention(absolute: bool, compiled: list[Any], tmp_path: Path) -> None:
+    """The energies and the gradient are angular_margin's kernels, which are compiled in all layouts above."""
+    for layers, size in ((1, 1), (1, 7), (4, 32), (9, 56)):
+        maps = [torch.zeros(2, 64, max(size >> (i % 3), 1), size, dtype=HALF) for i in range(layers)]
+        x = AttentionPairs(maps, maps, [1.0] * layers, absolute=absolute)
+        _, kappa = energy.forward(x, True)
+        energy.backward(torch.ones(layers, 2), maps, kappa)
+    energy.energies(maps[0])
+    check(compiled, ATTENTION_KERNELS, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -57,6 +58,8 @@ def saved(path: Path, **arrays: object) -> str:
         ({"x_train": np.ones((9, 5, 6))}, "x_train has 9 images, all pixels the same"),
         ({"x_train": np.ones((0, 5, 6)), "y_train": np.arange(0)}, "x_train has 0 images"),
         ({"x_test": np.ones((3, 3, 5, 6))}, "have 1 channels, those of x_test 3"),
+        ({"x_train": np.ones((9, 3, 8, 3))}, r"x_train is \(9, 3, 8, 3\): .* the second or the last size"),
+        ({"x_train": np.ones((9, 2, 5, 4))}, r"x_train is \(9, 2, 5, 4\): .* the second or the last size"),
     ],
 )
 def test_bad_data_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -66,11 +69,16 @@ def test_bad_data_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], mess
 
 @pytest.mark.parametrize(
     ("shape", "expected"),
-    [((9, 1, 4, 4), (1, 4, 4)), ((9, 1, 9, 2), (1, 9, 2)), ((9, 4, 4, 3), (3, 4, 4)), ((9, 4, 4, 1), (1, 4, 4))],
+    [
+        ((9, 1, 4, 4), (1, 4, 4)),
+        ((9, 1, 9, 2), (1, 9, 2)),
+        ((9, 4, 4, 3), (3, 4, 4)),
+        ((9, 4, 4, 1), (1, 4, 4)),
+        ((9, 8, 8, 3), (3, 8, 8)),
+        ((9, 3, 4, 4), (3, 4, 4)),
+    ],
 )
-def test_one_channel_may_come_first_in_small_images(
-    tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]
-) -> None:
+def test_channels_are_found_in_small_images(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     x = np.random.default_rng(0).random(shape)
     split = data.load(saved(tmp_path / "set.npz", x_train=x, x_test=x[:3], y_train=np.arange(9.0)[:, None] % 3))
     assert split.train.tensors[0].shape[1:] == expected
@@ -137,6 +145,78 @@ def test_the_command_line_fails_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--epochs", "abc"])
     assert "must be a whole number, 1 or more, got 'abc'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lr", "-1"], "argument --lr: must be a positive number, got '-1'"),
+        (["--lr", "nan"], "argument --lr: must be a positive number, got 'nan'"),
+        (["--per-class", "9999"], "9999 were asked for"),
+        (["--method", "mlkd", "--data", "DATA"], "a quarter turn needs square images, got (9, 1, 5, 6)"),
+        (["--seed", "-1"], "Seed must be between 0 and 2**32 - 1"),
+        (["--output", "DATA"], "File exists"),
+    ],
+)
+def test_options_are_checked_before_a_teacher_is_trained(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kdkernels.training.run.fit", mock.Mock(side_effect=AssertionError("it trains")))
+    path = saved(tmp_path / "set.npz")
+    try:
+        code = cli.main(["train", "--output", str(tmp_path / "out"), *(path if o == "DATA" else o for o in options)])
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_and_its_teacher_are_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["train", "--epochs", "1", "--teacher-epochs", "1", "--per-class", "4", "--output", str(tmp_path)]
+    assert cli.main(common) == 0
+    (tmp_path / "metrics.csv").unlink()
+    for name in ("best", "last"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    teacher = (tmp_path / "teacher" / "last.safetensors").read_bytes()
+    assert cli.main([*common, "--seed", "1"]) == 2
+    assert f"{tmp_path / 'teacher'} holds a run already" in capsys.readouterr().err
+    assert (tmp_path / "teacher" / "last.safetensors").read_bytes() == teacher
+    assert cli.main([*common, "--seed", "1", "--overwrite"]) == 0
+    assert (tmp_path / "teacher" / "last.safetensors").read_bytes() != teacher
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "message"),
+    [
+        ("kd+sp", ["300"], "--weight 300: say of which of kd, sp it is, as kd=300"),
+        ("kd+sp", ["amd=0.2"], "'amd' is not among the methods kd+sp"),
+        ("sp", ["much"], "must be a number or method=number, got 'much'"),
+        ("stkd", ["3"], "belongs to the methods kd, sp, amd"),
+        ("kd+kd", [], "a method twice"),
+        ("kd+", [], "got ''"),
+    ],
+)
+def test_weights_of_several_methods(method: str, weights: list[str], message: str) -> None:
+    from kdkernels.training.run import _method
+
+    assert [part.weight for part in _method("kd+sp", ["sp=300", "kd=0.5"]).methods] == [0.5, 300]
+    assert _method("sp", ["300"]).weight == _method("sp", ["sp=300"]).weight == 300
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _method(method, weights)
+
+
+def test_a_mixture_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+    save_model(small_teacher(1, 10), str(teacher))
+    common = ["train", "--epochs", "1", "--per-class", "4", "--teacher", str(teacher), "--output", str(tmp_path / "a")]
+    assert cli.main([*common, "--method", "kd+sp+amd", "--weight", "sp=300"]) == 0
+    with (tmp_path / "a" / "metrics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row.keys() >= {"ce", "kd", "sp", "amd"}
 
 
 def test_a_teacher_trained_first_does_not_change_the_students_accumulation(tmp_path: Path) -> None:

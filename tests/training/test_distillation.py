@@ -19,23 +19,36 @@ from kdkernels.training import (
     make_method,
 )
 from kdkernels.training.loop import evaluate
+from kdkernels.training.methods import METHODS, MLLD
+
+METHODS_OF_TERMS = ["alone", "kd", "sp", "stkd", "amd", "at", "nst", "rkd", "pkt", "cc", "irg", "nkd", "dist", "mlld"]
 
 
-@pytest.mark.parametrize("method", ["alone", "kd", "sp", "stkd", "amd"])
+@pytest.mark.parametrize("method", METHODS_OF_TERMS)
 def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
-    teacher, student, (x, y) = network(6, 7, 8), network(), images()
-    module = Distillation(teacher, student, method).eval()  # eval: nothing is mixed
+    teacher, student, (x, y) = network(6, 7, 8).eval(), network(), images()
+    module = Distillation(None if method == "alone" else teacher, student, method).eval()  # eval: nothing is mixed
     result = module(x, y)
     with torch.no_grad():
         z_s, z_t, f_s, f_t = student(x), teacher(x), student.stages(x), teacher.stages(x)
         ce = F.cross_entropy(z_s, y)
         kd = kdkernels.kd_loss(z_s, z_t)
+        p_s, p_t = (f.mean((2, 3)) for f in (f_s, f_t))
         stages_s, stages_t = ([m.stages[: i + 1](x) for i in range(3)] for m in (student, teacher))
         expected = {
             "alone": ce,
             "kd": 0.1 * ce + 0.9 * kd,
             "sp": ce + 3000 * kdkernels.sp_loss(f_s, f_t),
             "stkd": 0.1 * ce + 0.9 * kd,
+            "rkd": ce + kdkernels.rkd_loss(p_s, p_t),
+            "pkt": ce + 30000 * kdkernels.pkt_loss(p_s, p_t),
+            "cc": ce + 100 * kdkernels.cc_loss(p_s, p_t),
+            "irg": ce + 5 * kdkernels.irg_loss(p_s, p_t),
+            "nkd": ce + kdkernels.nkd_loss(z_s, z_t, y),
+            "dist": ce + 2 * kdkernels.dist_loss(z_s, z_t),
+            "mlld": 0.1 * ce + 0.9 * kdkernels.mlld_loss(z_s, z_t),
+            "at": ce + 1000 * kdkernels.at_loss(stages_s, stages_t),
+            "nst": ce + 50 * kdkernels.nst_loss(stages_s, stages_t),
             "amd": 0.1 * ce + 0.9 * kd + 0.2 * kdkernels.amd_loss(stages_s, stages_t, layer_weights="area"),
         }[method]
     torch.testing.assert_close(result.loss.detach(), expected)
@@ -46,6 +59,31 @@ def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
     assert all(p.grad is None for p in teacher.parameters())
     module.close()
     assert hooks(student) == hooks(teacher) == 0
+
+
+def test_mlld_sees_the_images_and_strong_ones() -> None:
+    teacher, student, (x, y) = network(6, 7, 8), network().eval(), images()
+    module = Distillation(teacher, student, MLLD(strong=lambda images: images.flip(3)))
+    student.eval()  # its batch norm, so that the two views can be had one by one
+    result = module(x, y)
+    pairs = [(student(view), teacher(view)) for view in (x, x.flip(3))]
+    ce = sum(F.cross_entropy(s, y) for s, _ in pairs)
+    torch.testing.assert_close(result.loss, 0.1 * ce + 0.9 * kdkernels.mlld_loss(*pairs[0], *pairs[1]))
+    assert len(module.eval()(x, y).logits) == len(y)
+
+
+def test_ickd_projects_the_student() -> None:
+    teacher, student, (x, y) = network(6, 7, 8), network(), images()
+    module = Distillation(teacher, student, "ickd").eval()
+    result = module(x, y)
+    with torch.no_grad():
+        features = module.method.projection(student.stages(x)), teacher.stages(x)
+        expected = F.cross_entropy(student(x), y) + 2.5 * kdkernels.ickd_loss(*features)
+    torch.testing.assert_close(result.loss.detach(), expected)
+    result.loss.backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert len(list(module.parameters())) == len(list(student.parameters())) + 3
+    module.close()
 
 
 def test_the_teacher_stays_out_of_the_way() -> None:
@@ -164,8 +202,8 @@ def test_float64_stays() -> None:
 
 
 def test_bad_methods_are_named() -> None:
-    with pytest.raises(ValueError, match=r"'alone', 'kd', 'sp', 'stkd', 'amd', 'mlkd', 'corsd', got 'rkd'"):
-        Distillation(network(), network(), "rkd")
+    with pytest.raises(ValueError, match=", ".join(map(repr, METHODS)) + ", got 'crd'"):
+        Distillation(network(), network(), "crd")
     with pytest.raises(ValueError, match="SP needs a teacher"):
         Distillation(None, network(), "sp")
 

@@ -151,6 +151,9 @@ def test_weights_out_of_range_are_refused() -> None:
         ("amd", {"kd_weight": 1.5}),
         ("stkd", {"ce_weight": -1.0}),
         ("mlkd", {"supervised_weight": -1.0}),
+        ("nkd", {"weight": -1.0}),
+        ("dist", {"weight": -1.0}),
+        ("mlld", {"kd_weight": -1.0}),
     ):
         with pytest.raises(ValueError, match=rf"{method.upper()}: {next(iter(options))} must be .*, got"):
             make_method(method, **options)
@@ -161,8 +164,34 @@ def test_fit_stops_at_a_loss_that_is_not_a_number() -> None:
     module = make("alone")
     with torch.no_grad():
         module.student.fc.weight[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="epoch 1 is nan"):
+    before = [p.detach().clone() for p in module.student.parameters()]
+    with pytest.raises(FloatingPointError, match=r"step 1 \(epoch 1, batch 1 of 3\): ce \(loss nan, ce nan"):
         fit(module, train, epochs=2, progress=False)
+    torch.testing.assert_close(list(module.student.parameters()), before, equal_nan=True)
+
+
+def test_the_step_that_is_not_finite_is_named() -> None:
+    x, y = images(12)
+    x[9] = math.inf  # in the third of the batches of four, which is the second of two micro-batches
+    module = Distillation(network(6, 7, 8), network(), "kd")
+    loader = DataLoader(TensorDataset(x.cpu(), y.cpu()), 4)
+    with pytest.raises(FloatingPointError, match=r"step 2 \(epoch 1, batch 3 of 3\): ce, kd .*weights are those"):
+        fit(module, loader, epochs=2, accumulate=2, progress=False)
+    assert all(p.isfinite().all() for p in module.student.parameters())
+
+
+def test_frozen_parts_of_the_student_stay_frozen() -> None:
+    module = make()
+    frozen = module.student.stages[0]
+    frozen.eval()
+    before = frozen[1].running_mean.clone(), module.student.stages[1][1].running_mean.clone()
+    fit(module, *loaders(32), epochs=2, progress=False)
+    assert torch.equal(frozen[1].running_mean.cpu(), before[0])
+    assert not torch.equal(module.student.stages[1][1].running_mean.cpu(), before[1])
+    assert not module.eval().train().student.stages[0].training
+    assert module.student.training
+    frozen.train()
+    assert module.train().student.stages[0].training
 
 
 def test_bf16_training_runs_on_fp32_losses() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..checks import compute_dtype, grad_like
+from ..energy.op import Energy, of_layers_and_samples, sample_factors
 from ..library import Differentiable, build, register
 
 ENERGY_EPS, UNIT_EPS, CLAMP = 1e-6, 1e-12, 1e-7  # of the energies' norm, of unit vectors, of the cosine
@@ -35,14 +36,11 @@ class ActivationPairs(NamedTuple):
 
     def factors(self) -> list[float]:
         """What each layer's value of a sample is multiplied by. Read inside the op, where sizes are plain numbers."""
-        batch, *_ = self.student[0].shape
-        over = max(batch, 1) if self.reduction == "mean" else 1
-        over *= len(self.student) if self.layer_reduction == "mean" else 1
-        factors = []
-        for s, weight in zip(self.student, self.layer_weights, strict=True):
-            area = float(s.shape[2] * s.shape[3]) ** 2 if self.area_weights else 1.0
-            factors.append(weight * area / over)
-        return factors
+        weights = self.layer_weights
+        if self.area_weights:
+            areas = (float(s.shape[2] * s.shape[3]) ** 2 for s in self.student)
+            weights = [weight * area for weight, area in zip(weights, areas, strict=True)]
+        return sample_factors(weights, self.student[0].shape[0], self.reduction, self.layer_reduction)
 
     @property
     def per_layer(self) -> bool:
@@ -62,9 +60,6 @@ class AngularMargin(Protocol):
     def forward(self, x: ActivationPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
         """The loss, (), (L,), (B,) or (L, B), and kappa of every layer's pixels, flat (empty without need_grad)."""
 
-    def backward(self, grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
-        """grad_lb * kappa * A, in the layer's shape, dtype and memory format; grad is a strided (L, B)."""
-
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     x = build(ActivationPairs, args)
@@ -81,10 +76,8 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad: Tensor, kappa: Tensor, student: list[Tensor], reduction: str) -> list[Tensor]:
-    implementation: AngularMargin = choose("angular_margin", *student, kappa)
-    if grad.dim() == 1 and reduction != "none":  # (L,)
-        grad = grad[:, None]
-    return implementation.backward(grad.expand(len(student), student[0].shape[0]), student, kappa)
+    implementation: Energy = choose("energy", *student, kappa)
+    return implementation.backward(of_layers_and_samples(grad, student, reduction), student, kappa)
 
 
 backward_op = register(

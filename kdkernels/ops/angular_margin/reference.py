@@ -7,17 +7,16 @@ vectors are formed before they are squared, so that nothing cancels when the stu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import compute_dtype, grad_like
+from ..checks import compute_dtype
+from ..energy.reference import norm as energy_norm
+from ..energy.reference import power_sums
 from .op import CLAMP, ENERGY_EPS, UNIT_EPS, ActivationPairs
-
-CACHED = 1 << 18  # numbers that stay in a core's cache
 
 
 def supports(*tensors: Tensor) -> str | None:
@@ -34,20 +33,8 @@ def regions(height: int, width: int, local_weight: float) -> Iterator[tuple[slic
                 yield top, left, local_weight / 4
 
 
-def _energy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """r (B, H, W). On a CPU in parts, to keep the squares in the cache; a fused vector_norm is five times slower."""
-    samples = CACHED // max(1, x[0].numel()) if x.device.type == "cpu" else len(x)
-    return torch.cat([part.to(dtype).square().sum(1) for part in x.split(max(1, samples))])
-
-
 def _norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
-
-
-def _energy_norm(r: Tensor) -> Tensor:
-    """R, by way of r / max r: squares of large energies overflow fp32."""
-    top = r.amax((-2, -1), keepdim=True).clamp_(min=torch.finfo(r.dtype).tiny)
-    return _norm(r / top).mul_(top)
 
 
 def _maps(r: Tensor, norm: Tensor, theta: Tensor, margin: float, sharpness: float) -> Tensor:
@@ -84,8 +71,8 @@ def _layer(
 ) -> tuple[Tensor, Tensor]:
     """One layer's losses (B,) and kappa (B H W,)."""
     _, _, height, width = s.shape
-    r = torch.stack((_energy(s, dtype), _energy(t, dtype)))  # (2, B, H, W): student, teacher
-    norm = _energy_norm(r)
+    r = torch.stack([power_sums(a, 2.0, dtype) for a in (s, t)])  # (2, B, H, W): student, teacher
+    norm = energy_norm(r)
     q = r / (norm + ENERGY_EPS)
     theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
     maps = _maps(r, norm, theta, x.margin, x.sharpness)  # (3, 2, B, H, W)
@@ -117,14 +104,3 @@ def _region(v: Tensor, c: float) -> tuple[Tensor, Tensor]:
     of_1 = (norms / length).square()
     inner = ((e + of_1[:, 0] - of_1[:, 1]) / 2).masked_fill_(norms[:, 0] < UNIT_EPS, 0)
     return e, difference.sub_(inner * unit[:, 0]).mul_(2 * c / length[:, 0])
-
-
-def backward(grad: Tensor, student: list[Tensor], kappa: Tensor) -> list[Tensor]:
-    gradients = []
-    sizes = [math.prod((s.shape[0], *s.shape[2:])) for s in student]
-    for s, k, g in zip(student, kappa.split(sizes), grad, strict=True):
-        factor = k.view(s.shape[0], 1, *s.shape[2:]) * g[:, None, None, None]
-        gradients.append(
-            torch.mul(s, factor, out=grad_like(s)) if s.dtype == k.dtype else grad_like(s).copy_(s * factor)
-        )
-    return gradients

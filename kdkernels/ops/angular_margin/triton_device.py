@@ -1,4 +1,4 @@
-"""Device functions of the angular_margin kernels: the maps of one network, and where an activation's numbers lie.
+"""Device functions of the angular_margin kernel: the maps of one network.
 
 acos, cos and sin are polynomials here: the ranges are small (0 <= q <= 1, 0 <= m theta <= pi), the error is under 3e-7,
 and they are the same on every GPU and in the interpreter.
@@ -72,14 +72,6 @@ def slopes(q, u, w, margin, sharpness):
     e = tl.exp(-tl.abs(x))
     sigmoid = tl.where(x >= 0, 1.0, e) / (1.0 + e)
     return Maps(sharpness * sigmoid * (du + 1.0), du, -1.0)
-
-
-@triton.jit
-def pixel_offset(n, width, stride_h, stride_w, stride_pixel, GENERIC: tl.constexpr):
-    """Where pixel n of a map is: pixels follow each other, or each row has a place of its own."""
-    if GENERIC:
-        return (n // width).to(tl.int64) * stride_h + (n % width).to(tl.int64) * stride_w
-    return n.to(tl.int64) * stride_pixel
 
 
 @triton.jit

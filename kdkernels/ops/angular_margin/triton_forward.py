@@ -1,4 +1,4 @@
-"""The forward kernels of angular_margin: energies, then everything else on the small maps, then a sum.
+"""The forward kernel of angular_margin behind the energies: everything on the small maps.
 
 Notation: per sample, over N = H W pixels, r channel energy, R its norm, q = r / (R + eps), w = 1 - q,
 u = cos(m acos q), G = -softplus(s (w - u)); v any of G, u, w; x and y its unit vectors, student's and teacher's;
@@ -12,95 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_common import aligned, find, pick
-from .triton_device import ENERGY_EPS, Maps, load_q_w, maps, pixel_offset, region_mask, region_weights, slopes
-
-UNIT_EPS = tl.constexpr(1e-12)
-TINY = tl.constexpr(1.1754943508222875e-38)
-
-
-@triton.jit
-def _energy(
-    pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr
-):
-    """[BLOCK_N] energies of pixels that follow each other, with as wide loads as N and the strides allow."""
-    N = aligned(N, ALIGN)
-    pointers = pointer + b.to(tl.int64) * aligned(stride_b, ALIGN) + at[None, :]
-    stride = aligned(stride_c, ALIGN)
-    acc = tl.zeros([BLOCK_C, BLOCK_N], tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)[:, None]
-        x = tl.load(pointers + c.to(tl.int64) * stride, mask=(c < C) & (n < N)[None, :], other=0.0).to(tl.float32)
-        acc += x * x
-    return tl.sum(acc, 0)
-
-
-@triton.jit
-def energy_kernel(
-    activations,  # tuple of [B, C, H, W]
-    r,  # [2, P]: student and teacher, P all pixels of all layers and samples
-    starts,  # the first program of each activation
-    offsets,  # where each one's energies begin in r
-    channels,
-    pixels,  # H W
-    widths,
-    strides_b,
-    strides_c,
-    strides_h,
-    strides_w,
-    LAST: tl.constexpr,  # channels_last
-    GENERIC: tl.constexpr,  # rows of a map apart
-    BLOCK_C: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """r[b, n] = sum_c A[b, c, n]^2, one program per sample and block of pixels."""
-    pid = tl.program_id(0)
-    layer = find(starts, pid)
-    local = pid - pick(starts, layer)
-    N = pick(pixels, layer)
-    C = pick(channels, layer)
-    blocks = tl.cdiv(N, BLOCK_N)
-    b = local // blocks
-    n = (local % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    pointer = pick(activations, layer)
-    stride_b = pick(strides_b, layer)
-    stride_c = pick(strides_c, layer)
-    if LAST:
-        c = tl.arange(0, BLOCK_C)
-        pointers = pointer + b.to(tl.int64) * stride_b + pixel_offset(n, 0, 0, 0, C, False)[:, None] + c[None, :]
-        acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for start in range(0, C, BLOCK_C):
-            x = tl.load(pointers + start, mask=(n < N)[:, None] & (start + c < C)[None, :], other=0.0).to(tl.float32)
-            acc += x * x
-        energy = tl.sum(acc, 1)
-    else:
-        at = pixel_offset(n, pick(widths, layer), pick(strides_h, layer), pick(strides_w, layer), 1, GENERIC)
-        multiple = N | stride_b | stride_c
-        if GENERIC:
-            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 1)
-        elif multiple % 8 == 0:
-            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 8)
-        elif multiple % 4 == 0:
-            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 4)
-        else:
-            energy = _energy(pointer, at, b, n, N, C, stride_b, stride_c, BLOCK_C, BLOCK_N, 1)
-    tl.store(r + pick(offsets, layer) + b.to(tl.int64) * N + n, energy, mask=n < N)
-
-
-@triton.jit
-def _norm(r, at, N, BLOCK: tl.constexpr):
-    """R, by way of r / max r: squares of large energies overflow fp32."""
-    n = tl.arange(0, BLOCK)
-    tops = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
-        tops = tl.maximum(tops, tl.load(r + at + start + n, mask=start + n < N, other=0.0))
-    top = tl.maximum(tl.max(tops, 0), TINY)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
-        x = tl.load(r + at + start + n, mask=start + n < N, other=0.0) / top
-        squares += x * x
-    norm = tl.sqrt(tl.sum(squares, 0)) * top
-    return tl.where(norm > 0, tl.maximum(norm, top), norm)  # no rounding may make it less than the largest energy
+from ..energy.triton_forward import UNIT_EPS, norm_of
+from ..triton_common import pick
+from .triton_device import ENERGY_EPS, Maps, load_q_w, maps, region_mask, region_weights, slopes
 
 
 class Sample(NamedTuple):
@@ -142,8 +56,8 @@ def maps_kernel(
     height = pick(heights, layer)
     width = pick(widths, layer)
     at = pick(offsets, layer) + b.to(tl.int64) * (height * width)
-    norm_s = _norm(r, at, height * width, BLOCK)
-    norm_t = _norm(r + P, at, height * width, BLOCK)
+    norm_s = norm_of(r, at, height * width, BLOCK)
+    norm_t = norm_of(r + P, at, height * width, BLOCK)
     sample = Sample(r + at, r + P + at, norm_s, norm_t, height, width, margin, sharpness)
     squares_s, squares_t = _squares(sample, REGIONS, BLOCK)
     lengths_s, lengths_t = _lengths(squares_s), _lengths(squares_t)
@@ -270,20 +184,3 @@ def _pull(v_s, v_t, length_s, length_t, along, c, mask):
     x, d = _unit_difference(v_s, v_t, length_s, length_t)
     factor = (2.0 * c / length_s)[:, None]
     return tl.sum(tl.where(mask, factor * (d - along[:, None] * x), 0.0), 0)
-
-
-@triton.jit
-def sum_kernel(
-    losses,  # [L, B]
-    loss,  # [programs]
-    count,  # numbers per program
-    between,  # where one program's numbers begin after another's
-    stride,  # of a program's numbers
-    BLOCK: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    totals = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        totals += tl.load(losses + pid * between + at * stride, mask=at < count, other=0.0)
-    tl.store(loss + pid, tl.sum(totals, 0))

@@ -36,6 +36,11 @@ def _normalised(k: Tensor, options: SPOptions) -> Tensor:
     return g if options.zero_row_grad else g.masked_fill(norm == 0, 0)
 
 
+def products(a: Tensor, b: Tensor) -> Tensor:
+    dtype = compute_dtype(a, b)
+    return a.to(dtype) @ b.to(dtype).t()
+
+
 def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     dtype = compute_dtype(a, b)
     a, b = (x.to(dtype) / x.to(dtype).norm(dim=1, keepdim=True).clamp(min=COSINE_EPS) for x in (a, b))

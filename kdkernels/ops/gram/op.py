@@ -1,6 +1,7 @@
 """gram: the similarities inside a batch.
 
     sp_gram             sum over layer pairs of scale * ||G_t - G_s||_F^2,  G = Q Q^T with normalised rows
+    own_gram, gram_of   K[i, j] = <q_i, q_j>,  and <a_i, b_j>
     cosine_similarity   S[i, j] = <a_i, b_j> / (|a_i| |b_j|)
     grams, products, sp_from_grams     their parts, for batches whose columns lie on several ranks
 
@@ -55,8 +56,14 @@ class LayerPairs(NamedTuple):
     options: SPOptions
 
 
+class Features(NamedTuple):
+    """What own_gram computes."""
+
+    q: Tensor  # (B, ...), any strides
+
+
 class RowPair(NamedTuple):
-    """What cosine_similarity computes."""
+    """What gram_of and cosine_similarity compute."""
 
     a: Tensor  # (N, D)
     b: Tensor  # (M, D)
@@ -207,3 +214,59 @@ def cosine_similarity(a: Tensor, b: Tensor) -> Tensor:
     Arguments are the caller's to check.
     """
     return _cosine_op(RowPair(a, b))
+
+
+def _own_backward(grad: Tensor, q: Tensor) -> Tensor:
+    """(G + G^T) Q, which is SP's backward pass."""
+    implementation: Gram = choose("gram", q, grad)
+    matrix = (grad + grad.t()).contiguous()
+    return implementation.sp_backward(grad.new_ones(()), [q], matrix[None])[0]
+
+
+def _pair_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """G B and G^T A: what cosines' backward pass does to rows of length 1 that it takes nothing from."""
+    implementation: Gram = choose("gram", a, b)
+    one = grad.new_ones(())
+    inverse_a, inverse_b = one.expand(a.shape[0]).contiguous(), one.expand(b.shape[0]).contiguous()
+    return implementation.cosine_backward(grad, a, b, grad.new_zeros(grad.shape), inverse_a, inverse_b)
+
+
+_own_op = Differentiable(
+    "own_gram",
+    Features,
+    "Tensor gram",
+    lambda q, need_grad: choose("gram", q).grams([q])[0],
+    lambda q, need_grad: q.new_empty((q.shape[0], q.shape[0]), dtype=compute_dtype(q)),
+    keep=itemgetter(slice(0, 1)),
+    backward=register(
+        "own_gram_backward", "(Tensor grad, Tensor q) -> Tensor", _own_backward, lambda grad, q: grad_like(q)
+    ),
+)
+_pair_op = Differentiable(
+    "gram_of",
+    RowPair,
+    "Tensor gram",
+    lambda a, b, need_grad: choose("gram", a, b).products(a, b)[0],
+    lambda a, b, need_grad: _cosine_fake(a, b)[0],
+    keep=itemgetter(slice(0, 2)),
+    backward=register(
+        "gram_of_backward",
+        "(Tensor grad, Tensor a, Tensor b) -> (Tensor, Tensor)",
+        _pair_backward,
+        lambda grad, a, b: (a.new_empty(a.shape), b.new_empty(b.shape)),
+    ),
+    inputs=2,
+)
+
+
+def own_gram(q: Tensor) -> Tensor:
+    """(B, B) products of the rows of q (B, ...), with gradient. Arguments are the caller's to check."""
+    return _own_op(Features(q))
+
+
+def gram_of(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M) products of the rows of a (N, D) and b (M, D); gradients flow to both.
+
+    Arguments are the caller's to check.
+    """
+    return _pair_op(RowPair(a, b))

@@ -93,8 +93,8 @@ class SoftmaxKL(Protocol):
     def backward(self, grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
         """dloss/dstudent, (N, C) in the student's dtype; grad is () or (N,).
 
-        Given stats it is elementwise in the two logits, but for the logits of the labels in decoupled terms and the sum
-        of a dense target. in_place: it is written over x.student, which is contiguous.
+        Given stats it is elementwise in the two logits, but for decoupled terms and the sum of a dense target.
+        in_place: it is written over x.student, which is contiguous.
         """
 
 

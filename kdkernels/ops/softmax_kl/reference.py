@@ -86,10 +86,11 @@ def _soft_terms(s: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels | Non
         terms, stats[STATS : STATS + 4] = decoupled(zs, zt, stats[:STATS], x, labels)
         rows = rows + terms
     if spread_s is not None and spread_t is not None:
-        inner = (_soft_gradient(zs, zt, stats, x, labels) * zs).sum(1, keepdim=True) * x.temperature  # <dL/dz', z'>
-        lost = inner / (spread_s.std * spread_s.inverse * max(s.shape[1] - 1, 1))
-        lost = lost.masked_fill(spread_s.std == 0, 0)
-        stats[-4:] = spread_s.inverse, spread_t.inverse, spread_s.mean * spread_s.inverse, lost
+        mean, std = spread_s.mean * spread_s.inverse, 1 - STANDARD_EPS * spread_s.inverse  # of z'
+        gradient = _soft_gradient(zs, zt, stats, x, labels)
+        inner = gradient.mul_(zs.mul_(x.temperature).sub_(mean)).sum(1, keepdim=True)  # <dL/dz', z'>
+        lost = (inner / (max(s.shape[1] - 1, 1) * std)).masked_fill(spread_s.std == 0, 0)
+        stats[-4:] = spread_s.inverse, spread_t.inverse, mean, lost
     return rows
 
 
@@ -174,14 +175,14 @@ def _soft_gradient(
     if x.divergence != "forward":
         h = slope(x, torch.sub(zt, zs).sub_(stats[4])).sub_(stats[STATS])
         return weighted(torch.sub(zs, stats[3]).exp_(), h).mul_(x.terms.kl * alpha)
-    apart = labels is not None and x.terms.decoupled
+    if labels is not None and x.terms.decoupled:
+        q_s, q_t = zs.softmax(1), zt.softmax(1)
+        result = decoupled_gradient(zs, zt, q_s, q_t, stats, x, labels)
+        return result.add_(q_s.sub_(q_t), alpha=x.terms.kl).mul_(alpha)
     factor_s, ratio = stats[3].neg().exp_(), stats[4].neg().exp_()
-    q_s = torch.exp(zs, out=zs if overwrite and not apart else None).mul_(factor_s)
-    q_t = torch.exp(zt, out=zt if overwrite and not apart else None).mul_(factor_s * ratio)
-    if labels is None or not apart:
-        return q_s.sub_(q_t).mul_(x.terms.kl * alpha)
-    result = decoupled_gradient(zs, zt, q_s, q_t, stats, x, labels)
-    return result.add_(q_s.sub_(q_t), alpha=x.terms.kl).mul_(alpha)
+    q_s = torch.exp(zs, out=zs if overwrite else None).mul_(factor_s)
+    q_t = torch.exp(zt, out=zt if overwrite else None).mul_(factor_s * ratio)
+    return q_s.sub_(q_t).mul_(x.terms.kl * alpha)
 
 
 def _ce_gradient(s: Tensor, logz: Tensor, x: Rows, labels: RowLabels | None) -> Tensor:

@@ -107,7 +107,7 @@ def _whole_rows(x, y, rows, C, HAS: tl.constexpr, STATS: tl.constexpr, ALIGN: tl
         result, slope = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
         saved = Saved(ratio, slope, spread_s.mean * spread_s.inverse, zero)
         if HAS.standardize and STATS:
-            inner = along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s)
+            inner = along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s, saved)
             saved = Saved(ratio, slope, saved.mean, lost(inner, spread_s, C))
         return result, of_s, of_t, saved
     result, _ = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
@@ -161,7 +161,7 @@ def _long_rows(x, y, rows, C, HAS: tl.constexpr, STATS: tl.constexpr, ALIGN: tl.
             s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN) - of_s.top[:, None]
             t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN) - of_t.top[:, None]
             over_t, t = scaled(s, of_s.inverse_std, x, HAS), scaled(t, of_t.inverse_std, x, HAS)
-            inner += along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s)
+            inner += along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s, saved)
         saved = Saved(ratio, slope, saved.mean, lost(inner, spread_s, C))
     return result, of_s, of_t, saved
 

@@ -55,9 +55,9 @@ def spread(total, C):
 
 
 @triton.jit
-def along(gradient, s, of_s):
+def along(gradient, s, of_s, saved):
     """[R] a tile's part of <dL/dz', z'>, s being the student's logits relative to the maximum."""
-    return tl.sum(weighted(gradient, s * of_s.inverse_std[:, None]), 1)
+    return tl.sum(weighted(gradient, s * of_s.inverse_std[:, None] - saved.mean[:, None]), 1)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +17,7 @@ class AMD(Method):
     """Jeon et al. 2023. Layer weights and their reduction are ours, see ``kdkernels.amd_loss``; 0.2 is for "area"."""
 
     stages = "all"
+    scales: ClassVar[dict[str, str]] = {"ce": "1 - kd_weight", "kd": "kd_weight"}
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import ClassVar, NamedTuple
 
 import torch.distributed as dist
@@ -17,6 +18,14 @@ def check_share(name: str, value: float) -> None:
     check_weight(caller, **{option: value})
     if value > 1:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+Schedule = Callable[[float], float]  # the share of the training that is done, 0 to 1, to a weight
+
+
+def check_scheduled(method: Method, option: str, value: float) -> float:
+    check_weight(type(method).__name__, **{option: value})
+    return value
 
 
 class Batch(NamedTuple):
@@ -46,13 +55,45 @@ class Method(nn.Module):
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
+    includes: ClassVar[tuple[str, ...]] = ()  # terms that are inside its own, which a mixture does not add again
+    scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not one called weight
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    named_layers: bool = False  # the user named the layers; set by Distillation
     built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.schedules: dict[str, Schedule] = {}
+
+    def schedule(self, share: float) -> None:
+        """Set the options that are schedules to their values after that share of the training."""
+        for option, value in self.schedules.items():
+            self.set_option(option, check_scheduled(self, option, value(share)))
+
+    def set_option(self, option: str, value: float) -> None:
+        """Change a weight; a method that keeps its weights elsewhere than in attributes overrides this."""
+        setattr(self, option, value)
+
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         """Make the method's own parameters, from the widths (dimension 1) of the outputs."""
+
+    def widths(self, student: Outputs, teacher: Outputs | None) -> tuple[list[int], list[int]]:
+        """The widths that ``build`` depends on, the student's and the teacher's."""
+        logits = [student.logits][: self.needs_classes]
+        features = [] if teacher is None else teacher.features
+        return [x.shape[1] for x in (*student.features, *logits)], [x.shape[1] for x in features]
+
+    def scaled_by(self, term: str) -> str:
+        """The option that makes a term larger or smaller, in words."""
+        options = signature(type(self)).parameters
+        weights = [name for name in options if name == "weight"] or [n for n in options if n.endswith("_weight")]
+        return f"{self.scales.get(term, ', '.join(weights) or 'weight')}= of {type(self).__name__}"
+
+    def own_rows(self, images: int) -> slice:
+        """Which of the rows that ``prepare`` made are the images as they came; a mixture's other methods see them."""
+        return slice(images)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         """The training batch, unchanged unless the method mixes or augments."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ class CORSD(Method):
     needs_teacher = False
     needs_widths = True
     triplets = True
+    scales: ClassVar[dict[str, str]] = {"corsd": "the weights of kdkernels.CORSDLoss, options"}
 
     def __init__(self, **options: Any) -> None:
         """Options are those of ``CORSDLoss``: its weights, temperature, margin, detach_deepest."""
@@ -28,7 +29,7 @@ class CORSD(Method):
 
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         channels = [x.shape[1] for x in student.features]
-        self.loss = CORSDLoss(channels, student.logits.shape[1], **self.options).to(student.logits.device)
+        self.loss = CORSDLoss(channels, student.logits.shape[1], **self.options)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert self.loss is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,6 +13,8 @@ from .base import Batch, Method, Outputs, check_share
 
 class KD(Method):
     """Hinton et al. 2015, with the weights that RepDistiller made usual."""
+
+    scales: ClassVar[dict[str, str]] = {"ce": "1 - weight"}
 
     def __init__(
         self,
@@ -24,6 +28,9 @@ class KD(Method):
         check_share("KD: weight", weight)
         self.weight = weight
         self.kd = KDLoss(temperature, divergence=divergence, beta=beta, standardize=standardize)
+
+    def set_option(self, option: str, value: float) -> None:
+        setattr(self.kd if option == "temperature" else self, option, value)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -9,12 +10,17 @@ from torch.nn import functional as F
 
 from ...mlkd_loss import MLKDLoss
 from ...ops.checks import check_weight
+from ..layouts import check_layout, pooled
 from ..views import rotate_views
 from .base import Batch, Method, Outputs
 
 
 class MLKD(Method):
-    """Ding et al. 2021, on the pooled output of the last stage. Its heads train with the student and are dropped."""
+    """Ding et al. 2021, on the pooled output of the last stage. Its heads train with the student and are dropped.
+
+    ``layout`` says what the features' axes are, "nchw", "nhwc", "nlc" (tokens), "ncl" or "nc", or a pair of them for
+    student and teacher; None guesses, and raises where that is not clear. All axes but n and c are averaged.
+    """
 
     stages = "last"
     needs_widths = True
@@ -27,6 +33,7 @@ class MLKD(Method):
         supervised_weight: float = 1.0,
         alignment_weight: float = 20.0,
         views: int = 4,
+        layout: str | Sequence[str | None] | None = None,
     ) -> None:
         super().__init__()
         self.weights: dict[str, Any] = {
@@ -36,12 +43,29 @@ class MLKD(Method):
         }
         check_weight("MLKD", **self.weights)
         self.views = views
+        self.layouts = (layout, layout) if layout is None or isinstance(layout, str) else tuple(layout)
+        if len(self.layouts) != 2:
+            raise ValueError(f"MLKD: layout must be one for both networks or a pair, got {layout!r}")
+        for each in self.layouts:
+            check_layout(each, "MLKD")
         self.loss: MLKDLoss | None = None
 
+    def set_option(self, option: str, value: float) -> None:
+        assert self.loss is not None
+        if option == "supervised_weight" and value and self.loss.e_s is None:
+            raise ValueError("MLKD: supervised_weight was 0 when the heads were made: let its schedule begin above 0")
+        self.loss.options[option] = value
+
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
-        assert teacher is not None
-        widths = (_pooled(x).shape[1] for x in (student.features[0], teacher.features[0]))
-        self.loss = MLKDLoss(*widths, views=self.views, **self.weights).to(student.logits.device)
+        (s,), (t,) = self.widths(student, teacher)
+        self.loss = MLKDLoss(s, t, views=self.views, **self.weights)
+
+    def widths(self, student: Outputs, teacher: Outputs | None) -> tuple[list[int], list[int]]:
+        s, t = self._pooled(student, teacher)
+        return [s.shape[1]], [t.shape[1]]
+
+    def own_rows(self, images: int) -> slice:
+        return slice(None, None, self.views)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(rotate_views(images, self.views), target)
@@ -53,9 +77,13 @@ class MLKD(Method):
         terms = {"ce": F.cross_entropy(student.logits[::views], batch.target)}
         if views == self.views:  # in evaluation images come as they are
             self.loss.group = self.group
-            terms["mlkd"] = self.loss(_pooled(student.features[0]), _pooled(teacher.features[0]), batch.target)
+            dtype = next(self.loss.parameters()).dtype  # the networks may be in two dtypes
+            s, t = (x.to(dtype) for x in self._pooled(student, teacher))
+            terms["mlkd"] = self.loss(s, t, batch.target)
         return terms
 
-
-def _pooled(x: Tensor) -> Tensor:
-    return x.flatten(2).mean(2) if x.dim() > 2 else x
+    def _pooled(self, student: Outputs, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
+        assert teacher is not None
+        features = (student.features[0], teacher.features[0])
+        s, t = (pooled(x, layout, "MLKD") for x, layout in zip(features, self.layouts, strict=True))
+        return s, t

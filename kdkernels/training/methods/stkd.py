@@ -13,6 +13,8 @@ from .base import Batch, Method, Outputs, check_share
 class STKD(Method):
     """Zhao et al. 2021, as read in ``kdkernels.stkd_loss``. The teacher sees every mixed batch."""
 
+    includes = ("ce", "kd")
+
     def __init__(
         self,
         alpha: float = 1.0,
@@ -39,6 +41,9 @@ class STKD(Method):
             beta=beta,
             standardize=standardize,
         )
+
+    def set_option(self, option: str, value: float) -> None:
+        setattr(self if option == "alpha" else self.stkd, option, value)
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
         return Batch(*mixup(images, target, alpha=self.alpha))

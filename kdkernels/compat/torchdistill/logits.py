@@ -1,29 +1,22 @@
-"""torchdistill's losses (github.com/yoshitomo-matsubara/torchdistill, 1.1): ``KDLoss`` and ``SPKDLoss``.
-
-Importing this module registers both in torchdistill's registry, where torchdistill is installed, under its own names,
-so that a configuration needs one line and no other change:
-
-    dependencies:
-      - name: 'kdkernels.compat.torchdistill'
-"""
+"""torchdistill's losses of two modules' logits."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.checks import check_choice, compute_dtype
-from .scales import kl_per_sample, published_sp, warn_of_trained_teacher
+from ...ops.checks import check_choice, compute_dtype
+from ...ops.softmax_kl.op import STANDARD_EPS
+from ..scales import in_compute_dtype, kl_per_sample, warn_of_trained_teacher
 
 IODict = Mapping[str, Mapping[str, Tensor]]
 REDUCTIONS = ("batchmean", "sum", "mean", "none")
 
 
-class KDLoss(nn.Module):
+class KDLoss(nn.KLDivLoss):
     """KL(softmax(teacher / T) || softmax(student / T)) of two modules' inputs or outputs, and the cross entropy.
 
     Args:
@@ -33,6 +26,8 @@ class KDLoss(nn.Module):
         alpha, beta: alpha CE + beta T^2 KL; beta is 1 - alpha unless given.
         reduction: "batchmean" (sum over N; the CE a mean), "sum", "mean" (over N C elements) or "none" (elements).
         kwargs: ``torch.nn.CrossEntropyLoss``'s.
+
+    It is a ``torch.nn.KLDivLoss``, as torchdistill's own.
 
     Quirk: without targets, or with alpha None or 0, the result is the plain KL: no T^2 and no beta, so 1/16 of others'
     at T = 4: use ``kdkernels.kd_loss(student, teacher, temperature=T)``. With alpha and targets it is
@@ -51,16 +46,16 @@ class KDLoss(nn.Module):
         reduction: str = "batchmean",
         **kwargs: Any,
     ) -> None:
-        super().__init__()
         check_choice("reduction", reduction, REDUCTIONS)
+        super().__init__(reduction=reduction)
         self.student_module_path, self.student_module_io = student_module_path, student_module_io
         self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
-        self.temperature, self.alpha, self.reduction = temperature, alpha, reduction
+        self.temperature, self.alpha = temperature, alpha
         self.beta = 1 - alpha if beta is None and alpha is not None else beta  # unused while alpha is None
         mean = "mean" if reduction == "batchmean" else reduction
         self.cross_entropy_loss = nn.CrossEntropyLoss(reduction=mean, **kwargs)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, student_io_dict: IODict, teacher_io_dict: IODict, targets: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         student = student_io_dict[self.student_module_path][self.student_module_io]
@@ -79,42 +74,75 @@ class KDLoss(nn.Module):
             log_q = F.log_softmax(student.to(dtype) / self.temperature, 1)
             q = F.softmax(teacher.detach().to(dtype) / self.temperature, 1)
             return F.kl_div(log_q, q, reduction="none")
-        loss = kl_per_sample(student, teacher, self.temperature, scale_by_t2=False)
+        return self.reduced(student, kl_per_sample(student, teacher, self.temperature, scale_by_t2=False))
+
+    def reduced(self, student: Tensor, loss: Tensor) -> Tensor:
+        """From the sum over N."""
         if self.reduction == "sum":
             return loss * len(student)
         return loss * (len(student) / max(student.numel(), 1)) if self.reduction == "mean" else loss
 
 
-class SPKDLoss(nn.Module):
-    """||G_t - G_s||_F^2 of two modules' outputs (B, ...), with similarity rows of L1 norm 1; a scalar.
+class LogitStdKDLoss(KDLoss):
+    """``KDLoss`` with the soft loss of standardised logits (arXiv 2403.01427).
 
     Args:
-        student_output_path, teacher_output_path: ``student_io_dict[path]["output"]`` are the features.
-        reduction: "batchmean" divides by B^2. Quirk: any other string is a plain sum.
+        eps: beside the standard deviation.
+        other arguments, and the quirk of alpha: as ``KDLoss``'s. The cross entropy takes the logits as they are.
 
-    Quirk: rows are divided by their L1 norm, in the paper by their L2 norm, which makes this loss many times smaller
-    (60 times at B = 64 on ordinary features): use ``kdkernels.sp_loss(student, teacher)``, or ``row_norm="l1"`` there.
+    Quirk: the mean and the standard deviation are over the last dimension, the softmax over dimension 1: use (N, C)
+    logits, or ``kdkernels.kd_loss(student, teacher, class_dim=..., standardize=True)``.
     """
 
-    def __init__(self, student_output_path: str, teacher_output_path: str, reduction: str, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        eps: float = 1e-7,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
+        modules = student_module_path, student_module_io, teacher_module_path, teacher_module_io
+        super().__init__(*modules, temperature, alpha, beta, reduction, **kwargs)
+        self.eps = eps
+
+    def soft_loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.reduction == "none" or self.eps != STANDARD_EPS or student.dim() != 2:
+            return super().soft_loss(self.standardize(student), self.standardize(teacher))
+        loss = kl_per_sample(student, teacher, self.temperature, scale_by_t2=False, standardize=True)
+        return self.reduced(student, loss)
+
+    def standardize(self, logits: Tensor) -> Tensor:
+        z = in_compute_dtype(logits)
+        return (z - z.mean(-1, keepdim=True)) / (self.eps + z.std(-1, keepdim=True))
+
+
+class SKDInstanceLoss(nn.Module):
+    """KL(softmax(teacher / T) || softmax(student / T)), summed, over N.
+
+    Quirk: no T^2: use ``kdkernels.kd_loss(student, teacher, temperature=T)`` for the usual scale.
+    """
+
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float = 4.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
-        self.student_output_path, self.teacher_output_path = student_output_path, teacher_output_path
-        self.reduction = reduction
+        self.student_module_path, self.student_module_io = student_module_path, student_module_io
+        self.teacher_module_path, self.teacher_module_io = teacher_module_path, teacher_module_io
+        self.temperature = temperature
 
     def forward(self, student_io_dict: IODict, teacher_io_dict: IODict, *args: Any, **kwargs: Any) -> Tensor:
-        student = student_io_dict[self.student_output_path]["output"]
-        teacher = teacher_io_dict[self.teacher_output_path]["output"]
-        return published_sp([student], [teacher], row_norm="l1", reduction=self.reduction)
-
-
-def register() -> None:
-    """Replace torchdistill's own two in its registry; called on import if torchdistill is installed."""
-    from torchdistill.losses import mid_level  # noqa: F401  its own register themselves first, or they would replace ours
-    from torchdistill.losses.registry import register_mid_level_loss
-
-    for loss in (KDLoss, SPKDLoss):
-        register_mid_level_loss(loss)
-
-
-if importlib.util.find_spec("torchdistill") is not None:
-    register()
+        student = student_io_dict[self.student_module_path][self.student_module_io]
+        teacher = teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
+        return kl_per_sample(student, teacher, self.temperature, scale_by_t2=False)

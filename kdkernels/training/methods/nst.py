@@ -1,0 +1,28 @@
+"""NST: CE + weight * L_NST on every stage."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...nst_loss import nst_loss
+from ...ops.checks import check_weight
+from .base import Batch, Method, Outputs
+
+
+class NST(Method):
+    """Huang & Wang 2017, with the polynomial kernel and the weight of RepDistiller and mdistiller."""
+
+    stages = "all"
+
+    def __init__(self, weight: float = 50.0) -> None:
+        super().__init__()
+        check_weight("NST", weight=weight)
+        self.weight = weight
+
+    def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
+        assert teacher is not None
+        return {
+            "ce": F.cross_entropy(student.logits, batch.target),
+            "nst": self.weight * nst_loss(student.features, teacher.features),
+        }

@@ -1,0 +1,89 @@
+"""The folder of a run: nothing in it is overwritten unasked, and every file is written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .taps import unwrap
+
+METRICS = "metrics.csv"
+FILES = (METRICS, "last.safetensors", "best.safetensors")
+
+
+class WriteError(OSError):
+    """A file of a run could not be written: the disk is full, or the folder is gone. What was there before is."""
+
+    started = True  # so there may be something saved to tell of
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if the folder holds a run that nobody asked to overwrite."""
+    found = [name for name in FILES if (folder / name).exists()]
+    if found and not overwrite:
+        raise FileExistsError(
+            f"{folder} holds a run already ({', '.join(found)}): name another folder, or ask for it to be overwritten "
+            "(overwrite=True, --overwrite)"
+        )
+
+
+def claim(folder: Path, overwrite: bool) -> None:
+    """Make the folder for a new run. Files of an earlier one go, so that none of them is taken for the new one's."""
+    check_free(folder, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def save(folder: Path, student: nn.Module, history: Sequence[dict[str, float]], best: bool) -> None:
+    """The student's weights, then the metrics: an epoch in metrics.csv is saved."""
+    from safetensors.torch import save_model  # of the extra "train"
+
+    student = unwrap(student)  # the keys of the network itself, compiled or not
+    for name in ("last", "best") if best else ("last",):
+        _write(folder / f"{name}.safetensors", lambda path: save_model(student, str(path)))
+    _write(folder / METRICS, lambda path: _table(path, history))
+
+
+def _table(path: Path, history: Sequence[dict[str, float]]) -> None:
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    """Through a file beside it, which takes its place when all of it is on the disk."""
+    from safetensors import SafetensorError
+
+    part = path.with_name(f"{path.name}.part")
+    try:
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WriteError(f"{path} cannot be written: {reason}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def saved(folder: Path) -> str:
+    """One line on what is in a folder of runs, read from the disk."""
+    tables = sorted(folder.rglob(METRICS))
+    if not tables:
+        return f"nothing was saved in {folder}"
+    if len(tables) > 3:
+        return f"{len(tables)} runs are saved under {folder}"
+    return "saved: " + ", ".join(f"{table.parent} up to epoch {_epochs(table)}" for table in tables)
+
+
+def _epochs(table: Path) -> str:
+    with table.open(newline="") as file:
+        return [row["epoch"] for row in csv.DictReader(file)][-1]
