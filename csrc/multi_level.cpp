@@ -59,7 +59,7 @@ double row_forward(const MultiLevelRows& x, int64_t row, T* buffer) {
     d[k] = difference;
     middle[k] = a[k] + T(0.5) * difference;
   }
-  return divergence(sums);
+  return divergence(sums, log_ratio(sums));
 }
 
 template <typename T>

@@ -55,7 +55,8 @@ def nkd_loss(
     caller = "nkd_loss"
     check_positive(caller, temperature=temperature)
     check_weight(caller, gamma=gamma)
-    check_index(f"{caller}: ignore_index", ignore_index)
+    if type(ignore_index) is not int:
+        check_index(f"{caller}: ignore_index", ignore_index)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, caller)
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, caller, batchmean=student_logits.dim() == 2)

@@ -45,8 +45,8 @@ QUIET = {"__version__", "METHODS"}  # names that speak for themselves
 
 # Blocks that cannot run here, by page: ```python title="not run: why", for all to see. Adding one is a decision.
 NOT_RUN = {
-    "docs/linear-kd.md": ["python: not run: needs several processes"],
     "docs/compat.md": ["python: not run: needs RepDistiller", "python: not run: needs mdistiller"],
+    "docs/linear-kd.md": ["python: not run: needs several processes"],
     "docs/torchdistill.md": ["bash: not run: needs torchdistill"] * 2 + ["python: not run: needs torchdistill"],
 }
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from checking import DEVICE, check_close, wave
+from functorch.compile import make_boxed_func
 from test_linear_kd import STUDENT, TEACHERS, TOKENS, VOCABULARY, heads, sum_of
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdkernels import Head, TopK, kd_loss, linear_kd_loss
@@ -68,6 +70,28 @@ def test_no_tensor_of_half_the_logits_exists(kind: str, reduction: str) -> None:
     assert largest["elements"] >= vocabulary, "the logits of no token were seen"
     with pytest.raises(AssertionError, match="made"), Watch(see):
         hidden @ weight.T
+
+
+def test_nor_in_a_compiled_graph() -> None:
+    """What Dynamo and AOTAutograd leave of forward and backward is the op and small things around it."""
+    tokens, vocabulary = 24, 40
+    shapes: list[int] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        found = [node.meta["val"] for node in graph.graph.nodes if "val" in node.meta]
+        tensors = [x for val in found for x in (val if isinstance(val, (tuple, list)) else (val,))]
+        shapes.extend(x.numel() for x in tensors if isinstance(x, Tensor))
+        return make_boxed_func(graph.forward)
+
+    student = [wave((tokens, 3), 1, 1.0).requires_grad_(), wave((vocabulary, 3), 2, 1.0).requires_grad_()]
+    teacher = Head(wave((tokens, 5), 3, 1.0), wave((vocabulary, 5), 4, 1.0))
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda h, w: linear_kd_loss(Head(h, w), teacher), backend=aot_autograd(fw_compiler=record), fullgraph=True
+    )
+    step(*student).backward()
+    assert max(shapes) < tokens * vocabulary // 2
+    assert len(shapes) > 10
 
 
 @pytest.mark.usefixtures("bare")

@@ -14,19 +14,44 @@ import kdkernels
 from kdkernels import (
     AlignmentLoss,
     AMDLoss,
+    ATLoss,
+    CCLoss,
     CorrelationLoss,
     CORSDLoss,
+    CWDLoss,
+    FSPLoss,
+    FTLoss,
+    Head,
+    ICKDLoss,
+    IRGLoss,
     KDLoss,
+    LinearKDLoss,
     MLKDLoss,
+    NKDLoss,
+    NSTLoss,
+    PKTLoss,
+    RKDLoss,
     SPLoss,
     STKDLoss,
     SupervisedContrastiveLoss,
     alignment_loss,
     amd_loss,
+    at_loss,
+    cc_loss,
     correlation_loss,
     corsd_loss,
+    cwd_loss,
+    fsp_loss,
+    ft_loss,
+    ickd_loss,
+    irg_loss,
     kd_loss,
+    linear_kd_loss,
     mlkd_loss,
+    nkd_loss,
+    nst_loss,
+    pkt_loss,
+    rkd_loss,
     sp_loss,
     stkd_loss,
     supervised_contrastive_loss,
@@ -202,6 +227,18 @@ REDUCED: dict[str, Callable[[str], object]] = {
     "sp_loss": lambda r: sp_loss(X, X, reduction=r),
     "amd_loss": lambda r: amd_loss(MAPS, MAPS, reduction=r),
     "correlation_loss": lambda r: correlation_loss(X, X, reduction=r),
+    "at_loss": lambda r: at_loss(MAPS, MAPS, reduction=r),
+    "ft_loss": lambda r: ft_loss(MAPS, MAPS, reduction=r),
+    "nst_loss": lambda r: nst_loss(MAPS, MAPS, reduction=r),
+    "fsp_loss": lambda r: fsp_loss([MAPS] * 2, [MAPS] * 2, reduction=r),
+    "ickd_loss": lambda r: ickd_loss(MAPS, MAPS, reduction=r),
+    "rkd_loss": lambda r: rkd_loss(X, X, reduction=r),
+    "pkt_loss": lambda r: pkt_loss(X, X, reduction=r),
+    "cc_loss": lambda r: cc_loss(X, X, reduction=r),
+    "irg_loss": lambda r: irg_loss(X, X, reduction=r),
+    "nkd_loss": lambda r: nkd_loss(X, X, A, reduction=r),
+    "cwd_loss": lambda r: cwd_loss(MAPS, MAPS, reduction=r),
+    "linear_kd_loss": lambda r: linear_kd_loss(Head(X, X), Head(X, X), reduction=r),
     "alignment_loss": lambda r: alignment_loss(X, X, reduction=r),
     "supervised_contrastive_loss": lambda r: supervised_contrastive_loss(X, X, A, reduction=r),
     "mlkd_loss": lambda r: mlkd_loss(X, X, A, reduction=r),
@@ -211,15 +248,32 @@ REDUCED: dict[str, Callable[[str], object]] = {
     "SPLoss": lambda r: SPLoss(reduction=r),
     "AMDLoss": lambda r: AMDLoss(reduction=r),
     "CorrelationLoss": lambda r: CorrelationLoss(reduction=r),
+    "ATLoss": lambda r: ATLoss(reduction=r),
+    "FTLoss": lambda r: FTLoss(reduction=r),
+    "NSTLoss": lambda r: NSTLoss(reduction=r),
+    "FSPLoss": lambda r: FSPLoss(reduction=r),
+    "ICKDLoss": lambda r: ICKDLoss(reduction=r),
+    "RKDLoss": lambda r: RKDLoss(reduction=r),
+    "PKTLoss": lambda r: PKTLoss(reduction=r),
+    "CCLoss": lambda r: CCLoss(reduction=r),
+    "IRGLoss": lambda r: IRGLoss(reduction=r),
+    "NKDLoss": lambda r: NKDLoss(reduction=r),
+    "CWDLoss": lambda r: CWDLoss(reduction=r),
+    "LinearKDLoss": lambda r: LinearKDLoss(reduction=r),
     "AlignmentLoss": lambda r: AlignmentLoss(reduction=r),
     "SupervisedContrastiveLoss": lambda r: SupervisedContrastiveLoss(reduction=r),
     "MLKDLoss": lambda r: MLKDLoss(3, 3, reduction=r),
     "CORSDLoss": lambda r: CORSDLoss((2, 4), 3, reduction=r),
 }
 CALLER = {"SPLoss": "sp_loss"}  # its function checks for it
+RELATIONAL = ("rkd", "pkt", "cc", "irg")
 NO_VALUE_OF_A_SAMPLE = {"sp_loss", "SPLoss", "mlkd_loss", "MLKDLoss"}
+NO_VALUE_OF_A_SAMPLE |= {f"{x}_loss" for x in RELATIONAL} | {f"{x.upper()}Loss" for x in RELATIONAL}
+NO_REDUCTION = {"dist_loss", "DISTLoss", "mlld_loss", "MLLDLoss", "neighbour_correlation_loss"}  # several means
 BATCHMEAN = {"kd_loss", "KDLoss", "stkd_loss", "STKDLoss", "sp_loss", "SPLoss", "alignment_loss", "AlignmentLoss"}
 BATCHMEAN |= {"corsd_loss", "CORSDLoss", "amd_loss", "AMDLoss"}
+OF_SAMPLES = ("at", "ft", "nst", "fsp", "ickd", "nkd")
+BATCHMEAN |= {f"{x}_loss" for x in OF_SAMPLES} | {f"{x.upper()}Loss" for x in OF_SAMPLES}
 
 
 @pytest.mark.parametrize("name", list(REDUCED))
@@ -241,7 +295,7 @@ def test_an_invalid_reduction_is_named(name: str) -> None:
 
 def test_every_loss_is_asked() -> None:
     losses = {name for name in kdkernels.__all__ if name.lower().endswith("loss")}
-    assert losses == {name.split()[0] for name in REDUCED}
+    assert losses == {name.split()[0] for name in REDUCED} | NO_REDUCTION
 
 
 def test_the_logit_relation_has_no_value_of_a_triplet() -> None:
