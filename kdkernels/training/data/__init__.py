@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from .triplets import triplet_loader
+from ..triplets import triplet_loader
 
 
 class Split(NamedTuple):
