@@ -89,8 +89,8 @@ def _meant(name: str, known: Sequence[str]) -> str:
 def _library(package: str, prefix: str) -> ModuleType:
     try:
         return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{prefix}:NAME needs {package}, which cannot be imported ({error})") from None
+    except (ImportError, RuntimeError, OSError) as error:  # the latter two, where it was built for another PyTorch
+        raise ValueError(f"{prefix}:NAME needs {package}, which cannot be imported: {error}") from None
 
 
 def _timm(name: str, in_channels: int, classes: int, pretrained: bool) -> nn.Module:
