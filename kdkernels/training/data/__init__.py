@@ -24,8 +24,8 @@ class Split(NamedTuple):
     to start with. workers: processes that read it.
     """
 
-    train: Dataset[Any]
-    test: Dataset[Any]
+    train: Any  # data sets of (image, label), each a TensorDataset where it fits into memory
+    test: Any
     channels: int
     classes: int
     augment: str = "none"
@@ -62,7 +62,9 @@ def load(source: str, *, size: int | None = None, label: str | None = None, stre
         return Split(train, test, 3, 100, models=("medium_student", "medium_teacher"))
     path = Path(source)
     if path.suffix != ".npz" or not is_zipfile(path):  # a cut or empty file is no zip file either
-        raise ValueError(f"data must be 'digits', 'glyphs', hf:NAME, hf:FOLDER or an existing and whole .npz file, got {source!r}")
+        raise ValueError(
+            f"data must be 'digits', 'glyphs', hf:NAME, hf:FOLDER or an existing and whole .npz file, got {source!r}"
+        )
     with np.load(path) as arrays:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays.files)
         if missing:
@@ -80,7 +82,7 @@ def digits() -> Split:
     return _split(x[:1000], y[:1000], x[1000:], y[1000:])
 
 
-def labelled_subset(dataset: Dataset[Any], per_class: int, seed: int) -> Dataset[Any]:
+def labelled_subset(dataset: Any, per_class: int, seed: int) -> Any:
     """``per_class`` images of each class, drawn with that seed."""
     if isinstance(dataset, IterableDataset):
         raise ValueError("so many images of each class cannot be drawn from a stream")

@@ -158,9 +158,9 @@ def _columns(name: str, features: Any, label: str | None) -> tuple[str, str]:
     if len(images) != 1:
         raise ValueError(f"hf:{name} needs one column of images, and has {', '.join(images) or 'none'} of {others}")
     found = [column for column in LABELS if column in others] or (others if len(others) == 1 else [])
-    label = label or (found[0] if found else None)
+    label = label or (found[0] if found else LABELS[0])
     if label not in others:
-        raise ValueError(f"hf:{name} has no label column {label or LABELS[0]!r}: label is one of {', '.join(others)}")
+        raise ValueError(f"hf:{name} has no label column {label!r}: name one of {', '.join(others)}")
     return images[0], label
 
 
@@ -196,8 +196,8 @@ def _reader(image: str, label: str, sample: list[Any], size: int | None) -> Read
 
 def _measured(reader: Reader, rows: Iterable[dict[str, Any]]) -> Reader:
     images = [reader.pixels(row[reader.image]) for row in rows]
-    mean = np.mean([x.mean((1, 2)) for x in images], 0, dtype=np.float64)
-    square = np.mean([(x**2).mean((1, 2)) for x in images], 0, dtype=np.float64)
+    mean = np.asarray(np.mean([x.mean((1, 2)) for x in images], 0, dtype=np.float64))
+    square = np.asarray(np.mean([(x**2).mean((1, 2)) for x in images], 0, dtype=np.float64))
     return reader._replace(mean=mean, std=np.sqrt(np.maximum(square - mean**2, 1e-12)))
 
 
@@ -221,10 +221,10 @@ def _classes(name: str, label: str, splits: list[Any]) -> int:
 
 def _dataset(name: str, rows: Any, reader: Reader, streaming: bool, shuffle: bool) -> Dataset[Any]:
     if streaming:
-        known = rows.info.splits or {}
-        if str(rows.split) not in known:
+        told = (rows.info.splits or {}).get(str(rows.split))
+        if told is None or not told.num_examples:
             raise ValueError(f"hf:{name} does not say how many images {rows.split} has: load it without streaming")
-        return Stream(rows, reader, known[str(rows.split)].num_examples, shuffle)
+        return Stream(rows, reader, told.num_examples, shuffle)
     if len(rows) * len(reader.mean) * reader.shape[0] * reader.shape[1] * 4 > IN_MEMORY:
         return Rows(rows, reader)
     images, labels = torch.empty(len(rows), len(reader.mean), *reader.shape), torch.empty(len(rows), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Networks by name: small ones for first experiments, RepDistiller's for 32 x 32 images, and those of other libraries."""
+"""Networks by name: small ones for first experiments, RepDistiller's for 32 x 32 images, other libraries'."""
 
 from .choose import MODELS, make_model, output_of
 from .small import BasicBlock, ConvBlock, ConvNet, medium_student, medium_teacher, small_student, small_teacher

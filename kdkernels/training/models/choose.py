@@ -62,7 +62,11 @@ def make_model(name: str, in_channels: int, classes: int, pretrained: bool = Fal
         return _own(name)(in_channels, classes)
     make = {"timm": _timm, "torchvision": _torchvision, "hf": _transformers}.get(library)
     if make is not None:
-        return make(rest, in_channels, classes, pretrained)
+        try:
+            return make(rest, in_channels, classes, pretrained)
+        except (OSError, RuntimeError, TypeError) as error:  # what these libraries raise for a name or an option
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{name} cannot be made: {reason}") from None
     if pretrained:
         raise ValueError(f"{name!r} has no published weights: load them in {rest} itself")
     return _callable(library, rest, in_channels, classes)
@@ -120,9 +124,7 @@ def _transformers(name: str, in_channels: int, classes: int, pretrained: bool) -
     auto = transformers.AutoModelForImageClassification
     if pretrained:
         return auto.from_pretrained(name)
-    config = transformers.AutoConfig.from_pretrained(name, num_labels=classes)
-    if getattr(config, "num_channels", in_channels) != in_channels:
-        config.num_channels = in_channels
+    config = transformers.AutoConfig.from_pretrained(name, num_labels=classes, num_channels=in_channels)
     return auto.from_config(config)
 
 

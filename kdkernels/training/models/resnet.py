@@ -1,4 +1,4 @@
-"""ResNets for 32 x 32 images (He et al. 2016), with the parameter names of RepDistiller's models/resnet.py, resnetv2.py.
+"""ResNets for 32 x 32 images (He et al. 2016), with the parameter names of RepDistiller's resnet.py, resnetv2.py.
 
 ``layer1`` .. are the stages. 6 n + 2 layers: three stages of n basic blocks; ``x4`` has four times the width.
 """
