@@ -237,7 +237,7 @@ def test_an_image_folder(tmp_path: Path, datasets: Any, monkeypatch: pytest.Monk
 
 
 def test_sets_without_what_is_needed_are_refused(tmp_path: Path, datasets: Any) -> None:
-    with pytest.raises(ValueError, match="needs a split train and one of validation, .*, and has train"):
+    with pytest.raises(ValueError, match=r"needs a split train and one of validation, .*, and has train"):
         data.load(f"hf:{image_folder(tmp_path / 'one', ('train',))}")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty cannot be loaded") as caught:
@@ -274,5 +274,3 @@ def test_wrong_options_fail_in_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "an augmentation is one of none, crop" in run(["--augment", "flop"], tmp_path, capsys)
     line = run(["--teacher", "pretrained"], tmp_path, capsys)
     assert "no published weights of 'small_teacher' here" in line
-    line = run(["--model", "torch.nn:Identity", "--method", "alone"], tmp_path, capsys)
-    assert line != ""

@@ -77,11 +77,12 @@ def test_their_keys_in_full() -> None:
         return [f"{prefix}{n}.{k}" for n in layers for k in (norms if n.startswith("bn") else ("weight",))]
 
     stages = [
-        entries(f"block{i}.layer.{j}.", block + (["convShortcut"] if (i, j) in ((2, 0), (3, 0)) else []))
+        key
         for i in (1, 2, 3)
         for j in (0, 1)
+        for key in entries(f"block{i}.layer.{j}.", block + (["convShortcut"] if (i, j) in ((2, 0), (3, 0)) else []))
     ]
-    expected = ["conv1.weight", *sum(stages, []), *entries("", ["bn1"]), "fc.weight", "fc.bias"]
+    expected = ["conv1.weight", *stages, *entries("", ["bn1"]), "fc.weight", "fc.bias"]
     assert list(make_model("wrn_16_1", 3, 100).state_dict()) == expected
 
 
