@@ -78,7 +78,9 @@ def stkd_loss(
     Source: the abstract of arXiv 2103.10047; no accuracy is claimed for the paper.
     """
     _check_options(temperature, ce_weight, kd_weight, decouple, label_smoothing, ignore_index)
-    divergence, beta = _check_divergence(divergence, beta, decouple)
+    shape = divergence, 0.5
+    if divergence != "forward" or beta is not None:
+        shape = _check_divergence(divergence, beta, decouple)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "stkd_loss")
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, "stkd_loss", batchmean=student_logits.dim() == 2)
@@ -87,7 +89,7 @@ def stkd_loss(
         raise ValueError("stkd_loss: decouple needs integer labels, got a dense floating-point target")
     kd = kd_weight * temperature**2 if scale_by_t2 else kd_weight
     terms = Terms(ce_weight, kd) if decouple is None else Terms(ce_weight, 0.0, kd * decouple[0], kd * decouple[1])
-    rows = Rows(student, teacher, labels, terms, float(temperature), reduction, divergence, beta, bool(standardize))
+    rows = Rows(student, teacher, labels, terms, float(temperature), reduction, *shape, bool(standardize))
     loss = softmax_kl(rows)
     return loss.view(_positions(student_logits, class_dim)) if reduction == "none" else loss
 

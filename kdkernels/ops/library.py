@@ -168,7 +168,9 @@ def _node(
     name: str, op: Callable[..., Any], keep: Callable[..., Sequence[Any]], backward: Callable[..., Any], first: int
 ) -> type[torch.autograd.Function]:
     def forward(ctx: Any, args: Sequence[Any], *_: Tensor) -> Any:
-        outputs = _several(op(*args))
+        outputs = op(*args)
+        if isinstance(outputs, Tensor):  # ``_several``, without the price of a call
+            outputs = (outputs,)
         if args[-1]:  # need_grad
             _save(ctx, (*outputs[first:], *keep(args)))
         return outputs[0]

@@ -12,7 +12,7 @@ _native = torch.ops.kdkernels_native
 
 
 def forward(x: ActivationPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
-    reductions = x.per_layer, x.per_sample
+    reductions = x.layer_reduction == "none", x.reduction == "none"  # two calls less
     options = x.factors(), x.margin, x.sharpness, x.local_weight, *reductions
     outputs: tuple[Tensor, Tensor] = _native.angular_margin_forward.default(x.student, x.teacher, *options, need_grad)
     return outputs

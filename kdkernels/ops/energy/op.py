@@ -56,7 +56,10 @@ class AttentionPairs(NamedTuple):
 def sample_factors(layer_weights: list[float], batch: int, reduction: str, layer_reduction: str) -> list[float]:
     over = max(batch, 1) if reduction == "mean" else 1
     over *= len(layer_weights) if layer_reduction == "mean" else 1
-    return [weight / over for weight in layer_weights]
+    factors = []
+    for weight in layer_weights:
+        factors.append(weight / over)
+    return factors
 
 
 class Energy(Protocol):
