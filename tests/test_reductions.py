@@ -10,7 +10,6 @@ import torch
 from checking import DEVICE, by_definition, check_close, check_op, gradients
 from torch import Tensor, nn
 
-import kdkernels
 from kdkernels import (
     AlignmentLoss,
     AMDLoss,
@@ -181,76 +180,3 @@ def test_batchmean_is_mean_where_that_is_the_same(name: str) -> None:
     assert mean[0] > 0
     for value in (*mean, *calls[name](reduction="batchmean")):
         assert torch.equal(value, mean[0])
-
-
-# ---- what is refused
-
-X, MAPS, A = torch.ones(4, 3, device=DEVICE), torch.ones(2, 3, 4, 4, device=DEVICE), TARGET[:4] * 0
-STAGES = (
-    torch.ones(2, 4, device=DEVICE),
-    torch.ones(2, 4, device=DEVICE),
-    X[None].repeat(2, 1, 1),
-    X[None].repeat(2, 1, 1),
-)
-NOT_MEAN = "got 'batchmean': divide the 'sum' by the batch if that is what you want"
-NO_SAMPLES = "reduction must be 'mean' or 'sum', got 'none': there is no value of a single sample"
-REDUCED: dict[str, Callable[[str], object]] = {
-    "kd_loss": lambda r: kd_loss(X, X, reduction=r),
-    "kd_loss of positions": lambda r: kd_loss(MAPS, MAPS, class_dim=1, reduction=r),
-    "stkd_loss": lambda r: stkd_loss(X, X, A, reduction=r),
-    "stkd_loss of positions": lambda r: stkd_loss(X[None], X[None], A[None], reduction=r),
-    "sp_loss": lambda r: sp_loss(X, X, reduction=r),
-    "amd_loss": lambda r: amd_loss(MAPS, MAPS, reduction=r),
-    "correlation_loss": lambda r: correlation_loss(X, X, reduction=r),
-    "alignment_loss": lambda r: alignment_loss(X, X, reduction=r),
-    "supervised_contrastive_loss": lambda r: supervised_contrastive_loss(X, X, A, reduction=r),
-    "mlkd_loss": lambda r: mlkd_loss(X, X, A, reduction=r),
-    "corsd_loss": lambda r: corsd_loss(*STAGES, A, A + 1, reduction=r),
-    "KDLoss": lambda r: KDLoss(reduction=r),
-    "STKDLoss": lambda r: STKDLoss(reduction=r),
-    "SPLoss": lambda r: SPLoss(reduction=r),
-    "AMDLoss": lambda r: AMDLoss(reduction=r),
-    "CorrelationLoss": lambda r: CorrelationLoss(reduction=r),
-    "AlignmentLoss": lambda r: AlignmentLoss(reduction=r),
-    "SupervisedContrastiveLoss": lambda r: SupervisedContrastiveLoss(reduction=r),
-    "MLKDLoss": lambda r: MLKDLoss(3, 3, reduction=r),
-    "CORSDLoss": lambda r: CORSDLoss((2, 4), 3, reduction=r),
-}
-CALLER = {"SPLoss": "sp_loss"}  # its function checks for it
-NO_VALUE_OF_A_SAMPLE = {"sp_loss", "SPLoss", "mlkd_loss", "MLKDLoss"}
-BATCHMEAN = {"kd_loss", "KDLoss", "stkd_loss", "STKDLoss", "sp_loss", "SPLoss", "alignment_loss", "AlignmentLoss"}
-BATCHMEAN |= {"corsd_loss", "CORSDLoss", "amd_loss", "AMDLoss"}
-
-
-@pytest.mark.parametrize("name", list(REDUCED))
-def test_an_invalid_reduction_is_named(name: str) -> None:
-    call, caller = REDUCED[name], CALLER.get(name, name.split()[0])
-    with pytest.raises(ValueError, match=f"{caller}: reduction must be 'mean'.* or '.*', got 'max'$"):
-        call("max")
-    if name in NO_VALUE_OF_A_SAMPLE:
-        with pytest.raises(ValueError, match=f"{caller}: {NO_SAMPLES}"):
-            call("none")
-    else:
-        call("none")
-    if name in BATCHMEAN:
-        call("batchmean")
-    else:
-        with pytest.raises(ValueError, match=f"{caller}: .*{NOT_MEAN}"):
-            call("batchmean")
-
-
-def test_every_loss_is_asked() -> None:
-    losses = {name for name in kdkernels.__all__ if name.lower().endswith("loss")}
-    assert losses == {name.split()[0] for name in REDUCED}
-
-
-def test_the_logit_relation_has_no_value_of_a_triplet() -> None:
-    with pytest.raises(ValueError, match=f"CORSDLoss: {NO_SAMPLES}"):
-        CORSDLoss((2, 4), 3, logit_relation_weight=0.01, reduction="none")
-
-
-def test_a_module_for_positions_takes_no_batchmean() -> None:
-    """The module cannot know the shape; its call does."""
-    for module, labels in ((KDLoss(reduction="batchmean"), ()), (STKDLoss(reduction="batchmean"), (A[None],))):
-        with pytest.raises(ValueError, match=NOT_MEAN):
-            module(X[None], X[None], *labels)

@@ -1,6 +1,7 @@
 """Adapters between features of two networks, by name.
 
-map     tokens (N, L, C) become a map (N, C, H, H); what is too much for a square (a class token) goes
+map     tokens (N, L, C) become a map (N, C, H, H); what is too much for a square (a class token) goes. A map of
+        channels last (N, H, H, C), as Swin's, becomes one of channels first
 pool    the larger map is averaged down to the size of the smaller
 conv    the student's channels become the teacher's, by a 1 x 1 convolution that trains with the method's heads
 """
@@ -27,6 +28,8 @@ def check_adapters(adapt: str | Sequence[str]) -> tuple[str, ...]:
 
 def token_map(x: Tensor) -> Tensor:
     """(N, L, C) tokens as a map (N, C, H, H); the first ones go if there are too many for a square."""
+    if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
+        return x.permute(0, 3, 1, 2)
     if x.dim() != 3:
         return x
     side = math.isqrt(x.shape[1])

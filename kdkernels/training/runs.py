@@ -13,6 +13,7 @@ from .taps import unwrap
 
 METRICS = "metrics.csv"
 FILES = (METRICS, "last.safetensors", "best.safetensors")
+SHARDS = "shard-*.safetensors"  # of a teacher's cache
 
 
 class WriteError(OSError):
@@ -45,8 +46,8 @@ def save(folder: Path, student: nn.Module, history: Sequence[dict[str, float]], 
 
     student = unwrap(student)  # the keys of the network itself, compiled or not
     for name in ("last", "best") if best else ("last",):
-        _write(folder / f"{name}.safetensors", lambda path: save_model(student, str(path)))
-    _write(folder / METRICS, lambda path: _table(path, history))
+        write_whole(folder / f"{name}.safetensors", lambda path: save_model(student, str(path)))
+    write_whole(folder / METRICS, lambda path: _table(path, history))
 
 
 def _table(path: Path, history: Sequence[dict[str, float]]) -> None:
@@ -57,7 +58,7 @@ def _table(path: Path, history: Sequence[dict[str, float]]) -> None:
         writer.writerows(history)
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Through a file beside it, which takes its place when all of it is on the disk."""
     from safetensors import SafetensorError
 
@@ -76,6 +77,8 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
 
 def saved(folder: Path) -> str:
     """One line on what is in a folder of runs, read from the disk."""
+    if shards := len(list(folder.glob(SHARDS))):
+        return f"saved: {shards} of the shards, in {folder}; the same command goes on from there"
     tables = sorted(folder.rglob(METRICS))
     if not tables:
         return f"nothing was saved in {folder}"

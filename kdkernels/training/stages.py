@@ -10,8 +10,8 @@ from torch import nn
 
 from .taps import unwrap
 
-# numbered siblings: layer1 .. layer4, stage2 .., block1 ..
-_NUMBERED = re.compile(r"(layer|stage|block)_?\d+")
+# numbered siblings: layer1 .. layer4, stage2 .., block1 .., s1 ..
+_NUMBERED = re.compile(r"(layer|stage|block|s)_?\d+")
 # containers whose children are the stages: stages.0, blocks.0, encoder.layer.0, transformer.h.0, encoder.layers.x_0
 _LISTS = ("stages", "layers", "layer", "blocks", "h")
 # a flat list of a convolutional network: its stages end where the map gets smaller

@@ -7,7 +7,6 @@ DIR/shard-00000.safetensors   ids, logprobs (tokens, k); starts (rows + 1), hash
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset
 from ..heads import Head
 from ..ops.checks import check_choice, check_positive, compute_dtype
 from ..ops.linear_kd.products import Linear, logits
+from .runs import write_whole
 from .sequence import LanguageModel
 from .sequence_data import Row, SequenceCollator, batches, row_hash, vocabulary_hash
 
@@ -94,7 +94,7 @@ def write_teacher_cache(
         if path.is_file():
             _check_hashes(path, shard, number * rows_per_shard)
         else:
-            _write(path, partial(save_file, _top_k(model, shard, settings, batch_size)))
+            write_whole(path, partial(save_file, _top_k(model, shard, settings, batch_size)))
         if progress is not None:
             progress(number + 1, shards)
     return TeacherCache(folder)
@@ -115,7 +115,7 @@ def _begin(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{folder} has a cache of other settings: {', '.join(other)}; give another folder")
     else:
         text = json.dumps(settings, indent=1) + "\n"
-        _write(path, lambda unfinished: unfinished.write_text(text))
+        write_whole(path, lambda part: part.write_text(text))
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -134,13 +134,6 @@ def _shard(folder: Path, number: int) -> Path:
 
 def _shards(settings: dict[str, Any]) -> int:
     return -(-settings["rows"] // settings["rows_per_shard"])
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """A file is there as a whole or not at all."""
-    unfinished = path.with_suffix(".partial")
-    write(unfinished)
-    os.replace(unfinished, path)
 
 
 def _check_hashes(path: Path, rows: Sequence[Row], first: int) -> None:

@@ -49,6 +49,7 @@ def flat(*layers: nn.Module) -> nn.Module:
         # torchvision's and timm's ResNet; RegNet
         (tree("conv1", "layer1", "layer2", "layer3", "layer4", "fc"), [f"layer{i}" for i in range(1, 5)]),
         (tree("stem", "trunk_output.block1", "trunk_output.block2"), ["trunk_output.block1", "trunk_output.block2"]),
+        (tree("stem", "s1", "s2", "head"), ["s1", "s2"]),  # timm's
         # layer1 inside the stages of HRNet-likes is not looked at
         (tree("stages.0.layer1", "stages.0.layer2", "stages.1.layer1", "head"), ["stages.0", "stages.1"]),
         # timm's ViT and EfficientNet; its and torchvision's ConvNeXt and Swin; transformers
@@ -273,6 +274,9 @@ def test_adapters_bridge_widths_sizes_and_tokens() -> None:
 def test_maps_of_tokens_leave_the_class_token_out() -> None:
     x = torch.arange(10.0).view(1, 5, 2)
     assert token_map(x).tolist() == [[[[2.0, 4.0], [6.0, 8.0]], [[3.0, 5.0], [7.0, 9.0]]]]
+    last = torch.rand(2, 4, 4, 3)
+    assert torch.equal(token_map(last), last.permute(0, 3, 1, 2))
+    assert token_map(last.permute(0, 3, 1, 2)).shape == (2, 3, 4, 4)
     rows = torch.zeros(2, 3), torch.zeros(2, 4)
     assert [a is b for a, b in zip(alike(["map", "pool"], *rows), rows, strict=True)] == [True, True]
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,14 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from kdkernels import cli
-from kdkernels.training import SequenceCollator, SequenceDistillation, TeacherCache, token_rows, write_teacher_cache
+from kdkernels.training import (
+    SequenceCollator,
+    SequenceDistillation,
+    TeacherCache,
+    teacher_cache,
+    token_rows,
+    write_teacher_cache,
+)
 
 FEW = ROWS[:12]
 SETTINGS: dict[str, Any] = {"top_k": 5, "rows_per_shard": 5, "batch_size": 3}
@@ -169,7 +177,9 @@ def test_padded_vocabularies_are_cut(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher().save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("\n".join(TEXT[:900].splitlines()))
@@ -181,7 +191,13 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "--output",
         str(tmp_path / "out"),
     ]
-    assert cli.main(["teacher", *options, "--top-k", "7", "--max-length", "16", "--rows-per-shard", "9"]) == 0
+    command = ["teacher", *options, "--top-k", "7", "--max-length", "16", "--rows-per-shard", "9"]
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_cache, "_top_k", mock.Mock(side_effect=[{"ids": torch.ones(1)}, KeyboardInterrupt]))
+        assert cli.main(command) == 130
+    assert "interrupted; saved: 1 of the shards, in" in capsys.readouterr().err
+    (tmp_path / "out" / "shard-00000.safetensors").unlink()  # that of the mock
+    assert cli.main(command) == 0
     rows = token_rows(tmp_path / "text.txt", tokenizer(), 16)
     assert f"{len(rows)} rows, 7 tokens of {VOCABULARY} at each position" in capsys.readouterr().out
     joined = TeacherCache(tmp_path / "out").join(rows, tokenizer())
