@@ -118,7 +118,7 @@ class Training:
             "numpy": np.random.get_state(),  # noqa: NPY002
             "torch": torch.get_rng_state(),
             "device": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
-            "generators": [generator.get_state() for generator in _generators(self.train_loader)],
+            "generators": [generator.get_state() for generator in self._generators()],
         }
 
     def _set_random(self, state: dict[str, Any]) -> None:
@@ -127,8 +127,11 @@ class Training:
         torch.set_rng_state(state["torch"])
         if state["device"] is not None:
             torch.get_device_module(self.accelerator.device).set_rng_state(state["device"])
-        for generator, kept in zip(_generators(self.train_loader), state["generators"], strict=True):
+        for generator, kept in zip(self._generators(), state["generators"], strict=True):
             generator.set_state(kept)
+
+    def _generators(self) -> list[torch.Generator]:
+        return _generators(self.train_loader, self.test_loader)
 
 
 def method_name(method: Method) -> str:
@@ -137,9 +140,9 @@ def method_name(method: Method) -> str:
     return type(method).__name__.lower()
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Those of a loader and of all samplers and data sets inside it, which draw the order and perhaps the items."""
-    parts: list[Any] = [loader]
+def _generators(*loaders: Any) -> list[torch.Generator]:
+    """Those of loaders and of all samplers and data sets inside them, which draw the order and perhaps the items."""
+    parts: list[Any] = list(loaders)
     generators: list[torch.Generator] = []
     for part in parts:  # which grows
         inner = (getattr(part, name, None) for name in ("batch_sampler", "sampler", "dataset"))
