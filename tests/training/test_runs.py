@@ -94,7 +94,19 @@ def test_ctrl_c_and_a_full_disk_end_in_one_line(tmp_path: Path, capsys: pytest.C
 
     with mock.patch.object(loop, "measure", interrupted):
         assert run(tmp_path / "a") == 130
-    assert capsys.readouterr().err == f"kdkernels train: interrupted; saved: {tmp_path}/a up to epoch 2\n"
+    assert (
+        capsys.readouterr().err
+        == f"kdkernels train: interrupted; saved: {tmp_path}/a up to epoch 2; --resume goes on from there\n"
+    )
+    whole = tmp_path / "whole"
+    assert run(tmp_path / "a", "--resume") == run(whole) == 0
+    assert (whole / "last.safetensors").read_bytes() == (tmp_path / "a" / "last.safetensors").read_bytes()
+    assert "up to epoch 4" in saved(tmp_path / "a")
+    capsys.readouterr()
+    assert run(whole, "--resume", "--overwrite") == run(whole, "--resume", "--lr", "0.2") == 2
+    together, other = capsys.readouterr().err.splitlines()
+    assert together.endswith("give one of them")
+    assert other == "kdkernels train: the run to resume has other settings: lr [0.1] (asked: [0.2])"
     with full_disk(1000):
         assert run(tmp_path / "b") == 2
     (line,) = capsys.readouterr().err.splitlines()
