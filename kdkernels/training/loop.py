@@ -23,12 +23,11 @@ from .checks import check_optimizer
 from .defaults import default_optimizer, default_scheduler
 from .distillation import Distillation
 from .evaluation import Loader, measure
-from .evaluation import evaluate as evaluate
 from .saving import Saving
 from .state import Training
 from .steps import train_epoch
 from .taps import unwrap
-from .trackers import make_accelerator as make_accelerator
+from .trackers import make_accelerator
 from .triplets import triplet_loader
 
 History = list[dict[str, float]]

@@ -149,8 +149,8 @@ def test_tensorboard_is_the_default_where_it_is_installed(
     tmp_path: Path, installed: bool, expected: list[str] | None
 ) -> None:
     with (
-        mock.patch.object(trackers, "is_tensorboard_available", lambda: installed),
-        mock.patch.object(trackers, "get_available_trackers", lambda: ["tensorboard"]),
+        mock.patch.object(trackers, "is_tensorboard_available", return_value=installed),
+        mock.patch.object(trackers, "get_available_trackers", return_value=["tensorboard"]),
         mock.patch.object(trackers, "Accelerator") as accelerator,
     ):
         make_accelerator("no", 1, None, tmp_path)
