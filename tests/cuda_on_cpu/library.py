@@ -57,6 +57,7 @@ class Launch(NamedTuple):
     sectors: int
     shared_requests: int
     bank_conflicts: int
+    blocks_run: int
 
 
 def launches(library: ctypes.CDLL) -> list[Launch]:

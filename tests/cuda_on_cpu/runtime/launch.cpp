@@ -11,6 +11,7 @@
 namespace cuda_on_cpu {
 
 LaunchRecord* launch = nullptr;
+unsigned sample = 0;
 
 namespace {
 
@@ -116,8 +117,10 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   memory::begin_launch(parameters, bytes);
   const uint64_t blocks = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
   bool going = true;
-  for (uint64_t b = 0; b < blocks && going; ++b) {
-    const uint64_t i = reverse ? blocks - 1 - b : b;
+  const uint64_t most = sample ? std::min<uint64_t>(sample, blocks) : blocks;  // of a sample the first, the last, some between
+  for (uint64_t b = 0; b < most && going; ++b) {
+    const uint64_t at = most == blocks || most == 1 ? b : b * (blocks - 1) / (most - 1), i = reverse ? blocks - 1 - at : at;
+    ++launch->blocks_run;
     indices.block = {unsigned(i % c.grid.x), unsigned(i / c.grid.x % c.grid.y), unsigned(i / c.grid.x / c.grid.y)};
     memory::begin_block();
     shared_variables.clear();
@@ -139,10 +142,12 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
   for (const auto& r : cuda_on_cpu::records) {
     text += r.name + "\t" + size(r.grid) + "\t" + size(r.block);
     for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
-                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts})
+                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run})
       text += "\t" + std::to_string(n);
     text += "\n";
   }
   cuda_on_cpu::records.clear();
   return text.c_str();
 }
+
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_sample(unsigned blocks) { cuda_on_cpu::sample = blocks; }
