@@ -1,9 +1,4 @@
-"""What nvcc or Triton made of a kernel: registers, spills, width of loads, and the instructions of its main loops.
-
-A count of machine code, of one pass through a loop: the path that takes most loads of the wanted width, and of those
-the one with the fewest instructions. So a switch on the dtype at run time counts as the branch that is taken, and what
-is done only sometimes (a division's slow path) does not count.
-"""
+"""What nvcc or Triton made of a kernel: registers, spills, width of loads, loops, and what a pass through them costs."""
 
 from __future__ import annotations
 
@@ -11,32 +6,37 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+Place = tuple[str, ...]  # "gram.cu:54", innermost first: a source line and those that it was inlined at
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-FP32 = {"FFMA", "FADD", "FMUL", "IMAD", "FFMA32I"}  # 128 lanes a clock, the rest of the arithmetic 64
-SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND"}  # 16 lanes; F2FP, which packs halves, is not among them
-FREE = {"NOP", "BSYNC", "BSSY", "WARPSYNC"}
+GLOBAL = ("LDG", "STG", "LDGSTS")
+SHARED = ("LDS", "STS", "LDSM")
+SPECIAL = ("MUFU", "F2F", "F2I", "I2F", "FRND")  # F2FP, which packs two halves, is not among them
+ON_FP32 = ("FFMA", "FADD", "FMUL", "IMAD")
+FREE = ("NOP", "BSYNC", "BSSY", "WARPSYNC")
+UNITS = ("issue slots", "special functions", "fp64", "integer", "loads", "tensor cores")
 
 
 def tools() -> Path | None:
-    """The folder of cuobjdump: Triton's, or the toolkit's."""
+    """The folder of nvdisasm and cuobjdump: Triton's, or the toolkit's."""
     try:
         import triton
     except ImportError:
-        found = shutil.which("cuobjdump")
+        found = shutil.which("nvdisasm")
         return Path(found).parent if found else None
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    return folder if (folder / "cuobjdump").exists() else None
+    return folder if (folder / "nvdisasm").exists() else None
 
 
 class Instruction(NamedTuple):
-    address: int
     predicate: str
     opcode: str
     operands: str
+    place: Place
 
     @property
     def name(self) -> str:
@@ -45,68 +45,43 @@ class Instruction(NamedTuple):
     @property
     def bytes(self) -> int:
         """What a lane loads or stores, 0 for anything else."""
-        if self.name not in ("LDG", "STG", "LDS", "STS", "LDGSTS", "LDSM"):
+        if self.name not in GLOBAL + SHARED:
             return 0
         if self.name == "LDSM":
             return 4 * int(self.opcode[-1]) if self.opcode[-1] in "24" else 4
         return next((n for part, n in WIDTHS.items() if part in self.opcode.split(".")), 4)
 
     @property
-    def jumps_to(self) -> int | None:
-        found = re.search(r"0x([0-9a-f]+)\s*$", self.operands) if self.name == "BRA" else None
-        return int(found[1], 16) if found else None
+    def targets(self) -> list[str]:
+        return re.findall(r"\.L_\w+", self.operands) if self.name in ("BRA", "BRX") else []
 
     @property
     def ends(self) -> bool:
         """Nothing falls through it."""
-        return self.name in ("BRA", "EXIT", "BRX", "RET") and not self.predicate and "," not in self.operands
-
-
-class Cost(NamedTuple):
-    """Of one thread on one path: instructions, lanes of each unit, bytes of global and shared memory."""
-
-    path: tuple[Instruction, ...]
-
-    @property
-    def instructions(self) -> int:
-        return sum(i.name not in FREE for i in self.path)
-
-    def _bytes(self, names: tuple[str, ...], width: int | None = None) -> int:
-        return sum(i.bytes for i in self.path if i.name in names and (width is None or i.bytes == width))
-
-    @property
-    def global_bytes(self) -> int:
-        return self._bytes(("LDG", "STG", "LDGSTS"))
-
-    @property
-    def loads(self) -> Counter[int]:
-        """How many loads of global memory have which width."""
-        return Counter(i.bytes for i in self.path if i.name in ("LDG", "LDGSTS"))
-
-    @property
-    def shared_bytes(self) -> int:
-        return self._bytes(("LDS", "STS", "LDSM"))
+        return self.name in ("BRA", "BRX", "EXIT", "RET") and not self.predicate and not re.match(r"!?U?P\d", self.operands)
 
     @property
     def clocks(self) -> dict[str, float]:
-        """What a warp takes of a multiprocessor's units, sm_90."""
-        used = {"issue slots": self.instructions / 4, "special functions": 0.0, "fp64": 0.0, "integer": 0.0}
-        used |= {"loads": 0.0, "tensor cores": 0.0}
-        for i in self.path:
-            if i.name in SPECIAL:
-                used["special functions"] += 2
-            elif re.match(r"D(FMA|ADD|MUL|SETP|MNMX)", i.name):
-                used["fp64"] += 0.5
-            elif i.bytes:
-                used["loads"] += max(1, i.bytes / 4)
-            elif i.name in ("HMMA", "HGMMA"):
-                used["tensor cores"] += products(i.opcode) / (2048 * 0.8)
-            elif i.name not in FP32 and i.name not in FREE:
-                used["integer"] += 0.5
+        """What a warp's one takes of a multiprocessor's units, sm_90: lanes a clock 16 special, 64 fp64, 64 integer."""
+        if self.name in FREE:
+            return {}
+        used = {"issue slots": 0.25}
+        if self.name == "OFF":
+            return used
+        if self.name in SPECIAL:
+            used["special functions"] = 2.0
+        elif re.match(r"D(FMA|ADD|MUL|SETP|MNMX)$", self.name):
+            used["fp64"] = 0.5
+        elif self.bytes:
+            used["loads"] = max(1.0, self.bytes / 4)
+        elif self.name in ("HMMA", "HGMMA"):
+            used["tensor cores"] = _products(self.opcode) / (2048 * 0.8)  # mma.sync: 800 of 990 TFLOP/s
+        elif self.name not in ON_FP32:
+            used["integer"] = 0.5
         return used
 
 
-def products(opcode: str) -> float:
+def _products(opcode: str) -> float:
     """Multiply-adds of a tensor-core instruction of one warp, in units of half precision's."""
     shape = re.search(r"\.(\d+)x(\d+)x(\d+)", opcode)
     if shape:  # of four warps together
@@ -117,11 +92,57 @@ def products(opcode: str) -> float:
     return size * (2 if "TF32" in opcode else 1)
 
 
-class Kernel:
-    """One kernel of a cubin."""
+class Loop(NamedTuple):
+    """Of a kernel that ran: how often a warp went through it, and what it did each time."""
 
-    def __init__(self, name: str, code: list[Instruction], usage: dict[str, int]) -> None:
-        self.name, self.code, self.usage = name, code, usage
+    passes: float  # 1 for what is in no loop
+    instructions: tuple[Instruction, ...]
+
+    @property
+    def global_loads(self) -> Counter[int]:
+        """How many loads of which width."""
+        return Counter(i.bytes for i in self.instructions if i.name in ("LDG", "LDGSTS"))
+
+    @property
+    def clocks(self) -> dict[str, float]:
+        total = dict.fromkeys(UNITS, 0.0)
+        for i in self.instructions:
+            for unit, n in i.clocks.items():
+                total[unit] += n * self.passes
+        return total
+
+
+class Kernel:
+    """One kernel of a cubin: blocks of instructions, numbered in order, and where each goes on."""
+
+    def __init__(self, name: str, usage: dict[str, int], lines: Iterable[str]) -> None:
+        self.name, self.usage = name, usage
+        self.blocks: list[list[Instruction]] = [[]]
+        label_at: dict[str, int] = {}
+        place: list[str] = []
+        fresh = True
+        for line in lines:
+            if found := re.match(r'\s*//## File "(.*?)", line (\d+)', line):
+                place = ([] if fresh else place) + [f"{Path(found[1]).name}:{found[2]}"]
+                fresh = False
+            elif found := re.match(r"(\.L_\w+):", line):
+                if self.blocks[-1]:
+                    self.blocks.append([])
+                label_at[found[1]] = len(self.blocks) - 1
+            elif found := re.match(r"\s+/\*[0-9a-f]{4,6}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+                fresh = True
+                i = Instruction(found[1] or "", found[2], found[3], tuple(place))
+                self.blocks[-1].append(i)
+                if i.name in ("BRA", "BRX", "EXIT", "RET"):
+                    self.blocks.append([])
+        while self.blocks and not self.blocks[-1]:
+            self.blocks.pop()
+        self.next: list[list[int]] = []
+        for at, block in enumerate(self.blocks):
+            to = [label_at[t] for t in block[-1].targets if t in label_at] if block else []
+            if at + 1 < len(self.blocks) and not (block and block[-1].ends):
+                to.append(at + 1)
+            self.next.append([t for t in to if t < len(self.blocks)])
 
     @property
     def registers(self) -> int:
@@ -129,128 +150,129 @@ class Kernel:
 
     @property
     def spills(self) -> int:
-        """Instructions that put registers into local memory or take them back."""
-        return sum(i.name in ("LDL", "STL") for i in self.code)
+        """Instructions that put something into local memory or take it back."""
+        return sum(i.name in ("LDL", "STL") for block in self.blocks for i in block)
+
+    def count(self, *names: str) -> int:
+        return sum(i.name in names for block in self.blocks for i in block)
 
     @cached_property
-    def blocks(self) -> dict[int, tuple[list[Instruction], list[int]]]:
-        """Instructions and successors by the address of the first."""
-        starts = {self.code[0].address} if self.code else set()
-        for a, b in zip(self.code, self.code[1:], strict=False):
-            if a.jumps_to is not None:
-                starts |= {a.jumps_to, b.address}
-            elif a.name in ("EXIT", "BRX", "RET"):
-                starts.add(b.address)
-        parts: dict[int, list[Instruction]] = {}
-        for i in self.code:
-            if i.address in starts:
-                parts[i.address] = current = []
-            current.append(i)
-        order = sorted(parts)
-        following = dict(zip(order, order[1:], strict=False))
-        blocks: dict[int, tuple[list[Instruction], list[int]]] = {}
-        reached = set()
-        for start, part in parts.items():
-            last, to = part[-1], []
-            if last.jumps_to is not None:
-                to.append(last.jumps_to)
-            if not last.ends and start in following:
-                to.append(following[start])
-            blocks[start] = part, [t for t in to if t in parts]
-            reached |= set(to)
-        for start, (part, to) in blocks.items():  # a table of jumps: to what nothing else reaches, close behind it
-            if part[-1].name == "BRX":
-                to += [s for s in order if s not in reached and start < s < start + 16 * 200]
-        return blocks
-
-    @cached_property
-    def loops(self) -> list[Cost]:
-        """All of them, one pass each, where an inner loop counts as one pass of it."""
-        return [self._pass(head, tail, width=None) for head, tail in self._back_edges()]
-
-    def _back_edges(self) -> list[tuple[int, int]]:
-        return [(to, start) for start, (_, tos) in self.blocks.items() for to in tos if to <= start]
-
-    def _body(self, head: int, tail: int) -> set[int]:
+    def loops(self) -> dict[int, set[int]]:
+        """The blocks of each loop by its first one; of several ways back to it the union."""
         before: dict[int, list[int]] = {}
-        for start, (_, tos) in self.blocks.items():
+        for at, tos in enumerate(self.next):
             for to in tos:
-                before.setdefault(to, []).append(start)
-        body, todo = {head, tail}, [tail]
-        while todo:
-            at = todo.pop()
-            for b in before.get(at, []) if at != head else []:
-                if b not in body:
-                    body.add(b)
-                    todo.append(b)
-        return body
+                before.setdefault(to, []).append(at)
+        loops: dict[int, set[int]] = {}
+        for tail, tos in enumerate(self.next):
+            for head in tos:
+                if head > tail:
+                    continue
+                body, todo = {head, tail}, [tail] if tail != head else []
+                while todo:
+                    for b in before.get(todo.pop(), []):
+                        if b not in body and b > head:
+                            body.add(b)
+                            todo.append(b)
+                if head != tail or len(self.blocks[head]) > 1:  # the last instruction of all jumps to itself
+                    loops[head] = loops.get(head, set()) | body
+        return loops
 
-    def main_loops(self, width: int) -> list[Cost]:
-        """The innermost loops with loads of elements of ``width`` bytes; of a loop and its remainder the wider one."""
-        edges = self._back_edges()
-        bodies = {e: self._body(*e) for e in edges}
-        touching = [e for e in edges if any(i.name in ("LDG", "LDGSTS") for b in bodies[e] for i in self.blocks[b][0])]
-        inner = [e for e in touching if not any(bodies[o] < bodies[e] for o in touching)]
-        return [c for e in inner if (c := self._pass(*e, width=width)).global_bytes]
+    def executed(self, bytes_at: dict[Place, float], warps: float) -> list[Loop]:
+        """What ran, from the bytes that all lanes together touched at each place: loops, and all else once per warp."""
+        bytes_at = self._aligned(bytes_at)
+        inner = {at: min((len(body), head) for head, body in self.loops.items() if at in body)[1] for at in self._looped}
+        paths = {head: self._path(head, body, bytes_at) for head, body in self.loops.items()}
+        own = {
+            head: [i for at in path if inner[at] == head for i in self._ran(at, bytes_at)]
+            for head, path in paths.items()
+        }
+        passes = dict.fromkeys(own, 0.0)
+        for place, total in bytes_at.items():
+            of_loop = {
+                head: sum(i.bytes for i in part if i.place == place and (i.bytes and i.name not in FREE))
+                for head, part in own.items()
+            }
+            head = max(of_loop, key=lambda h: of_loop[h], default=None)
+            if head is not None and of_loop[head]:
+                passes[head] = max(passes[head], total / of_loop[head] / 32)
+        rest = self._path(0, set(range(len(self.blocks))), bytes_at)
+        found = [Loop(n, tuple(own[head])) for head, n in passes.items() if n]
+        return [*found, Loop(warps, tuple(i for at in rest if at not in self._looped for i in self._ran(at, bytes_at)))]
 
-    def once(self, width: int) -> Cost:
-        """From the start to the end, each loop once."""
-        ends = [s for s, (part, _) in self.blocks.items() if part[-1].name == "EXIT" and not part[-1].predicate]
-        return max(
-            (self._pass(self.code[0].address, end, width=width, body=set(self.blocks)) for end in ends),
-            key=lambda c: (c.global_bytes, -c.instructions),
-        )
+    @cached_property
+    def _looped(self) -> set[int]:
+        return set().union(*self.loops.values()) if self.loops else set()
 
-    def _pass(self, head: int, tail: int, width: int | None, body: set[int] | None = None) -> Cost:
-        inside = body or self._body(head, tail)
+    def matched(self, bytes_at: dict[Place, float]) -> float:
+        """The share of the bytes whose place is one in the machine code too."""
+        known = {i.place for block in self.blocks for i in block if i.bytes}
+        bytes_at = self._aligned(bytes_at)
+        total = sum(bytes_at.values())
+        return sum(n for place, n in bytes_at.items() if place in known) / total if total else 1.0
 
-        def worth(start: int) -> tuple[int, int]:
-            part = self.blocks[start][0]
-            loads = [i for i in part if i.name in ("LDG", "LDGSTS", "STG", "HMMA", "HGMMA")]
-            wrong = sum(i.bytes in (1, 2, 4, 8) and i.bytes != width and not i.predicate for i in loads)
-            right = sum(not i.bytes or i.bytes == width or i.bytes == 16 for i in loads)
-            return right - (100 * wrong if width else 0), -len(part)
+    def _ran(self, at: int, bytes_at: dict[Place, float]) -> list[Instruction]:
+        """The instructions of a block; what its predicate switched off is issued and does nothing."""
+        off = {i.predicate for i in self.blocks[at] if i.bytes and i.predicate and i.place not in bytes_at}
+        return [i._replace(opcode="OFF") if i.predicate in off else i for i in self.blocks[at]]
+
+    def _aligned(self, bytes_at: dict[Place, float]) -> dict[Place, float]:
+        """The same by this code's own places: of a statement of several lines compilers name different ones."""
+        known = {i.place for block in self.blocks for i in block if i.bytes and i.place}
+        found: dict[Place, float] = {}
+        for place, n in bytes_at.items():
+            near = place
+            if place and place not in known:
+                file, line = place[0].split(":")
+                others = [p for p in known if p[1:] == place[1:] and p[0].startswith(f"{file}:")]
+                near = min(others, key=lambda p: abs(int(p[0].split(":")[1]) - int(line)), default=place)
+            found[near] = found.get(near, 0.0) + n
+        return found
+
+    def _path(self, head: int, body: Collection[int], bytes_at: dict[Place, float]) -> list[int]:
+        """The way through that touches what ran and nothing else, and of those the one with the fewest instructions."""
+
+        def worth(at: int) -> tuple[int, int]:
+            touched = [i for i in self.blocks[at] if i.bytes or i.name in ("HMMA", "HGMMA")]
+            ran = [not i.bytes or i.place in bytes_at for i in touched]
+            idle = sum(not r and not i.predicate for r, i in zip(ran, touched, strict=True))
+            return sum(ran) - 100 * idle, -len(self.blocks[at])
 
         best: dict[int, tuple[tuple[int, int], list[int]]] = {head: (worth(head), [head])}
-        for start in sorted(inside):  # code is laid out in order but for the slow paths behind its end
-            if start not in best:
+        ends = []
+        for at in sorted(body):
+            if at not in best:
                 continue
-            value, path = best[start]
-            for to in self.blocks[start][1]:
-                if to <= start or to not in inside:
+            value, path = best[at]
+            if head in self.next[at] or (len(body) == len(self.blocks) and not self.next[at]):
+                ends.append((value, path))
+            for to in self.next[at]:
+                if to <= at or to not in body:
                     continue
                 gain = worth(to)
                 new = (value[0] + gain[0], value[1] + gain[1])
                 if to not in best or new > best[to][0]:
                     best[to] = new, [*path, to]
-        path = best[tail][1] if tail in best else [head]
-        return Cost(tuple(i for start in path for i in self.blocks[start][0]))
+        return max(ends)[1] if ends else [head]
 
 
 def kernels(cubin: Path) -> dict[str, Kernel]:
     """By their names as the compiler mangles them."""
     folder = tools()
     if folder is None:
-        raise RuntimeError("no cuobjdump: it comes with Triton and with CUDA's toolkit")
+        raise RuntimeError("no nvdisasm: it comes with Triton and with CUDA's toolkit")
 
-    def dump(option: str) -> str:
-        command = [str(folder / "cuobjdump"), option, str(cubin)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    def run(*command: str) -> str:
+        return subprocess.run([folder / command[0], *command[1:]], capture_output=True, text=True, check=True).stdout
 
     usage = {
         name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", text)}
-        for name, text in re.findall(r"Function (\S+):\s*\n(.*)", dump("--dump-resource-usage"))
+        for name, text in re.findall(r"Function (\S+):\s*\n(.*)", run("cuobjdump", "--dump-resource-usage", str(cubin)))
     }
     found = {}
-    for part in dump("-sass").split("Function : ")[1:]:
-        name = part.split()[0]
-        code = [
-            Instruction(int(address, 16), predicate, opcode, operands)
-            for address, predicate, opcode, operands in re.findall(
-                r"/\*([0-9a-f]{4,5})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", part
-            )
-        ]
-        found[name] = Kernel(name, code, usage[name])
+    for part in run("nvdisasm", "-gi", "-c", str(cubin)).split("\t.section\t.text.")[1:]:
+        name = part.partition(",")[0].strip('"')
+        found[name] = Kernel(name, usage[name], part.partition("\t.section")[0].splitlines())
     return found
 
 

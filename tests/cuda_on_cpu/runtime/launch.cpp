@@ -1,4 +1,5 @@
 // Launches: what is valid, the blocks in turn, the shared memory of each, and a record for those who count.
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 
@@ -109,6 +110,7 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   if (records.size() == kMostRecords) records.pop_front();
   records.push_back({name, c.grid, c.block, c.shared});
   launch = &records.back();
+  launch->kernel = kernel;
   if (const char* reason = why_invalid(c, bytes, kernel)) return set_error(launch->name + ": " + reason);
   const CatchSegfaults guard;
   indices.block_size = c.block;
@@ -135,6 +137,13 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
 }  // namespace cuda_on_cpu
 
 // What Python reads: see library.py.
+namespace {
+std::string offset_of(const void* pc) {  // in the library
+  Dl_info info{};
+  return std::to_string(dladdr(pc, &info) ? static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) : 0);
+}
+}  // namespace
+
 extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launches() {
   static std::string text;
   const auto size = [](const dim3& d) { return std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z); };
@@ -144,6 +153,12 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
     for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
                        r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run})
       text += "\t" + std::to_string(n);
+    text += "\t" + offset_of(r.kernel) + "\t";
+    for (const auto& [path, bytes] : r.bytes) {
+      text += std::to_string(bytes);
+      for (const void* pc : path) text += " " + offset_of(static_cast<const char*>(pc) - 1);
+      text += ";";
+    }
     text += "\n";
   }
   cuda_on_cpu::records.clear();

@@ -227,13 +227,21 @@ void write_cell(Cell& c, uintptr_t a, bool global, bool atomic) {
 
 }  // namespace
 
+// Distinct bytes as if the launch touched all of a tensor that it touched somewhere.
+void sampled(uintptr_t begin, size_t bytes, bool write) {
+  (write ? launch->written : launch->read) += bytes;
+  auto tensor = tensors.upper_bound(begin);
+  if (tensor == tensors.begin() || !launch->touched.insert({(--tensor)->first, write}).second) return;
+  (write ? launch->distinct_written : launch->distinct_read) += tensor->second - tensor->first;
+}
+
 void access(uintptr_t begin, size_t bytes, bool write, bool atomic, const void* caller) {
   if (stacks.has(begin) || parameters.has(begin) || image.has(begin)) return;
   pc = caller;
   const bool global = !shared.has(begin);
   if (counters::counting) counters::note(begin, bytes, global, pc);
   if (sample) {
-    if (global) (write ? launch->written : launch->read) += bytes;
+    if (global) sampled(begin, bytes, write);
     return;
   }
   for (uintptr_t a = begin & ~uintptr_t(1); a < begin + bytes;) {
