@@ -193,9 +193,11 @@ class Kernel:
                 head: sum(i.bytes for i in part if i.place == place and (i.bytes and i.name not in FREE))
                 for head, part in own.items()
             }
-            head = max(of_loop, key=lambda h: of_loop[h], default=None)
-            if head is not None and of_loop[head]:
-                passes[head] = max(passes[head], total / of_loop[head] / 32)
+            heads = [head for head, n in of_loop.items() if n]
+            if heads and ".py:" not in place[0]:  # of a loop and its remainder; Triton makes none
+                heads = [max(heads, key=lambda h: of_loop[h])]
+            for head in heads:
+                passes[head] = max(passes[head], total / len(heads) / of_loop[head] / 32)
         rest = self._path(0, set(range(len(self.blocks))), bytes_at)
         found = [Loop(n, tuple(own[head])) for head, n in passes.items() if n]
         return [*found, Loop(warps, tuple(i for at in rest if at not in self._looped for i in self._ran(at, bytes_at)))]
@@ -225,7 +227,8 @@ class Kernel:
             if place and place not in known:
                 file, line = place[0].split(":")
                 others = [p for p in known if p[1:] == place[1:] and p[0].startswith(f"{file}:")]
-                near = min(others, key=lambda p: abs(int(p[0].split(":")[1]) - int(line)), default=place)
+                near = place[:1] if place[:1] in known else place  # Triton does not tell what was inlined where
+                near = min(others, key=lambda p: abs(int(p[0].split(":")[1]) - int(line)), default=near)
             found[near] = found.get(near, 0.0) + n
         return found
 
@@ -272,7 +275,7 @@ def kernels(cubin: Path) -> dict[str, Kernel]:
     found = {}
     for part in run("nvdisasm", "-gi", "-c", str(cubin)).split("\t.section\t.text.")[1:]:
         name = part.partition(",")[0].strip('"')
-        found[name] = Kernel(name, usage[name], part.partition("\t.section")[0].splitlines())
+        found[name] = Kernel(name, usage[name], part.partition("\t.section\t")[0].splitlines())
     return found
 
 
