@@ -94,7 +94,15 @@ def cubins(folder: Path) -> list[Path]:
     made = []
     for source in sorted((launched.ROOT / "csrc").glob("*.cu")):
         made.append(folder / f"{source.stem}.cubin")
-        command = [f"{cuda}/bin/nvcc", *native_build.NVCC_FLAGS, "-cubin", "-arch=sm_90", str(source), "-o", str(made[-1])]
+        command = [
+            f"{cuda}/bin/nvcc",
+            *native_build.NVCC_FLAGS,
+            "-cubin",
+            "-arch=sm_90",
+            str(source),
+            "-o",
+            str(made[-1]),
+        ]
         subprocess.run(command, check=True)
     return made
 

@@ -23,6 +23,7 @@ BLOCKS = 3  # of each launch: the first, one between, the last
 class Work(NamedTuple):
     """One launch. Bytes of global memory: those of all tensors touched, and those of all sectors asked for."""
 
+    elements: int  # of the student in this case
     kernel: str
     blocks: int
     threads: int  # of a block; 0: as compiled
@@ -33,9 +34,11 @@ class Work(NamedTuple):
     bytes_at: dict[Place, float]  # by source line, shared memory included where it is known
 
 
-def step(case: Case, backend: str) -> None:
+def step(case: Case, backend: str) -> int:
+    """The student's elements."""
     inputs = case.inputs()
     Provider(case.ours, case.gradient, backend).step(inputs)
+    return sum(x.numel() for x in inputs[0])
 
 
 def native(cases: list[Case]) -> list[list[Work]]:
@@ -48,15 +51,16 @@ def native(cases: list[Case]) -> list[list[Work]]:
     found = []
     for case in cases:
         library.launches(executor)
-        step(case, "native")
-        found.append([_of_executor(x) for x in library.launches(executor)])
+        elements = step(case, "native")
+        found.append([_of_executor(x, elements) for x in library.launches(executor)])
     return found
 
 
-def _of_executor(x: Any) -> Work:
+def _of_executor(x: Any, elements: int) -> Work:
     blocks, threads = x.grid[0] * x.grid[1] * x.grid[2], x.block[0] * x.block[1] * x.block[2]
     share = blocks / x.blocks_run
     return Work(
+        elements,
         x.kernel_with_types,
         blocks,
         threads,
@@ -146,12 +150,13 @@ def interpreted(cases: list[Case]) -> list[list[Work]]:
         spans = {(x.data_ptr(), x.numel() * x.itemsize) for x in _tensors((*args, *options.values()))}
         distinct = sum(n for begin, n in spans if np.any((at >= begin) & (at < begin + n)))
         places = {place: n * share for place, n in touched.items()}
-        found[-1].append(Work(kernel.__name__, programs, 0, 0, distinct, 32 * sectors[0] * share, 0.0, places))
+        found[-1].append(Work(0, kernel.__name__, programs, 0, 0, distinct, 32 * sectors[0] * share, 0.0, places))
 
     with launching(launch):
         for case in cases:
             found.append([])
-            step(case, "triton")
+            elements = step(case, "triton")
+            found[-1] = [work._replace(elements=elements) for work in found[-1]]
     return found
 
 

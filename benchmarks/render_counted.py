@@ -57,19 +57,19 @@ CASE_HEAD += ("without launches / floor", "bound by", "")
 
 
 def launch_row(case: Case, backend: str, x: Launch) -> list[str]:
-    widths = x.main_loop.global_loads
     instructions = 128 * sum(loop.clocks["issue slots"] for loop in x.loops)
+    widths = x.main_loop.global_loads
     return [
         case.label,
         f"{backend} {x.work.kernel}",
         str(x.work.blocks),
         str(x.threads),
         str(x.kernel.registers),
-        str(x.kernel.spills),
+        str(x.kernel.local_accesses),
         str(x.shared),
         f"{100 * x.occupancy:.0f} %",
         " ".join(f"{n} x {w}" for w, n in sorted(widths.items())) or "-",
-        f"{instructions / max(elements(case), 1):.1f}",
+        f"{instructions / max(x.work.elements, 1):.1f}",
         str(sum(i.name in ("HMMA", "HGMMA") for i in x.main_loop.instructions)),
         f"{1e6 * max(x.seconds.values()):.1f}",
         f"{1e6 * x.seconds['memory']:.1f}",
@@ -79,12 +79,8 @@ def launch_row(case: Case, backend: str, x: Launch) -> list[str]:
     ]
 
 
-LAUNCH_HEAD = ("case", "kernel", "blocks", "threads", "registers", "spills", "shared bytes", "occupancy")
+LAUNCH_HEAD = ("case", "kernel", "blocks", "threads", "registers", "local accesses", "shared bytes", "occupancy")
 LAUNCH_HEAD += ("loads x bytes", "instructions", "mma", "us", "memory us", "bound by", "matched", "")
-
-
-def elements(case: Case) -> int:
-    return sum(x.numel() for x in case.inputs()[0])
 
 
 def report(cases: list[Case], found: dict[str, list[list[Launch]]]) -> str:

@@ -1,4 +1,4 @@
-"""What nvcc or Triton made of a kernel: registers, spills, width of loads, loops, and what a pass through them costs."""
+"""What nvcc or Triton made of a kernel: registers, width of loads, loops, and what a pass through them costs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ class Instruction(NamedTuple):
     @property
     def ends(self) -> bool:
         """Nothing falls through it."""
-        return self.name in ("BRA", "BRX", "EXIT", "RET") and not self.predicate and not re.match(r"!?U?P\d", self.operands)
+        return (
+            self.name in ("BRA", "BRX", "EXIT", "RET")
+            and not self.predicate
+            and not re.match(r"!?U?P\d", self.operands)
+        )
 
     @property
     def clocks(self) -> dict[str, float]:
@@ -73,7 +77,7 @@ class Instruction(NamedTuple):
         elif re.match(r"D(FMA|ADD|MUL|SETP|MNMX)$", self.name):
             used["fp64"] = 0.5
         elif self.bytes:
-            used["loads"] = max(1.0, self.bytes / 4)
+            used["loads"] = max(1.0, self.bytes / 4) if self.name in GLOBAL else 1.0  # shared: at least
         elif self.name in ("HMMA", "HGMMA"):
             used["tensor cores"] = _products(self.opcode) / (2048 * 0.8)  # mma.sync: 800 of 990 TFLOP/s
         elif self.name not in ON_FP32:
@@ -149,12 +153,9 @@ class Kernel:
         return self.usage["REG"]
 
     @property
-    def spills(self) -> int:
-        """Instructions that put something into local memory or take it back."""
+    def local_accesses(self) -> int:
+        """Loads and stores of local memory: spilt registers, or an array whose index the compiler does not know."""
         return sum(i.name in ("LDL", "STL") for block in self.blocks for i in block)
-
-    def count(self, *names: str) -> int:
-        return sum(i.name in names for block in self.blocks for i in block)
 
     @cached_property
     def loops(self) -> dict[int, set[int]]:
@@ -181,7 +182,9 @@ class Kernel:
     def executed(self, bytes_at: dict[Place, float], warps: float) -> list[Loop]:
         """What ran, from the bytes that all lanes together touched at each place: loops, and all else once per warp."""
         bytes_at = self._aligned(bytes_at)
-        inner = {at: min((len(body), head) for head, body in self.loops.items() if at in body)[1] for at in self._looped}
+        inner = {
+            at: min((len(body), head) for head, body in self.loops.items() if at in body)[1] for at in self._looped
+        }
         paths = {head: self._path(head, body, bytes_at) for head, body in self.loops.items()}
         own = {
             head: [i for at in path if inner[at] == head for i in self._ran(at, bytes_at)]
@@ -189,12 +192,13 @@ class Kernel:
         }
         passes = dict.fromkeys(own, 0.0)
         for place, total in bytes_at.items():
+            triton = bool(place) and ".py:" in place[0]  # its interpreter sees global memory alone
             of_loop = {
-                head: sum(i.bytes for i in part if i.place == place and (i.bytes and i.name not in FREE))
+                head: sum(i.bytes for i in part if i.place == place and (i.name in GLOBAL or not triton))
                 for head, part in own.items()
             }
             heads = [head for head, n in of_loop.items() if n]
-            if heads and ".py:" not in place[0]:  # of a loop and its remainder; Triton makes none
+            if heads and not triton:  # of a loop and its remainder; Triton makes none
                 heads = [max(heads, key=lambda h: of_loop[h])]
             for head in heads:
                 passes[head] = max(passes[head], total / len(heads) / of_loop[head] / 32)
