@@ -1,5 +1,5 @@
 """The GPU launches of a case, without a GPU: native ones from the executor of tests/cuda_on_cpu, Triton's from its
-interpreter. A few blocks of each launch run, at the case's own shapes, and stand for all of them; results are not right.
+interpreter. A few blocks of each launch run, at the case's own shapes, and stand for all of them; no result is right.
 """
 
 from __future__ import annotations

@@ -14,12 +14,13 @@ Every figure here is {SAID}: made by `python -m benchmarks.counted` on a machine
 of nvcc and Triton and from a few blocks of each launch, run at the case's own shape on the executor of
 tests/cuda_on_cpu or in Triton's interpreter, which stand for all of its blocks.
 
-* **floor**: what forward and backward have to move at least, at {MEMORY / 1e12:.1f} TB/s (docs/benchmarks.md says what is counted).
+* **floor**: what forward and backward have to move at least, at {MEMORY / 1e12:.1f} TB/s.
 * **traffic**: what all launches move to and from memory. A tensor counts once per launch, more often where the blocks
   that run at a time touch more than L2 holds.
 * **predicted**: for each launch the slowest of its resources, always busy, plus {LAUNCH * 1e6:.0f} us; memory
-  {MEMORY / 1e12:.1f} TB/s, L2 {L2 / 1e12:.1f} TB/s, {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:.1f} GHz, of which as many are busy as there
-  are blocks. A bound from below: latency, waves that do not fill and launches from Python are not in it.
+  {MEMORY / 1e12:.1f} TB/s, L2 {L2 / 1e12:.1f} TB/s, {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:.1f} GHz,
+  of which as many are busy as there are blocks. A bound from below: latency, waves that do not fill and Python are not
+  in it.
 * **instructions**: of a warp's 32 lanes, per element of the student in the launch's main loops and around them.
 """
 
@@ -83,6 +84,24 @@ LAUNCH_HEAD = ("case", "kernel", "blocks", "threads", "registers", "local access
 LAUNCH_HEAD += ("loads x bytes", "instructions", "mma", "us", "memory us", "bound by", "matched", "")
 
 
+def kernel_rows(both: list[tuple[Case, str, list[Launch]]]) -> list[list[str]]:
+    worst: dict[str, tuple[Case, Launch]] = {}
+    for case, backend, launches in both:
+        for x in launches:
+            name = f"{case.group} {backend} {x.work.kernel}"
+            if name not in worst or max(x.seconds.values()) > max(worst[name][1].seconds.values()):
+                worst[name] = case, x
+    rows = []
+    for name, (case, x) in sorted(worst.items()):
+        first, second = sorted(x.seconds, key=lambda unit: -x.seconds[unit])[:2]
+        units = [f"{unit} {1e6 * x.seconds[unit]:.1f}" for unit in (first, second)]
+        rows.append([name, case.label, f"{x.seconds[first] / max(x.seconds['memory'], 1e-12):.1f}", *units, SAID])
+    return rows
+
+
+KERNEL_HEAD = ("kernel", "case", "over memory", "bound by, us", "then, us", "")
+
+
 def report(cases: list[Case], found: dict[str, list[list[Launch]]]) -> str:
     both = [(case, backend, of[i]) for i, case in enumerate(cases) for backend, of in found.items()]
     launches = [launch_row(case, backend, x) for case, backend, of in both for x in of]
@@ -91,8 +110,12 @@ def report(cases: list[Case], found: dict[str, list[list[Launch]]]) -> str:
         f"## Cases ({SAID})\n",
         table(CASE_HEAD, [case_row(*x) for x in both]),
         f"\n## Launches ({SAID})\n",
-        "Loads and mma are those of one pass through the loop that takes most issue slots, on the path that ran; matched"
-        " is the share\nof the bytes touched whose source line the machine code has a load or store of.\n",
+        "Loads and mma are those of one pass through the loop that takes most issue slots, on the path that ran;\n"
+        "local accesses are spilt registers, or arrays that are indexed at run time; matched is the share of the bytes\n"
+        "touched whose source line the machine code has a load or store of.\n",
         table(LAUNCH_HEAD, launches),
+        f"\n## What binds each kernel ({SAID})\n",
+        "In the case where it takes longest; the factor is over the time that its memory traffic takes.\n",
+        table(KERNEL_HEAD, kernel_rows(both)),
     ]
     return "\n".join(parts) + "\n"
