@@ -76,9 +76,9 @@ def launch(work: Work, kernel: Kernel, threads: int, shared: int) -> Launch:
             clocks[unit] = clocks.get(unit, 0.0) + n
     busy = min(MULTIPROCESSORS, work.blocks)
     resident = min(work.blocks, MULTIPROCESSORS * occupancy(kernel.registers, threads, shared) * 2048 / threads)
-    fits = work.distinct / work.blocks * resident < L2_SIZE  # what is asked for again is still in L2
+    again = work.requested - work.once if work.once / work.blocks * resident > L2_SIZE else 0.0  # no longer in L2
     seconds = {unit: n / busy / CLOCK for unit, n in clocks.items()}
-    seconds["memory"] = (min(work.distinct, work.requested) if fits else work.requested) / MEMORY
+    seconds["memory"] = (min(work.distinct, work.once) + again) / MEMORY
     seconds["L2"] = work.requested / L2
     return Launch(work, kernel, threads, shared, loops, seconds)
 

@@ -17,11 +17,11 @@ from .cases import Case, Provider
 from .sass import Place
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = 3  # of each launch: the first, one between, the last
+BLOCKS = 8  # of each launch, evenly spread
 
 
 class Work(NamedTuple):
-    """One launch. Bytes of global memory: those of all tensors touched, and those of all sectors asked for."""
+    """One launch. Bytes of global memory: of the tensors touched; of each block's sectors once; of all it asks for."""
 
     elements: int  # of the student in this case
     kernel: str
@@ -29,6 +29,7 @@ class Work(NamedTuple):
     threads: int  # of a block; 0: as compiled
     dynamic_shared: int
     distinct: int
+    once: float
     requested: float
     bank_conflicts: float
     bytes_at: dict[Place, float]  # by source line, shared memory included where it is known
@@ -66,6 +67,7 @@ def _of_executor(x: Any, elements: int) -> Work:
         threads,
         x.dynamic_shared,
         x.distinct_read + x.distinct_written,
+        32 * x.sectors_once * share,
         32 * x.sectors * share,
         x.bank_conflicts * share,
         {place: n * share for place, n in x.bytes.items()},
@@ -114,14 +116,17 @@ def interpreted(cases: list[Case]) -> list[list[Work]]:
     grid_dim, grid_idx = builder.set_grid_dim, builder.set_grid_idx
     load, store = builder.create_masked_load, builder.create_masked_store
     touched: dict[Place, float] = {}
-    sectors, pointers = [0], [np.zeros(0, np.int64)]
+    of_block: set[int] = set()
+    sectors, once, pointers = [0], [0], [np.zeros(0, np.int64)]
 
     def note(ptrs: Any, mask: Any) -> None:
         size = max(ptrs.get_element_ty().primitive_bitwidth // 8, 1)
         active = np.broadcast_to(ptrs.data, np.broadcast(ptrs.data, mask.data).shape)[mask.data.astype(bool)]
         place = _place()
         touched[place] = touched.get(place, 0) + size * active.size
-        sectors[0] += np.unique(active // 32).size
+        asked = np.unique(active // 32)
+        sectors[0] += asked.size
+        of_block.update(asked.tolist())
         if active.size:
             pointers.append(np.array([active.flat[0], active.flat[-1]]).astype(np.int64))
 
@@ -137,20 +142,32 @@ def interpreted(cases: list[Case]) -> list[list[Work]]:
     interpreter.GridExecutor._restore_args_dev = lambda *a: None  # everything is on the CPU already
     found: list[list[Work]] = []
 
+    def begin(program: int) -> None:
+        once[0] += len(of_block)
+        of_block.clear()
+        grid_idx(program, 0, 0)
+
     def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
         if not programs:
             return
         touched.clear()
-        sectors[0], pointers[1:] = 0, []
-        sample = sorted({i * (programs - 1) // (BLOCKS - 1) for i in range(BLOCKS)})
+        sectors[0], once[0], pointers[1:] = 0, 0, []
+        most = min(BLOCKS, programs)
+        sample = [(2 * i + 1) * programs // (2 * most) for i in range(most)]
         builder.set_grid_dim = lambda *dims: grid_dim(programs, 1, 1)
-        builder.set_grid_idx = lambda x, y, z: grid_idx(sample[x], 0, 0)
+        builder.set_grid_idx = lambda x, y, z: begin(sample[x])
         kernel[(len(sample),)](*args, **options)
+        once[0] += len(of_block)
+        of_block.clear()
         share, at = programs / len(sample), np.concatenate(pointers)
         spans = {(x.data_ptr(), x.numel() * x.itemsize) for x in _tensors((*args, *options.values()))}
         distinct = sum(n for begin, n in spans if np.any((at >= begin) & (at < begin + n)))
         places = {place: n * share for place, n in touched.items()}
-        found[-1].append(Work(0, kernel.__name__, programs, 0, 0, distinct, 32 * sectors[0] * share, 0.0, places))
+        found[-1].append(
+            Work(
+                0, kernel.__name__, programs, 0, 0, distinct, 32 * once[0] * share, 32 * sectors[0] * share, 0.0, places
+            )
+        )
 
     with launching(launch):
         for case in cases:

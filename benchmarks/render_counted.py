@@ -15,8 +15,8 @@ of nvcc and Triton and from a few blocks of each launch, run at the case's own s
 tests/cuda_on_cpu or in Triton's interpreter, which stand for all of its blocks.
 
 * **floor**: what forward and backward have to move at least, at {MEMORY / 1e12:.1f} TB/s.
-* **traffic**: what all launches move to and from memory. A tensor counts once per launch, more often where the blocks
-  that run at a time touch more than L2 holds.
+* **traffic**: what all launches move to and from memory. What several blocks read counts once per launch; what
+  one block reads again counts again where the blocks that run at a time touch more than L2 holds.
 * **predicted**: for each launch the slowest of its resources, always busy, plus {LAUNCH * 1e6:.0f} us; memory
   {MEMORY / 1e12:.1f} TB/s, L2 {L2 / 1e12:.1f} TB/s, {MULTIPROCESSORS} multiprocessors at {CLOCK / 1e9:.1f} GHz,
   of which as many are busy as there are blocks. A bound from below: latency, waves that do not fill and Python are not
@@ -111,8 +111,8 @@ def report(cases: list[Case], found: dict[str, list[list[Launch]]]) -> str:
         table(CASE_HEAD, [case_row(*x) for x in both]),
         f"\n## Launches ({SAID})\n",
         "Loads and mma are those of one pass through the loop that takes most issue slots, on the path that ran;\n"
-        "local accesses are spilt registers, or arrays that are indexed at run time; matched is the share of the bytes\n"
-        "touched whose source line the machine code has a load or store of.\n",
+        "local accesses are spilt registers, or arrays that are indexed at run time; matched is the share of the\n"
+        "bytes touched whose source line the machine code has a load or store of.\n",
         table(LAUNCH_HEAD, launches),
         f"\n## What binds each kernel ({SAID})\n",
         "In the case where it takes longest; the factor is over the time that its memory traffic takes.\n",

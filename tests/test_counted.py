@@ -59,7 +59,7 @@ def test_the_branch_that_ran_is_counted() -> None:
 def test_the_slowest_resource_is_the_prediction() -> None:
     kernel = Kernel("k", {"REG": 32}, CODE)
     places = {("k.cu:4",): 32 * 4 * 1e6, ("k.cu:6",): 128.0}
-    found = launch(Work(1, "k", 132, 128, 0, 6000000, 6e6, 5e6, places), kernel, 128, 0)
+    found = launch(Work(1, "k", 132, 128, 0, 6000000, 6e6, 6e6, 5e6, places), kernel, 128, 0)
     assert found.seconds["memory"] == 6e6 / MEMORY
     assert found.seconds["special functions"] == pytest.approx(2e6 / 132 / 1.7e9)
     assert found.bound == "loads"  # two of the loop, and the conflicts of banks

@@ -67,6 +67,7 @@ class Launch(NamedTuple):
     shared_requests: int
     bank_conflicts: int
     blocks_run: int
+    sectors_once: int
     kernel_with_types: str
     bytes: dict[Place, int]
 

@@ -119,9 +119,9 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   memory::begin_launch(parameters, bytes);
   const uint64_t blocks = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
   bool going = true;
-  const uint64_t most = sample ? std::min<uint64_t>(sample, blocks) : blocks;  // of a sample the first, the last, some between
+  const uint64_t most = sample ? std::min<uint64_t>(sample, blocks) : blocks;  
   for (uint64_t b = 0; b < most && going; ++b) {
-    const uint64_t at = most == blocks || most == 1 ? b : b * (blocks - 1) / (most - 1), i = reverse ? blocks - 1 - at : at;
+    const uint64_t at = (2 * b + 1) * blocks / (2 * most), i = reverse ? blocks - 1 - at : at;
     ++launch->blocks_run;
     indices.block = {unsigned(i % c.grid.x), unsigned(i / c.grid.x % c.grid.y), unsigned(i / c.grid.x / c.grid.y)};
     memory::begin_block();
@@ -151,7 +151,7 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
   for (const auto& r : cuda_on_cpu::records) {
     text += r.name + "\t" + size(r.grid) + "\t" + size(r.block);
     for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
-                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run})
+                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run, r.sectors_once})
       text += "\t" + std::to_string(n);
     text += "\t" + offset_of(r.kernel) + "\t";
     for (const auto& [path, bytes] : r.bytes) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "state.h"
 
@@ -49,6 +50,7 @@ const void* pc;  // of the access at hand
 bool fenced;                                                  // this block wrote nothing since its last __threadfence
 std::unordered_map<uintptr_t, std::vector<Intervals>> released;  // by an atomic's address
 std::vector<Intervals> acquired;
+std::unordered_set<uintptr_t> block_sectors;  // of a sample
 
 Page* page_of(uintptr_t a) {
   const uintptr_t number = a / kPage;
@@ -159,6 +161,7 @@ void next_interval() {
 void begin_block() {
   next_interval();
   block_first = interval;
+  block_sectors.clear();
   fenced = false;
   acquired.clear();
 }
@@ -230,6 +233,7 @@ void write_cell(Cell& c, uintptr_t a, bool global, bool atomic) {
 // Distinct bytes as if the launch touched all of a tensor that it touched somewhere.
 void sampled(uintptr_t begin, size_t bytes, bool write) {
   (write ? launch->written : launch->read) += bytes;
+  launch->sectors_once += block_sectors.insert(begin / 32).second;
   auto tensor = tensors.upper_bound(begin);
   if (tensor == tensors.begin() || !launch->touched.insert({(--tensor)->first, write}).second) return;
   (write ? launch->distinct_written : launch->distinct_read) += tensor->second - tensor->first;

@@ -35,7 +35,7 @@ struct LaunchRecord {
   uint64_t read = 0, written = 0, distinct_read = 0, distinct_written = 0;
   uint64_t global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
   const void* kernel = nullptr;
-  uint64_t blocks_run = 0;
+  uint64_t blocks_run = 0, sectors_once = 0;  // of a sample; once: each sector once per block
   std::set<std::pair<uintptr_t, bool>> touched;  // tensors read, and written
   std::map<std::vector<const void*>, uint64_t> bytes;  // by the calls that led to an access, innermost first; of a sample
 };
