@@ -67,10 +67,28 @@ CASES = [
     relational_case("rkd", kdkernels.rkd_loss, published.rkd, 128, 512),
     relational_case("pkt", kdkernels.pkt_loss, published.pkt, 64, 512, "kernel"),
     relational_case("pkt", kdkernels.pkt_loss, published.pkt, 256, 2048, "kernel"),
+    relational_case("pkt", kdkernels.pkt_loss, published.pkt, 256, 64, "kernel"),
+    relational_case("cc", kdkernels.cc_loss, published.cc, 256, 64, "kernel"),
     relational_case("cc", kdkernels.cc_loss, published.cc, 64, 512, "kernel"),
     relational_case("cc", kdkernels.cc_loss, published.cc, 256, 2048, "kernel"),
     relational_case("irg", kdkernels.irg_loss, published.irg, 64, 512, "kernel"),
     relational_case("irg", kdkernels.irg_loss, published.irg, 256, 2048, "kernel"),
+    relational_case(
+        "correlation of neighbours",
+        kdkernels.neighbour_correlation_loss,
+        published.neighbour_correlation,
+        64,
+        2048,
+        "kernel",
+    ),
+    relational_case(
+        "correlation of neighbours",
+        kdkernels.neighbour_correlation_loss,
+        published.neighbour_correlation,
+        256,
+        512,
+        "kernel",
+    ),
 ]
 
 

@@ -35,6 +35,9 @@ def liger_kd() -> Loss | None:
 
 LOSSES: dict[str, tuple[Loss, Loss, int]] = {
     "kd": (kdkernels.kd_loss, published.kd, 0),
+    "kd reverse": (partial(kdkernels.kd_loss, divergence="reverse"), published.kd_reverse, 0),
+    "kd jsd": (partial(kdkernels.kd_loss, divergence="jsd"), published.kd_jsd, 0),
+    "kd standardized": (partial(kdkernels.kd_loss, standardize=True), published.kd_standardized, 0),
     "stkd": (kdkernels.stkd_loss, published.stkd, 2),
     "dkd": (partial(kdkernels.stkd_loss, ce_weight=0.0, kd_weight=1.0, decouple=(1.0, 8.0)), published.dkd, 1),
 }
@@ -64,6 +67,12 @@ CASES = [
     case("kd", 4096, 1000, BF16),
     case("kd", 4096, 1000, FP16),
     case("kd", 8192, 32000, gain=slow_on_cpu("kernel")),
+    case("kd reverse", 64, 100),
+    case("kd reverse", 1024, 1000),
+    case("kd jsd", 64, 100),
+    case("kd jsd", 1024, 1000),
+    case("kd standardized", 64, 100),
+    case("kd standardized", 1024, 1000),
     case("stkd", 64, 100),
     case("stkd", 256, 1000),
     case("stkd", 1024, 1000),

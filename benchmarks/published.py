@@ -15,6 +15,24 @@ def kd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
     return F.kl_div(log_q, q, reduction="sum") * temperature**2 / student.shape[0]
 
 
+def kd_reverse(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    return kd(teacher, student, temperature)
+
+
+def kd_jsd(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """As in TRL, at beta 0.5."""
+    log_q, log_p = (F.log_softmax(x / temperature, dim=1) for x in (student, teacher))
+    log_m = torch.logsumexp(torch.stack([log_q, log_p]) + math.log(0.5), dim=0)
+    parts = [F.kl_div(log_m, x, reduction="sum", log_target=True) for x in (log_p, log_q)]
+    return 0.5 * (parts[0] + parts[1]) * temperature**2 / student.shape[0]
+
+
+def kd_standardized(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """Logit standardisation (CVPR 2024)."""
+    student, teacher = ((x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-7) for x in (student, teacher))
+    return kd(student, teacher, temperature)
+
+
 def stkd(
     student: Tensor, teacher: Tensor, target: Tensor, target_mixed: Tensor, lam: Tensor, temperature: float = 4.0
 ) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 Row = dict[str, Any]
 TITLES = {
     "softmax_kl": "Logits: `kd_loss`, `stkd_loss`",
+    "logits": "Logits: `nkd_loss`, `dist_loss`, `mlld_loss`, `cwd_loss`",
     "gram": "One layer pair: `sp_loss`",
     "energy": "Energy maps: `at_loss`, `ft_loss`",
     "angular_margin": "One layer pair: `amd_loss`",

@@ -25,13 +25,22 @@ import torch
 
 import kdkernels
 
-from . import bench_angular_margin, bench_channel_gram, bench_energy, bench_gram, bench_losses, bench_softmax_kl
+from . import (
+    bench_angular_margin,
+    bench_channel_gram,
+    bench_energy,
+    bench_gram,
+    bench_logit_losses,
+    bench_losses,
+    bench_softmax_kl,
+)
 from .bench_training_step import training_step
 from .cases import PEERS, Case, Inputs, Provider, check, errors, oracle, providers
 from .timing import CUDA, Timed, cold, graphed, launches, machine, peak_memory, quantile, take_turns, timed
 
 CASES: list[Case] = [
     *bench_softmax_kl.CASES,
+    *bench_logit_losses.CASES,
     *bench_gram.CASES,
     *bench_energy.CASES,
     *bench_angular_margin.CASES,

@@ -4,6 +4,7 @@
 #include "bindings_energy.h"
 #include "bindings_gram.h"
 #include "bindings_multi_level.h"
+#include "bindings_neighbour_correlation.h"
 #include "bindings_nkd.h"
 #include "bindings_relation.h"
 #include "bindings_softmax_kl.h"
@@ -71,6 +72,8 @@ void define(StableLibrary& m) {
       "relation_irg(Tensor measures, float eps, bool squared" + relation,
       "relation_pkt(Tensor measures, float eps" + relation,
       "relation_cc(Tensor measures, float[] coefficients, bool normalize" + relation,
+      "neighbour_correlation_forward(Tensor student, Tensor teacher) -> Tensor",
+      "neighbour_correlation_backward(Tensor grad, Tensor student, Tensor teacher) -> Tensor",
       "nkd_forward(" + nkd + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
       "nkd_backward(Tensor grad, " + nkd + ", Tensor stats, Tensor scale) -> Tensor",
       "softmax_pearson_forward(Tensor student, Tensor teacher, float temperature, float beta, float gamma, float eps) "
@@ -113,6 +116,8 @@ void implement_on_cpu(StableLibrary& m) {
   m.impl("relation_irg", kd::boxed<kd::relation_irg>);
   m.impl("relation_pkt", kd::boxed<kd::relation_pkt>);
   m.impl("relation_cc", kd::boxed<kd::relation_cc>);
+  m.impl("neighbour_correlation_forward", kd::boxed<kd::neighbour_correlation_forward>);
+  m.impl("neighbour_correlation_backward", kd::boxed<kd::neighbour_correlation_backward>);
   m.impl("nkd_forward", kd::boxed<kd::nkd_forward>);
   m.impl("nkd_backward", kd::boxed<kd::nkd_backward>);
   m.impl("softmax_pearson_forward", kd::boxed<kd::softmax_pearson_forward>);

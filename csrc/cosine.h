@@ -1,7 +1,7 @@
 // Products and cosines of rows, for gram.cpp.
 #pragma once
 
-#include "matrix.h"
+#include "short_rows.h"
 
 namespace kd {
 namespace KD_ISA {

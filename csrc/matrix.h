@@ -167,6 +167,7 @@ struct SquaredDistances {
   }
 };
 
+// As inner_products in short_rows.h: for rows of many columns, for bf16 as it is, and for distances
 template <typename P, typename Tile = InnerProducts>
 void inner_products_as(const Rows& a, int64_t first, int64_t count, const Rows& b, bool symmetric, int64_t begin,
                        int64_t end, double* out, int64_t out_stride) {
@@ -185,16 +186,6 @@ void inner_products_as(const Rows& a, int64_t first, int64_t count, const Rows& 
       for (int64_t j = 0; j < (symmetric ? i + 1 : rows_b); j += kTile)
         Tile::tile(pack_a + i * stride, pack_b + j * stride, stride, width, out + i * out_stride + j, out_stride);
   }
-}
-
-// out[i, j] = <a_{first + i}, b_j> over columns [begin, end), for i < count; with `symmetric` only j <= i is right.
-// `out` has round_up(count, kTile) rows of `out_stride` >= round_up(b.count, kTile) numbers.
-template <typename T>
-void inner_products(const Rows& a, int64_t first, int64_t count, const Rows& b, bool symmetric, int64_t begin,
-                    int64_t end, double* out, int64_t out_stride) {
-  const bool bf16 = a.type == DType::bf16 && b.type == DType::bf16 && sizeof(T) == 4 && multiplies_bf16();
-  const auto products = bf16 ? inner_products_as<Bf16> : inner_products_as<T>;
-  products(a, first, count, b, symmetric, begin, end, out, out_stride);
 }
 
 // ---- weighted sums of rows ----
@@ -261,15 +252,24 @@ int64_t weighted_scratch(int64_t count, int64_t m, int64_t slice) {
   return width + m * width + round_up(count, kTall) * (width + 2 * Vector<T>::lanes);
 }
 
-// out = finish(W Q) for all columns, in parallel
+// out = finish(W Q) for all columns, in parallel. Where threads outnumber the slices of columns, they share the rows
+// too.
 template <typename T, typename F>
 void weighted_rows(const Pool& pool, const T* packed_w, int64_t count, const Rows& q, const F& finish) {
-  const int64_t slice = weighted_slice(q.count + count), tasks = ceil_div(q.width, slice);
-  parallel(pool, tasks, kProducts / (q.count * count * slice + 1), [&](int64_t begin, int64_t end) {
-    Buffer<T> scratch(weighted_scratch<T>(count, q.count, slice));
-    for (int64_t task = begin; task < end; ++task)
-      weighted_sum<T>(packed_w, count, q, task * slice, min(slice, q.width - task * slice), scratch, finish);
-  });
+  if (count == 0 || q.width == 0) return;
+  const int64_t slice = weighted_slice(q.count + count), slices = ceil_div(q.width, slice);
+  const int64_t share = round_up(ceil_div(count, ceil_div(pool.threads, slices)), kTall);
+  parallel(pool, slices * ceil_div(count, share), kProducts / (q.count * share * slice + 1),
+           [&](int64_t begin, int64_t end) {
+             Buffer<T> scratch(weighted_scratch<T>(share, q.count, slice));
+             for (int64_t task = begin; task < end; ++task) {
+               const int64_t column = task % slices * slice, first = task / slices * share;
+               weighted_sum<T>(
+                   packed_w + first * q.count, min(share, count - first), q, column, min(slice, q.width - column),
+                   scratch,
+                   [&](int64_t row, int64_t from, int64_t n, T* values) { finish(first + row, from, n, values); });
+             }
+           });
 }
 
 }  // namespace

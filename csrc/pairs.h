@@ -1,7 +1,7 @@
 // Numbers of all pairs of a batch's rows, for gram.cpp and relation.cpp: Gram matrices and squared distances.
 #pragma once
 
-#include "matrix.h"
+#include "short_rows.h"
 
 namespace kd {
 namespace KD_ISA {
@@ -44,12 +44,11 @@ void pair_matrices(const Rows* features, int64_t count, int64_t batch, const Poo
       const int64_t matrix = task / blocks, first = task % blocks * kBlock, last = min(batch, first + kBlock);
       Out* to = out + matrix * batch * batch;
       for (int64_t i = first; i < last; ++i) {
-        const double* from = k + matrix * parts * size + i * stride;
-        for (int64_t j = 0; j <= i; ++j) {
-          double sum = 0;
-          for (int64_t part = 0; part < parts; ++part) sum += from[part * size + j];
-          to[i * batch + j] = static_cast<Out>(sum);
-        }
+        double* sum = k + matrix * parts * size + i * stride;
+        for (int64_t part = 1; part < parts; ++part)
+#pragma omp simd
+          for (int64_t j = 0; j <= i; ++j) sum[j] += sum[part * size + j];
+        for (int64_t j = 0; j <= i; ++j) to[i * batch + j] = static_cast<Out>(sum[j]);
       }
       for (int64_t j = 0; j < last; ++j)
         for (int64_t i = max(first, j + 1); i < last; ++i) to[j * batch + i] = to[i * batch + j];

@@ -26,23 +26,43 @@ inline InverseNorm cc_norm(double square, bool normalize) {
   return norm == 0 ? InverseNorm{0, 0} : InverseNorm{inverse, norm < eps ? 0 : inverse * inverse};
 }
 
+// Those of all rows of K
+class InverseNorms {
+ public:
+  template <typename T, typename F>
+  InverseNorms(const T* k, int64_t n, const F& of_square) : buffer_(2 * n), inverse(buffer_), along(buffer_ + n) {
+    for (int64_t i = 0; i < n; ++i) {
+      const InverseNorm norm = of_square(double(k[i * n + i]));
+      inverse[i] = norm.inverse;
+      along[i] = norm.along;
+    }
+  }
+
+ private:
+  Buffer<double> buffer_;
+
+ public:
+  double *const inverse, *const along;
+};
+
 // Row i of W from that of H + H^T; w may be the latter
 template <typename T, typename H>
-inline void row_through_cosines(int64_t n, int64_t i, const T* k, const InverseNorm* norms, const H* both, T* w) {
-  const double own = norms[i].inverse;
+inline void row_through_cosines(int64_t n, int64_t i, const T* k, const InverseNorms& norms, const H* both, T* w) {
+  const double own = norms.inverse[i];
+  const double* inverse = norms.inverse;
   double inner = 0;
 #pragma omp simd reduction(+ : inner)
   for (int64_t j = 0; j < n; ++j) {
-    const double value = double(both[j]) * own * norms[j].inverse;
+    const double value = double(both[j]) * own * inverse[j];
     inner += value * double(k[j]);
     w[j] = static_cast<T>(value);
   }
-  w[i] = static_cast<T>(double(w[i]) - norms[i].along * inner);
+  w[i] = static_cast<T>(double(w[i]) - norms.along[i] * inner);
 }
 
 // dloss/dQ = W Q from h = dloss/dC, C_ij = <q_i, q_j> / (|q_i| |q_j|)
 template <typename T>
-void through_cosines(const Pool& pool, int64_t n, const T* k, const InverseNorm* norms, const double* h, T* w) {
+void through_cosines(const Pool& pool, int64_t n, const T* k, const InverseNorms& norms, const double* h, T* w) {
   over_symmetrised(
       pool, n, h, [&](int64_t i, const double* both) { row_through_cosines(n, i, k + i * n, norms, both, w + i * n); });
 }
@@ -74,22 +94,19 @@ void pkt(const Pkt& x, const Pool& pool) {
   const int64_t n = x.batch;
   const T *k_s = static_cast<const T*>(x.measures), *k_t = k_s + n * n;
   T *loss = static_cast<T*>(x.loss), *w = static_cast<T*>(x.gradient_matrix);
-  Buffer<InverseNorm> norms(2 * n);
+  const auto norm = [&](double square) { return pkt_norm(square, x.eps); };
+  const InverseNorms norms_s(k_s, n, norm), norms_t(k_t, n, norm);
   Buffer<double> buffer(n + (w ? n * n : 0));
-  InverseNorm *norms_s = norms, *norms_t = norms_s + n;
   double *row_losses = buffer, *h = w ? row_losses + n : nullptr;
-  for (int64_t i = 0; i < n; ++i) {
-    norms_s[i] = pkt_norm(double(k_s[i * n + i]), x.eps);
-    norms_t[i] = pkt_norm(double(k_t[i * n + i]), x.eps);
-  }
   over_rows(pool, n, 40 * n, [&](int64_t i) {
     Buffer<double> row(2 * n);  // the student's p, then the teacher's
     double *p = row, *q = p + n, sum_s = 0, sum_t = 0;
-    const double own_s = 0.5 * norms_s[i].inverse, own_t = 0.5 * norms_t[i].inverse;
+    const double *inverse_s = norms_s.inverse, *inverse_t = norms_t.inverse;
+    const double own_s = 0.5 * inverse_s[i], own_t = 0.5 * inverse_t[i];
 #pragma omp simd reduction(+ : sum_s, sum_t)
     for (int64_t j = 0; j < n; ++j) {
-      p[j] = double(k_s[i * n + j]) * own_s * norms_s[j].inverse + 0.5;
-      q[j] = double(k_t[i * n + j]) * own_t * norms_t[j].inverse + 0.5;
+      p[j] = double(k_s[i * n + j]) * own_s * inverse_s[j] + 0.5;
+      q[j] = double(k_t[i * n + j]) * own_t * inverse_t[j] + 0.5;
       sum_s += p[j];
       sum_t += q[j];
     }
@@ -129,21 +146,18 @@ void cc(const Cc& x, const Pool& pool) {
   const int64_t n = x.batch;
   const T *k_s = static_cast<const T*>(x.measures), *k_t = k_s + n * n;
   T *loss = static_cast<T*>(x.loss), *w = static_cast<T*>(x.gradient_matrix);
-  Buffer<InverseNorm> norms(2 * n);
+  const auto norm = [&](double square) { return cc_norm(square, x.normalize); };
+  const InverseNorms norms_s(k_s, n, norm), norms_t(k_t, n, norm);
   Buffer<double> row_losses(n);
-  InverseNorm *norms_s = norms, *norms_t = norms_s + n;
   double* losses = row_losses;
-  for (int64_t i = 0; i < n; ++i) {
-    norms_s[i] = cc_norm(double(k_s[i * n + i]), x.normalize);
-    norms_t[i] = cc_norm(double(k_t[i * n + i]), x.normalize);
-  }
   over_rows(pool, n, 8 * x.count * n, [&](int64_t i) {
     Buffer<T> row(5 * n);
+    const double *inverse_s = norms_s.inverse, *inverse_t = norms_t.inverse;
     T *s = row, *t = s + n, *value_s = t + n, *value_t = value_s + n, *slope = value_t + n;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      s[j] = static_cast<T>(double(k_s[i * n + j]) * norms_s[i].inverse * norms_s[j].inverse);
-      t[j] = static_cast<T>(double(k_t[i * n + j]) * norms_t[i].inverse * norms_t[j].inverse);
+      s[j] = static_cast<T>(double(k_s[i * n + j]) * inverse_s[i] * inverse_s[j]);
+      t[j] = static_cast<T>(double(k_t[i * n + j]) * inverse_t[i] * inverse_t[j]);
     }
     power_series(x.coefficients, x.count, n, t, value_t, slope);
     power_series(x.coefficients, x.count, n, s, value_s, slope);

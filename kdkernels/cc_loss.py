@@ -21,8 +21,8 @@ from .ops.checks import (
     check_positive,
     check_reduction,
     check_rows,
-    compute_dtype,
 )
+from .ops.neighbour_correlation import NeighbourRows, neighbour_correlation
 from .ops.relation import CC
 from .relations import relation_of
 
@@ -130,6 +130,4 @@ def neighbour_correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     ``cc_loss``.
     """
     check_rows(student, teacher, "neighbour_correlation_loss", same_width=True)
-    dtype = compute_dtype(student, teacher)
-    delta = (student.to(dtype) - teacher.detach().to(dtype)).abs()
-    return (delta[:-1] * delta[1:]).sum() / max(len(delta) - 1, 1)
+    return neighbour_correlation(NeighbourRows(student, teacher.detach()))

@@ -29,6 +29,8 @@ from kdkernels.ops.linear_kd import definition as linear_definition
 from kdkernels.ops.linear_kd import op as linear_op
 from kdkernels.ops.multi_level import definition as multi_level_definition
 from kdkernels.ops.multi_level import op as multi_level_op
+from kdkernels.ops.neighbour_correlation import definition as neighbour_definition
+from kdkernels.ops.neighbour_correlation import op as neighbour_op
 from kdkernels.ops.nkd import definition as nkd_definition
 from kdkernels.ops.nkd import op as nkd_op
 from kdkernels.ops.relation import definition as relation_definition
@@ -68,6 +70,7 @@ def by_definition() -> Iterator[None]:
         patch.setattr(angular_op, "_op", angular_definition.angular_margin)
         patch.setattr(correlation_op, "_op", correlation_definition.correlation)
         patch.setattr(linear_op, "_op", linear_definition.linear_kd)
+        patch.setattr(neighbour_op, "_op", neighbour_definition.neighbour_correlation)
         patch.setattr(nkd_op, "_op", nkd_definition.nkd)
         patch.setattr(pearson_op, "_op", pearson_definition.softmax_pearson)
         patch.setattr(multi_level_op, "_op", multi_level_definition.multi_level)

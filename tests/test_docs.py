@@ -288,7 +288,9 @@ QUOTED = {
     "student and teacher must have the same width (project the student)": lambda: kdkernels.alignment_loss(X, Y[:, :9]),
     "needs as many student as teacher layers": lambda: kdkernels.sp_loss([X], [Y, Y]),
     "views must be 1 or more and divide the number of rows": lambda: kdkernels.correlation_loss(X, Y),
-    "no stages (layer1, stages.0, ...) found in": lambda: kdkernels.training.stage_names(torch.nn.Linear(1, 1)),
+    "no stages (layer1, stages.0, encoder.layer.0, ...) found in": lambda: kdkernels.training.stage_names(
+        torch.nn.Linear(1, 1)
+    ),
     "backend 'triton' was asked for by name and cannot run softmax_kl": lambda: on("triton"),
 }
 

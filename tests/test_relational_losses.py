@@ -173,23 +173,6 @@ def test_no_tensor_of_all_triples_or_differences() -> None:
     assert max(sizes) <= 2**16 + 96**2
 
 
-# ---- RepDistiller's Correlation
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_neighbour_correlation(dtype: torch.dtype) -> None:
-    s, t = (torch.randn(6, 9, device=DEVICE).to(dtype) for _ in range(2))
-    s.requires_grad_()
-    delta = (s.detach().double() - t.double()).requires_grad_()
-    expected = (delta.abs()[:-1] * delta.abs()[1:]).sum(1).mean()
-    loss = neighbour_correlation_loss(s, t)
-    check_close("loss", loss, expected, 1e-5)
-    check_close("gradient", torch.autograd.grad(loss, s)[0], torch.autograd.grad(expected, delta)[0], 1e-5, dtype)
-    assert neighbour_correlation_loss(s[:1], t[:1]).item() == 0
-    with pytest.raises(ValueError, match="same width"):
-        neighbour_correlation_loss(s, t[:, :3])
-
-
 # ---- gram, cosine_similarity
 
 

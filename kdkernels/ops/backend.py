@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 OPS = ("softmax_kl", "gram", "energy", "angular_margin")
-CPU_OPS = ("relation", "nkd", "softmax_pearson", "multi_level")  # native kernels for the CPU; the reference elsewhere
+# native kernels for the CPU; the reference elsewhere
+CPU_OPS = ("relation", "neighbour_correlation", "nkd", "softmax_pearson", "multi_level")
 MODULES = {"native": "native", "triton": "triton_kernels", "reference": "reference"}  # each backend's in an op's folder
 VARIABLE = "KDKERNELS_BACKEND"
 # auto tries these in turn, fastest first; a device that is not listed has the reference alone. On CUDA native comes

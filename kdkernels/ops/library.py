@@ -153,7 +153,7 @@ def _with_copies(body: Callable[..., Any]) -> Callable[..., Any]:
 
     def with_copies(*args: Any) -> tuple[Any, ...]:
         need_grad = args[-1]
-        return *body(*args), [x.clone() for x in args[1:] if isinstance(x, Tensor) and need_grad]
+        return *_several(body(*args)), [x.clone() for x in args[1:] if isinstance(x, Tensor) and need_grad]
 
     return with_copies
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from . import data, runs
 from .data.augment import make_augmentation
 from .distillation import Distillation, eval_mode
-from .loop import fit, make_accelerator
+from .loop import fit
 from .methods import METHODS, Method, make_method
 from .models import load_weights, make_model, output_of
 
@@ -30,9 +30,11 @@ def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
     console = Console(quiet=not PartialState(cpu=not torch.accelerator.is_available()).is_main_process)
     method = _method(args.method, args.weight)
-    runs.check_free(args.output, args.overwrite)
-    if method.needs_teacher and args.teacher is None:
-        runs.check_free(args.output / TEACHER, args.overwrite)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    for folder in (args.output, args.output / TEACHER):
+        if not args.resume and (folder == args.output or (method.needs_teacher and args.teacher is None)):
+            runs.check_free(folder, args.overwrite)
     split = data.load(args.data, size=args.image_size, label=args.label_column, streaming=args.streaming)
     args.model, args.teacher_model = args.model or split.models[0], args.teacher_model or split.models[1]
     workers = split.workers if args.workers is None else args.workers
@@ -44,20 +46,20 @@ def train(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     teacher = _teacher(args, split, augment, console) if method.needs_teacher else None
 
-    # after the teacher's training, whose own accelerator overwrites the state that all of them share
-    accelerator = make_accelerator(args.mixed_precision, args.accumulate)
     set_seed(args.seed)
     student = make_model(args.model, split.channels, split.classes)
     history = fit(
-        _distillation(args, teacher, student, method, augment).to(accelerator.device),
+        _distillation(args, teacher, student, method, augment),
         train_loader,
         test_loader,
         epochs=args.epochs,
         lr=args.lr,
+        accumulate=args.accumulate,
+        mixed_precision=args.mixed_precision,
         output=args.output,
         overwrite=args.overwrite,
+        resume=args.resume,
         seed=args.seed,
-        accelerator=accelerator,
     )
     best = max(row["test_accuracy"] for row in history)
     console.print(
@@ -145,6 +147,7 @@ def _teacher(args: argparse.Namespace, split: data.Split, augment: nn.Module | N
         lr=0.05,
         output=folder,
         overwrite=args.overwrite,
+        resume=args.resume,
         seed=args.seed,
     )
     console.print(f"teacher: {history[-1]['test_accuracy']:.1f} %, kept in {folder / 'last.safetensors'}")

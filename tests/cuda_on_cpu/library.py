@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import subprocess
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +42,15 @@ def install(mode: str, files: Mapping[str, str] | None = None) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+Place = tuple[str, ...]  # "gram.cu:54", innermost first: the lines of csrc that led to an access
+
+
 class Launch(NamedTuple):
     """One kernel launch. The bytes of global memory are counted in the checked build alone, what is below them there
     after ``library.cuda_on_cpu_count(1)``: accesses of warps, 32-byte sectors, passes over the banks beyond the first.
+
+    After ``library.cuda_on_cpu_sample(n)`` as well only n blocks of each launch run, at any shape, unchecked and with
+    results that are not right; what they touched is counted by place too, shared memory included.
     """
 
     kernel: str
@@ -57,6 +66,10 @@ class Launch(NamedTuple):
     sectors: int
     shared_requests: int
     bank_conflicts: int
+    blocks_run: int
+    sectors_once: int
+    kernel_with_types: str
+    bytes: dict[Place, int]
 
 
 def launches(library: ctypes.CDLL) -> list[Launch]:
@@ -64,10 +77,36 @@ def launches(library: ctypes.CDLL) -> list[Launch]:
     library.cuda_on_cpu_launches.restype = ctypes.c_char_p
     found = []
     for line in library.cuda_on_cpu_launches().decode().splitlines():
-        name, grid, block, *numbers = line.split("\t")
+        name, grid, block, *numbers, address, paths = line.split("\t")
         sizes = [tuple(map(int, text.split())) for text in (grid, block)]
-        found.append(Launch(name, *sizes, *map(int, numbers)))  # type: ignore[arg-type]
+        of_path = [tuple(map(int, path.split())) for path in paths.split(";") if path]
+        places: dict[Place, int] = {}
+        for bytes_, *offsets in of_path:
+            place = sum((_source(library._name, offset) for offset in offsets), ())
+            places[place] = places.get(place, 0) + bytes_
+        found.append(Launch(name, *sizes, *map(int, numbers), _function(library._name, int(address)), places))  # type: ignore[arg-type]
     return found
+
+
+@cache
+def _function(path: str, offset: int) -> str:
+    """forward_kernel<float, true> and the like, without namespaces and parameters."""
+    command = ["addr2line", "-f", "-C", "-e", path, hex(offset)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return plain_name(said.splitlines()[0])
+
+
+def plain_name(name: str) -> str:
+    """A demangled kernel's name with its template arguments alone."""
+    return re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name).partition("(")[0].strip()
+
+
+@cache
+def _source(path: str, offset: int) -> Place:
+    """Lines of csrc that an instruction of the library came from, with what was inlined where."""
+    command = ["addr2line", "-i", "-e", path, hex(offset)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(f"{file}:{line}" for file, line in re.findall(r"^(?:.*/)?csrc/(\S+):(\d+)", said, re.M))
 
 
 class Probe:

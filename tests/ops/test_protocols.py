@@ -13,13 +13,20 @@ from kdkernels.ops.angular_margin.op import AngularMargin
 from kdkernels.ops.energy.op import Energy
 from kdkernels.ops.gram.op import Gram
 from kdkernels.ops.multi_level.op import MultiLevel
+from kdkernels.ops.neighbour_correlation.op import NeighbourCorrelation
 from kdkernels.ops.nkd.op import NKD
 from kdkernels.ops.relation.op import Relation
 from kdkernels.ops.softmax_kl.op import SoftmaxKL
 from kdkernels.ops.softmax_pearson.op import SoftmaxPearson
 
 PROTOCOLS = {"softmax_kl": SoftmaxKL, "gram": Gram, "energy": Energy, "angular_margin": AngularMargin}
-CPU_PROTOCOLS = {"relation": Relation, "nkd": NKD, "softmax_pearson": SoftmaxPearson, "multi_level": MultiLevel}
+CPU_PROTOCOLS = {
+    "relation": Relation,
+    "neighbour_correlation": NeighbourCorrelation,
+    "nkd": NKD,
+    "softmax_pearson": SoftmaxPearson,
+    "multi_level": MultiLevel,
+}
 ALL = PROTOCOLS | CPU_PROTOCOLS
 METHODS = [
     (op, method)
@@ -38,7 +45,7 @@ def implementation(op: str, name: str) -> ModuleType:
 def test_every_op_has_its_protocol() -> None:
     assert set(PROTOCOLS) == set(backend.OPS)
     assert set(CPU_PROTOCOLS) == set(backend.CPU_OPS)
-    assert len(METHODS) == 3 + 8 + 4 + 2 + 4 + 3 * 3
+    assert len(METHODS) == 3 + 8 + 4 + 2 + 4 + 4 * 3
 
 
 @pytest.mark.parametrize(

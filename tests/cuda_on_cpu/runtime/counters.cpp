@@ -61,7 +61,20 @@ uint64_t conflicts_of(const Access& a) {
 
 }  // namespace
 
+namespace {
+
+// By the calls that led here, as an access in a helper belongs to whoever called it.
+void note_path(size_t bytes, const void* pc) {
+  std::vector<const void*> path;
+  for (auto frame = static_cast<void**>(__builtin_frame_address(0)); frame && path.size() < 24; frame = static_cast<void**>(*frame))
+    if (!path.empty() || frame[1] == pc) path.push_back(frame[1]);
+  launch->bytes[path] += bytes;
+}
+
+}  // namespace
+
 void note(uintptr_t address, size_t bytes, bool global, const void* pc) {
+  if (sample) note_path(bytes, pc);
   const unsigned number = running->number;
   Access& a = accesses[{number / kWarp, turns[number][pc]++, pc}];
   a.global = global;

@@ -1,4 +1,5 @@
 // Launches: what is valid, the blocks in turn, the shared memory of each, and a record for those who count.
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 
@@ -11,6 +12,7 @@
 namespace cuda_on_cpu {
 
 LaunchRecord* launch = nullptr;
+unsigned sample = 0;
 
 namespace {
 
@@ -108,6 +110,7 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   if (records.size() == kMostRecords) records.pop_front();
   records.push_back({name, c.grid, c.block, c.shared});
   launch = &records.back();
+  launch->kernel = kernel;
   if (const char* reason = why_invalid(c, bytes, kernel)) return set_error(launch->name + ": " + reason);
   const CatchSegfaults guard;
   indices.block_size = c.block;
@@ -116,8 +119,10 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   memory::begin_launch(parameters, bytes);
   const uint64_t blocks = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
   bool going = true;
-  for (uint64_t b = 0; b < blocks && going; ++b) {
-    const uint64_t i = reverse ? blocks - 1 - b : b;
+  const uint64_t most = sample ? std::min<uint64_t>(sample, blocks) : blocks;  
+  for (uint64_t b = 0; b < most && going; ++b) {
+    const uint64_t at = (2 * b + 1) * blocks / (2 * most), i = reverse ? blocks - 1 - at : at;
+    ++launch->blocks_run;
     indices.block = {unsigned(i % c.grid.x), unsigned(i / c.grid.x % c.grid.y), unsigned(i / c.grid.x / c.grid.y)};
     memory::begin_block();
     shared_variables.clear();
@@ -132,6 +137,13 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
 }  // namespace cuda_on_cpu
 
 // What Python reads: see library.py.
+namespace {
+std::string offset_of(const void* pc) {  // in the library
+  Dl_info info{};
+  return std::to_string(dladdr(pc, &info) ? static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) : 0);
+}
+}  // namespace
+
 extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launches() {
   static std::string text;
   const auto size = [](const dim3& d) { return std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z); };
@@ -139,10 +151,18 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
   for (const auto& r : cuda_on_cpu::records) {
     text += r.name + "\t" + size(r.grid) + "\t" + size(r.block);
     for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
-                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts})
+                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run, r.sectors_once})
       text += "\t" + std::to_string(n);
+    text += "\t" + offset_of(r.kernel) + "\t";
+    for (const auto& [path, bytes] : r.bytes) {
+      text += std::to_string(bytes);
+      for (const void* pc : path) text += " " + offset_of(static_cast<const char*>(pc) - 1);
+      text += ";";
+    }
     text += "\n";
   }
   cuda_on_cpu::records.clear();
   return text.c_str();
 }
+
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_sample(unsigned blocks) { cuda_on_cpu::sample = blocks; }

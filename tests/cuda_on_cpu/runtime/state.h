@@ -1,6 +1,8 @@
 // What the executor's own files share. Rewritten sources see execution.h alone.
 #pragma once
 
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -32,11 +34,16 @@ struct LaunchRecord {
   // counted in the checked build; distinct: each two bytes of global memory once per launch
   uint64_t read = 0, written = 0, distinct_read = 0, distinct_written = 0;
   uint64_t global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
+  const void* kernel = nullptr;
+  uint64_t blocks_run = 0, sectors_once = 0;  // of a sample; once: each sector once per block
+  std::set<std::pair<uintptr_t, bool>> touched;  // tensors read, and written
+  std::map<std::vector<const void*>, uint64_t> bytes;  // by the calls that led to an access, innermost first; of a sample
 };
 
 extern Thread* running;  // null outside of kernels
 extern LaunchRecord* launch;
 extern bool reverse;     // blocks, warps and lanes from the last to the first
+extern unsigned sample;  // run so many blocks of each launch, and count: nothing is checked, no result is right; 0: all
 // Runs the kernel's body in every thread of the block; false if it failed.
 bool run_block(const dim3& block, void (*body)(const void*), const void* parameters);
 // Ends the kernel that runs; the launch's status tells why. `pc`: the instruction whose source line to name.

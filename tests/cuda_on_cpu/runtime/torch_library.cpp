@@ -84,7 +84,7 @@ AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dim, const int64_t* sizes
   if (status || __real_aoti_torch_get_data_ptr(*out, &data)) return status;
   int64_t bytes = 0;
   aoti_torch_get_storage_size(*out, &bytes);
-  if (data && bytes) std::memset(data, 0xff, bytes);  // NaN in every floating-point type
+  if (data && bytes && !sample) std::memset(data, 0xff, bytes);  // NaN in every floating-point type
   allow_tensor(*out, data, memory::readable | memory::writable);
   return status;
 }
