@@ -38,7 +38,9 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def valid(self, given: str) -> str:
-        close = get_close_matches(given.partition("=")[0], self.names, n=3, cutoff=0.6)
+        given = given.partition("=")[0]
+        begins = [name for name in self.names if name.startswith(given)]
+        close = begins or get_close_matches(given, self.names, n=2, cutoff=0.7)
         return f"did you mean {' or '.join(close)}?" if close else f"options are {', '.join(self.names)}"
 
     def error(self, message: str) -> NoReturn:

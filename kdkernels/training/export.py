@@ -46,8 +46,8 @@ def export(args: argparse.Namespace) -> str:
     size = args.output.stat().st_size / 1e6
     return (
         f"{args.output}: {args.model}, images (N, {', '.join(map(str, shape))}) to (N, {expected.shape[1]}), "
-        f"{size:.1f} MB; batches of {', '.join(map(str, COMPARED))} images give the network's logits, but for {difference:.0e} of "
-        "the largest"
+        f"{size:.1f} MB; batches of {', '.join(map(str, COMPARED))} images give the network's logits, but for "
+        f"{difference:.0e} of the largest"
     )
 
 
