@@ -6,7 +6,6 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 import yaml
 
 from .. import __version__
+from ..doctor import version_of
 from . import runs
 
 CONFIG, VERSIONS = "config.yaml", "versions.json"
@@ -29,8 +29,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
     found = {"kdkernels": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    installed = {dist.name: dist.version for dist in metadata.distributions()}
-    found |= {package: installed[package] for package in PACKAGES if package in installed}
+    found |= {package: version for package in PACKAGES if (version := version_of(package)) is not None}
     device = torch.accelerator.current_accelerator()
     found["device"] = "cpu" if device is None else torch.get_device_module(device).get_device_name()
     found["threads"] = str(torch.get_num_threads())

@@ -23,6 +23,7 @@ class Table:
 
     def __init__(self, args: argparse.Namespace, entries: list[Entry], taught: float | None) -> None:
         self.args, self.entries, self.taught = args, entries, taught
+        self.versions = record.versions(args)
 
     def best(self, method: str) -> Entry | None:
         """The best learning rate (and options) of a method by itself."""
@@ -59,7 +60,9 @@ class Table:
         widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
         padded = [" | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
         rule = " | ".join("-" * w for w in widths)
-        return "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
+        table = [f"| {line} |" for line in [padded[0], rule, *padded[1:]]]
+        failed = [f"- {e.name} at {e.lr:g} {_failure(e)}" for e in self.entries if e.failures]
+        return "\n".join([*table, "", *failed] if failed else table)
 
     def _cells(self, entry: Entry) -> list[str]:
         values = list(entry.accuracies.values())
@@ -67,9 +70,9 @@ class Table:
         against = "(the best)" if entry is self.best("alone") else "" if alone is None else str(alone)
         accuracy = mean_and_deviation(values) if values else ""
         if entry.failures:
-            accuracy = f"{accuracy}, " * bool(values) + _failure(entry).replace("|", "\\|")
+            accuracy = f"{accuracy}, " * bool(values) + f"{len(entry.failures)} failed"
         return [
-            entry.name.replace("|", "\\|"),
+            entry.name,
             f"{entry.lr:g}",
             str(len(values)),
             accuracy,
@@ -87,7 +90,7 @@ class Table:
             folder / "results.json",
             {
                 "settings": record.settings(self.args),
-                "versions": record.versions(self.args),
+                "versions": self.versions,
                 "teacher": self.taught,
                 "rows": rows,
             },

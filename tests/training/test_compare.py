@@ -161,4 +161,4 @@ def test_an_interrupted_run_goes_on_and_is_what_train_makes(tmp_path: Path, caps
 def test_nothing_but_failures_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with mock.patch.object(compare, "fit", side_effect=ValueError("no\nway")):
         assert cli.main(command(tmp_path, "--methods", "alone")) == 1
-    assert "failed with seed 0, 1: no |" in capsys.readouterr().out
+    assert "\n- alone at 0.1 failed with seed 0, 1: no\n" in capsys.readouterr().out
