@@ -12,7 +12,7 @@ import torch
 from . import __version__
 from .ops import backend
 
-TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib")
+TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib", "yaml")
 # GPU kernels whose cost is known: from a GPU's clock, or from their machine code (python -m benchmarks.counted)
 MEASURED: tuple[str, ...] = ()
 COUNTED = ("softmax_kl", "gram", "energy", "angular_margin")

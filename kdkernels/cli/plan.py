@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"Computed, not measured: {job.ranks} ranks of {job.batch} images, {job.whole} in a step; student "
         f"{_sizes(job.student)}, teacher {_sizes(job.teacher)} in {args.precision}.\n"
-        "Bytes that one rank sends in one step, with all-reduce and all-gather around a ring; an all-gather of all "
-        "features, which these losses do without, in the last column.\n"
+        "Bytes that one rank sends in one step, all-reduce and all-gather around a ring. Instead: were all features\n"
+        "gathered on every rank, which then would compute everything.\n"
     )
     print(f"{'loss':6} {'all_to_all':>12} {'all_reduce':>12} {'all_gather':>12} {'together':>12} {'instead':>12}")
     for name in names:

@@ -28,8 +28,8 @@ class Logits(nn.Module):
         return read(self.model(images), self.output, "model")[0]
 
 
-def complete(args: argparse.Namespace) -> None:
-    """Fill in the data and the network that were not named from the options of the run that the weights are of.
+def complete(args: argparse.Namespace, data: bool = True) -> None:
+    """Fill in the network, and the data, that were not named from the options of the run that the weights are of.
 
     Raises:
         ValueError: there is no such run, so that they must be named.
@@ -38,10 +38,10 @@ def complete(args: argparse.Namespace) -> None:
     options: dict[str, Any] = next(filter(None, (record.read(folder) for folder in folders)), {})
     taught = args.weights.resolve().parent.name == TEACHER
     args.model = args.model or options.get("teacher_model" if taught else "model")
-    if args.data is None:
+    if args.data is None and data:
         for name in OF_DATA:
             setattr(args, name, getattr(args, name) or options.get(name))
-    missing = [f"--{name}" for name in ("model", "data") if getattr(args, name) is None]
+    missing = [f"--{name}" for name in ("model", "data")[: 1 + data] if getattr(args, name) is None]
     if missing:
         raise ValueError(f"{args.weights} is in no run's folder, which would say more: give {' and '.join(missing)}")
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import nn
 
 from . import record, runs, tables
 from .callbacks import Callback
@@ -120,7 +121,7 @@ def _claim(args: argparse.Namespace) -> None:
 class _Runs:
     """All runs, seed by seed, so that a comparison that is cut short has all methods with the first seeds."""
 
-    def __init__(self, setting: Setting, teacher: object, table: tables.Table) -> None:
+    def __init__(self, setting: Setting, teacher: nn.Module | None, table: tables.Table) -> None:
         self.setting, self.teacher, self.table = setting, teacher, table
         self.console, self.folder = setting.console, setting.args.output / "runs"
         self.todo = self._left()

@@ -20,16 +20,14 @@ TOLERANCE = 1e-4  # of the largest logit
 
 def export(args: argparse.Namespace) -> str:
     """Write the file; return what it is, and by how much its outputs differ."""
-    if args.shape is not None:
-        args.data = args.data or "none"
-    complete(args)
-    if args.shape is not None:
-        shape, classes = args.shape, args.classes
-    else:
+    complete(args, data=args.shape is None)
+    if args.shape is None:
         split = split_of(args)
         shape, classes = tuple(next(iter(split.test))[0].shape), split.classes
-    if len(shape) != 3:
-        raise ValueError(f"--shape must be channels, height and width, got {shape}")
+    elif len(args.shape) == 3:
+        shape, classes = args.shape, args.classes
+    else:
+        raise ValueError(f"--shape must be channels, height and width, as 3x32x32, got {args.shape}")
     model = Logits(load(args.weights, args.model, shape[0], classes), args.model).eval()
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=generator) for n in COMPARED]
@@ -38,7 +36,7 @@ def export(args: argparse.Namespace) -> str:
     for images in batches:
         with torch.no_grad():
             expected = model(images)
-        given = runs_it(images)
+            given = runs_it(images)
         difference = max(difference, float((given - expected).abs().max() / expected.abs().max().clamp(min=1e-12)))
     if not difference <= TOLERANCE:
         args.output.unlink()
