@@ -42,9 +42,11 @@ def train(args: argparse.Namespace) -> None:
     train_loader = data.loader(dataset, args.batch_size, train=True, triplets=method.triplets, workers=workers)
     test_loader = data.loader(split.test, TEST_BATCH[workers > 0], train=False, workers=workers)
     set_seed(args.seed)
-    augment = _rehearse(args, _method(args.method, args.weight), split, train_loader)
+    teacher = _teacher(args, split) if method.needs_teacher else None
+    augment = _rehearse(args, teacher, split, train_loader)
     args.output.mkdir(parents=True, exist_ok=True)
-    teacher = _teacher(args, split, augment, console) if method.needs_teacher else None
+    if teacher is not None and args.teacher is None:
+        teacher = _train_teacher(args, split, augment, console)
 
     set_seed(args.seed)
     student = make_model(args.model, split.channels, split.classes)
@@ -68,26 +70,31 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
-def _rehearse(args: argparse.Namespace, method: Method, split: data.Split, loader: DataLoader[Any]) -> nn.Module | None:
-    """One batch through untrained networks: what one of them or the method refuses, it refuses before a teacher is
-    trained. Returns the augmentation of the images."""
+def _rehearse(
+    args: argparse.Namespace, teacher: nn.Module | None, split: data.Split, loader: DataLoader[Any]
+) -> nn.Module | None:
+    """One batch through the networks: what one of them or the method refuses, it refuses before anything is trained.
+
+    Returns the augmentation of the images."""
     images, *labels = next(iter(loader))
     augment = make_augmentation(args.augment or split.augment, images.shape[-1])
-    student = _network("--model", args.model, split, images)
-    teacher = _network("--teacher-model", args.teacher_model, split, images) if method.needs_teacher else None
-    _distillation(args, teacher, student, method, augment)(images, *labels)
+    student = make_model(args.model, split.channels, split.classes)
+    _check_takes(student, "--model", args.model, images)
+    if teacher is not None:
+        _check_takes(teacher, "--teacher-model", args.teacher_model, images)
+    rehearsal = _distillation(args, teacher, student, _method(args.method, args.weight), augment)
+    rehearsal(images, *labels)
+    rehearsal.close()
     return augment
 
 
-def _network(option: str, name: str, split: data.Split, images: Tensor) -> nn.Module:
-    model = make_model(name, split.channels, split.classes)
+def _check_takes(model: nn.Module, option: str, name: str, images: Tensor) -> None:
     try:
         with eval_mode(model), torch.no_grad():
             model(images[:2])
     except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{option} {name} takes no images {tuple(images.shape[1:])}: {reason}") from None
-    return model
 
 
 def _distillation(
@@ -125,18 +132,23 @@ def _method(names: str, weights: Sequence[str]) -> Method:
     return make_method(names, **options[names]) if len(options) == 1 else make_method(list(options.items()))
 
 
-def _teacher(args: argparse.Namespace, split: data.Split, augment: nn.Module | None, console: Console) -> nn.Module:
-    set_seed(args.seed)
+def _teacher(args: argparse.Namespace, split: data.Split) -> nn.Module:
+    """The teacher with the weights that were given, if any were."""
     pretrained = str(args.teacher) == PRETRAINED
     teacher = make_model(args.teacher_model, split.channels, split.classes, pretrained)
-    if pretrained:
-        return teacher
-    if args.teacher is not None:
+    if args.teacher is not None and not pretrained:
         try:
             load_weights(teacher, args.teacher)
         except ValueError as error:
             raise ValueError(f"--teacher holds no teacher {args.teacher_model}: {error}") from None
-        return teacher
+    return teacher
+
+
+def _train_teacher(
+    args: argparse.Namespace, split: data.Split, augment: nn.Module | None, console: Console
+) -> nn.Module:
+    set_seed(args.seed)
+    teacher = make_model(args.teacher_model, split.channels, split.classes)
     folder = args.output / TEACHER
     workers = split.workers if args.workers is None else args.workers
     history = fit(
