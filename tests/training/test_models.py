@@ -255,9 +255,9 @@ def test_timm_and_torchvision_are_asked_for_their_models(monkeypatch: pytest.Mon
         ("googlenet", {"weights": None, "num_classes": 10, "aux_logits": False}),
         ("resnet18", {"weights": "DEFAULT"}),
     ]
-    with pytest.raises(ValueError, match="timm:resnet81 cannot be made: it has no model .* did you mean resnet18"):
+    with pytest.raises(ValueError, match=r"timm:resnet81 cannot be made: it has no model .* did you mean resnet18"):
         make_model("timm:resnet81", 3, 10)
-    with pytest.raises(ValueError, match="torchvision:resnet81 .*: it has no classifier .* did you mean resnet18"):
+    with pytest.raises(ValueError, match=r"torchvision:resnet81 .*: it has no classifier .* did you mean resnet18"):
         make_model("torchvision:resnet81", 3, 10)
     with pytest.raises(ValueError, match="images of 3 channels, the data has 1"):
         make_model("torchvision:resnet18", 1, 10)
