@@ -1,6 +1,10 @@
 // Helpers of the CPU kernels: scratch memory, threads, rows of any type.
 #pragma once
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -100,6 +104,36 @@ inline void store(DType dtype, void* base, int64_t offset, int64_t n, const T* f
       for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(static_cast<float>(from[i]));
     }
   }
+}
+
+// Whether stream() can write these bytes and should: that is, if the call writes so many in `total` that the caches do
+// not keep them until somebody reads them. Lines are written by one store each, or this is slower than store().
+inline bool streams(const void* to, int64_t bytes, int64_t total) {
+#ifdef __AVX512F__
+  constexpr int64_t kCached = int64_t(1) << 24, kLine = 64;
+  return total >= kCached && bytes % kLine == 0 && reinterpret_cast<uintptr_t>(to) % kLine == 0;
+#else
+  (void)to, (void)bytes, (void)total;
+  return false;
+#endif
+}
+
+// memcpy of whole cache lines past the caches, which else read each line before they write it. finish_streams() comes
+// before other threads may read them.
+inline void stream(void* to, const void* from, int64_t bytes) {
+#ifdef __AVX512F__
+  __m512i* out = static_cast<__m512i*>(to);
+  for (int64_t i = 0; i < bytes / 64; ++i)
+    _mm512_stream_si512(out + i, _mm512_loadu_si512(static_cast<const __m512i*>(from) + i));
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
+}
+
+inline void finish_streams() {
+#ifdef __AVX512F__
+  _mm_sfence();
+#endif
 }
 
 template <typename T>

@@ -80,19 +80,23 @@ void forward(const AttentionForward& x, const Pool& pool) {
   });
 }
 
+// `written`: bytes that the call writes in all
 template <typename T>
-void sample_backward(const MapBackward& x, const MapLayer& layer, int64_t index, int64_t sample, T* scratch) {
+void sample_backward(const MapBackward& x, const MapLayer& layer, int64_t index, int64_t sample, int64_t written,
+                     T* scratch) {
   const int64_t n = layer.height * layer.width, channels = layer.student.channels;
   const T grad = static_cast<const T*>(x.grad)[index * x.layer_stride + sample * x.sample_stride];
   const T* kappa = static_cast<const T*>(x.kappa) + layer.offset + sample * n;
   T* factor = scratch;
   for (int64_t k = 0; k < n; ++k) factor[k] = kappa[k] * grad;
   const bool last = layer.student.channels_last;
-  const int64_t rows = last ? n : channels, width = last ? channels : n;
+  const int64_t rows = last ? n : channels, width = last ? channels : n, bytes = width * int64_t(sizeof(T));
+  const bool streamed = layer.student.type == IsDType<T>::value && streams(layer.out, bytes, written);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t at = (sample * rows + i) * width;
     const T* a = load<T>(layer.student.type, layer.student.data, at, width, scratch + n);
-    T* out = destination<T>(layer.student.type, layer.out, at, scratch + n + width);
+    T* const buffer = scratch + n + width;
+    T* out = streamed ? buffer : destination<T>(layer.student.type, layer.out, at, buffer);
     if (last) {
       const T f = factor[i];
 #pragma omp simd
@@ -101,22 +105,26 @@ void sample_backward(const MapBackward& x, const MapLayer& layer, int64_t index,
 #pragma omp simd
       for (int64_t k = 0; k < width; ++k) out[k] = factor[k] * a[k];
     }
-    store<T>(layer.student.type, layer.out, at, width, out);
+    if (streamed) stream(static_cast<T*>(layer.out) + at, out, bytes);
+    else store<T>(layer.student.type, layer.out, at, width, out);
   }
 }
 
 template <typename T>
 void backward(const MapBackward& x, const Pool& pool) {
-  int64_t size = 0;
+  int64_t size = 0, written = 0;
   for (int64_t i = 0; i < x.count; ++i) {
+    const Activation& a = x.layers[i].student;
     const int64_t n = x.layers[i].height * x.layers[i].width;
-    size = max(size, n + 2 * max(n, x.layers[i].student.channels));
+    size = max(size, n + 2 * max(n, a.channels));
+    written += x.batch * a.channels * n * item_size(a.type);
   }
   parallel(pool, tasks(x), 1, [&](int64_t begin, int64_t end) {
     Buffer<T> scratch(size);
     each_task(x, begin, end, [&](const MapLayer& layer, int64_t index, int64_t sample) {
-      sample_backward<T>(x, layer, index, sample, scratch);
+      sample_backward<T>(x, layer, index, sample, written, scratch);
     });
+    finish_streams();
   });
 }
 

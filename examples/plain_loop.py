@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from kdkernels.training import Distillation
 from kdkernels.training.data import loader
 from kdkernels.training.defaults import default_optimizer, default_scheduler
-from kdkernels.training.loop import evaluate
+from kdkernels.training.evaluation import evaluate
 
 
 def train(distillation: Distillation, batches: DataLoader[Sequence[Tensor]], epochs: int, lr: float = 0.05) -> None:

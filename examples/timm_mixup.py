@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdkernels import stkd_loss
 from kdkernels.training.data import loader
-from kdkernels.training.loop import evaluate
+from kdkernels.training.evaluation import evaluate
 
 Mixup = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # timm.data.Mixup: images, labels -> images, dense target
 

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--output", type=Path, default=Path("runs/train"))
     train.add_argument("--overwrite", action="store_true", help="replace the run that the output folder holds")
+    train.add_argument("--resume", action="store_true", help="go on with the run in the output folder, if there is one")
     train.set_defaults(run=_train)
 
     teacher = commands.add_parser("teacher", help="write a language model's most likely tokens, to train on without it")
@@ -155,4 +156,5 @@ def _saved(args: argparse.Namespace) -> str:
         return "nothing was saved"
     from .training.runs import saved
 
-    return saved(args.output)
+    told = saved(args.output)
+    return f"{told}; --resume goes on from there" if hasattr(args, "resume") and told.startswith("saved") else told

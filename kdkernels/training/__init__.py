@@ -1,5 +1,6 @@
 """The thin trainer. It needs the extra "train": pip install '.[train]'."""
 
+from .callbacks import Callback
 from .distillation import Distillation, DistillationOutput
 from .methods import METHODS, Batch, Method, Outputs, make_method
 from .sequence import SequenceDistillation
@@ -10,6 +11,7 @@ from .taps import FeatureTaps
 __all__ = [
     "METHODS",
     "Batch",
+    "Callback",
     "Distillation",
     "DistillationOutput",
     "FeatureTaps",

@@ -131,7 +131,8 @@ def _train(
     if method.triplets:
         epochs = round(epochs / 3)  # each epoch shows three times the images
     loaders = data.loader(train, batch, train=True, triplets=method.triplets), data.loader(test, 1000, train=False)
-    where: dict[str, Any] = {"output": output, "overwrite": overwrite}
+    # a demo is not resumed, and no checkpoints are needed
+    where: dict[str, Any] = {"output": output, "overwrite": overwrite, "save_every": epochs, "trackers": ()}
     history = fit(distillation, *loaders, epochs=epochs, lr=lr, seed=seed, eval_every=5, **where)
     distillation.close()
     return history

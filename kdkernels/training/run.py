@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from . import data, runs
 from .distillation import Distillation
-from .loop import fit, make_accelerator
+from .loop import fit
 from .methods import METHODS, Method, make_method
 from .models import ConvNet, small_student, small_teacher
 
@@ -28,9 +28,11 @@ def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
     console = Console(quiet=not PartialState(cpu=not torch.accelerator.is_available()).is_main_process)
     method = _method(args.method, args.weight)
-    runs.check_free(args.output, args.overwrite)
-    if method.needs_teacher and args.teacher is None:
-        runs.check_free(args.output / TEACHER, args.overwrite)
+    if args.resume and args.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    for folder in (args.output, args.output / TEACHER):
+        if not args.resume and (folder == args.output or (method.needs_teacher and args.teacher is None)):
+            runs.check_free(folder, args.overwrite)
     split = data.load(args.data)
     dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
     train_loader = data.loader(dataset, args.batch_size, train=True, triplets=method.triplets)
@@ -40,20 +42,20 @@ def train(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     teacher = _teacher(args, split, console) if method.needs_teacher else None
 
-    # after the teacher's training, whose own accelerator overwrites the state that all of them share
-    accelerator = make_accelerator(args.mixed_precision, args.accumulate)
     set_seed(args.seed)
     student = small_student(split.channels, split.classes)
     history = fit(
-        Distillation(teacher, student, method).to(accelerator.device),
+        Distillation(teacher, student, method),
         train_loader,
         test_loader,
         epochs=args.epochs,
         lr=args.lr,
+        accumulate=args.accumulate,
+        mixed_precision=args.mixed_precision,
         output=args.output,
         overwrite=args.overwrite,
+        resume=args.resume,
         seed=args.seed,
-        accelerator=accelerator,
     )
     best = max(row["test_accuracy"] for row in history)
     console.print(
@@ -113,6 +115,7 @@ def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> C
         lr=0.05,
         output=folder,
         overwrite=args.overwrite,
+        resume=args.resume,
         seed=args.seed,
     )
     console.print(f"teacher: {history[-1]['test_accuracy']:.1f} %, kept in {folder / 'last.safetensors'}")

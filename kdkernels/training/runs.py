@@ -13,6 +13,7 @@ from .taps import unwrap
 
 METRICS = "metrics.csv"
 FILES = (METRICS, "last.safetensors", "best.safetensors")
+CHECKPOINTS = "checkpoint-*.safetensors"
 SHARDS = "shard-*.safetensors"  # of a teacher's cache
 
 
@@ -24,29 +25,40 @@ class WriteError(OSError):
 
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raise FileExistsError if the folder holds a run that nobody asked to overwrite."""
-    found = [name for name in FILES if (folder / name).exists()]
+    found = [path.name for path in _files(folder)]
     if found and not overwrite:
         raise FileExistsError(
-            f"{folder} holds a run already ({', '.join(found)}): name another folder, or ask for it to be overwritten "
-            "(overwrite=True, --overwrite)"
+            f"{folder} holds a run already ({', '.join(found)}): name another folder, go on with it (resume=True, "
+            "--resume), or ask for it to be overwritten (overwrite=True, --overwrite)"
         )
 
 
-def claim(folder: Path, overwrite: bool) -> None:
-    """Make the folder for a new run. Files of an earlier one go, so that none of them is taken for the new one's."""
-    check_free(folder, overwrite)
+def claim(folder: Path, overwrite: bool, resume: bool = False) -> None:
+    """Make the folder for a run. Files of an earlier one go, so that none of them is taken for the new one's."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("*.part"):  # half written when a process was killed
+        path.unlink()
+    if not resume:
+        check_free(folder, overwrite)
+        for path in _files(folder):
+            path.unlink()
 
 
-def save(folder: Path, student: nn.Module, history: Sequence[dict[str, float]], best: bool) -> None:
-    """The student's weights, then the metrics: an epoch in metrics.csv is saved."""
+def _files(folder: Path) -> list[Path]:
+    return [*(path for name in FILES if (path := folder / name).exists()), *sorted(folder.glob(CHECKPOINTS))]
+
+
+def save_student(folder: Path, student: nn.Module, names: Sequence[str]) -> None:
+    """The student's weights under each of the names, "last" or "best"."""
     from safetensors.torch import save_model  # of the extra "train"
 
     student = unwrap(student)  # the keys of the network itself, compiled or not
-    for name in ("last", "best") if best else ("last",):
+    for name in names:
         write_whole(folder / f"{name}.safetensors", lambda path: save_model(student, str(path)))
+
+
+def save_metrics(folder: Path, history: Sequence[dict[str, float]]) -> None:
+    """Last of all: an epoch in metrics.csv is saved."""
     write_whole(folder / METRICS, lambda path: _table(path, history))
 
 
@@ -68,11 +80,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+        _sync(path.parent)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise WriteError(f"{path} cannot be written: {reason}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """The new name reaches the disk too, where a folder can be opened."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def saved(folder: Path) -> str:

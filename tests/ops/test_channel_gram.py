@@ -9,7 +9,7 @@ import torch
 from checking import DEVICE, DTYPES, check_close, check_compiled, check_contract, check_op, gradients
 from torch import Tensor
 
-from kdkernels.ops.channel_gram import GramPairs, channel_gram
+from kdkernels.ops.channel_gram import GramPairs, channel_gram, reference
 from kdkernels.ops.channel_gram import channel_distance as op
 from kdkernels.ops.channel_gram.op import KINDS
 
@@ -42,6 +42,17 @@ def test_distance_meets_the_definition(channels: int, size: tuple[int, ...], dty
         channels = 2  # one channel is a sign, see below
     student, teacher = (layers_of(kind, channels=channels, size=size, dtype=dtype) for _ in range(2))
     n = len(student)
+    check_op(lambda *x: distance(list(x[:n]), list(x[n:]), kind), student, constants=teacher, upstream=1e3)
+
+
+@each_kind
+def test_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CACHED", 1)
+    student, teacher = ([torch.cat([x, x.flip(0)]) for x in layers_of(kind, channels=5, size=(4, 3))] for _ in range(2))
+    n, threads = len(student), torch.get_num_threads()
+    parts = reference._parts(*student)
+    if DEVICE == "cpu":
+        assert [part.start for part in parts] == list(range(0, 6, threads))
     check_op(lambda *x: distance(list(x[:n]), list(x[n:]), kind), student, constants=teacher, upstream=1e3)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_strides(layout: str) -> None:
         gradient = gradients(loss, [leaf])[0]
         expected = torch.channels_last if layout == "channels_last" else torch.contiguous_format
         assert gradient.is_contiguous(memory_format=expected)
+
+
+def test_more_gradient_than_the_caches_keep(backend: str) -> None:
+    if backend != "native" or os.environ.get("KDKERNELS_TEST_CUDA"):
+        pytest.skip("the CPU's kernels write 16 MB of gradients in another way")
+    shapes = [(2, 512, 32, 64), (2, 1024, 33, 33), (2, 3, 5, 5)]
+    students, teachers = ([activations(*shape) for shape in shapes] for _ in range(2))
+    views = [LAYOUTS["contiguous"], LAYOUTS["channels_last"], LAYOUTS["contiguous"]]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        maps = [view(x) for x, view in zip(tensors, 2 * views, strict=True)]
+        return attention(maps[:3], maps[3:])
+
+    check_op(loss, students, constants=teachers, upstream=1e3)
 
 
 def test_mixed_dtypes_of_student_and_teacher() -> None:

@@ -140,7 +140,7 @@ def test_the_command_line_fails_in_one_line(
     teacher = tmp_path / "teacher.safetensors"
     save_model(small_teacher(1, 10), str(teacher))
     unavailable = mock.Mock(side_effect=kdkernels.BackendError("no such kernels"))
-    monkeypatch.setattr("kdkernels.training.methods.kd.kd_loss", unavailable)
+    monkeypatch.setattr("kdkernels.training.methods.kd.KDLoss.forward", unavailable)
     assert message("--teacher", str(teacher)) == "kdkernels train: no such kernels"
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", "--epochs", "abc"])
@@ -195,7 +195,7 @@ def test_a_run_and_its_teacher_are_not_overwritten_unasked(tmp_path: Path, capsy
         ("kd+sp", ["300"], "--weight 300: say of which of kd, sp it is, as kd=300"),
         ("kd+sp", ["amd=0.2"], "'amd' is not among the methods kd+sp"),
         ("sp", ["much"], "must be a number or method=number, got 'much'"),
-        ("stkd", ["3"], "belongs to the methods kd, sp, amd"),
+        ("stkd", ["3"], "belongs to the methods kd, sp, nkd"),
         ("kd+kd", [], "a method twice"),
         ("kd+", [], "got ''"),
     ],

@@ -18,7 +18,7 @@ from kdkernels.training import (
     Outputs,
     make_method,
 )
-from kdkernels.training.loop import evaluate
+from kdkernels.training.evaluation import evaluate
 from kdkernels.training.methods import METHODS, MLLD
 
 METHODS_OF_TERMS = ["alone", "kd", "sp", "stkd", "amd", "at", "nst", "rkd", "pkt", "cc", "irg", "nkd", "dist", "mlld"]

@@ -21,8 +21,9 @@ from kdkernels.training import (
     fit,
     make_method,
 )
-from kdkernels.training.loop import evaluate, make_accelerator
+from kdkernels.training.evaluation import evaluate
 from kdkernels.training.models import small_student
+from kdkernels.training.trackers import make_accelerator
 
 
 def test_fit_writes_metrics_and_checkpoints(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from training_tools import images, loaders, make, network
 
 from kdkernels.training import Distillation, Method, fit, make_method
 from kdkernels.training.defaults import default_optimizer
-from kdkernels.training.loop import evaluate
+from kdkernels.training.evaluation import evaluate
 from kdkernels.training.models import BasicBlock, ConvNet, small_student
 from kdkernels.training.triplets import TripletDataset, collate_triplets, triplet_loader
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from kdkernels import cli
-from kdkernels.training import Distillation, data, fit, loop
+from kdkernels.training import Distillation, data, fit, loop, runs
 from kdkernels.training.models import small_student
 from kdkernels.training.runs import WriteError, saved
 
@@ -47,10 +47,14 @@ def full_disk(size: int) -> Iterator[None]:
 def test_a_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
     train(tmp_path)
     before = contents(tmp_path)
-    assert before.keys() == {"metrics.csv", "last.safetensors", "best.safetensors"}
+    names = {"metrics.csv", "last.safetensors", "best.safetensors", "checkpoint-000001.safetensors"}
+    assert before.keys() == names
     with (
-        mock.patch.object(loop, "_train_epoch", side_effect=AssertionError("it trains")),
-        pytest.raises(FileExistsError, match=r"holds a run already \(metrics.csv, last.*overwrite=True, --overwrite"),
+        mock.patch.object(loop, "train_epoch", side_effect=AssertionError("it trains")),
+        pytest.raises(
+            FileExistsError,
+            match=r"holds a run already \(metrics.csv, last.*resume=True, --resume.*overwrite=True, --overwrite",
+        ),
     ):
         train(tmp_path)
     assert contents(tmp_path) == before
@@ -65,9 +69,9 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path: Path) -> None:
     before = contents(tmp_path)
     size = len(before["last.safetensors"])
     with full_disk(size - 100), pytest.raises(WriteError, match=r"last.safetensors cannot be written: .*[Ff]ile too"):
-        loop.runs.save(tmp_path, small_student(1, 10), [{"epoch": 2.0}], best=True)
+        runs.save_student(tmp_path, small_student(1, 10), ["last"])
     with full_disk(40), pytest.raises(WriteError, match=r"metrics.csv cannot be written: File too large"):
-        loop.runs._write(tmp_path / "metrics.csv", lambda path: loop.runs._table(path, [{"epoch": 2.0}] * 100))
+        runs.save_metrics(tmp_path, [{"epoch": 2.0}] * 100)
     assert contents(tmp_path) == before
     weights = load_file(tmp_path / "last.safetensors")
     assert torch.equal(weights["fc.weight"], first.student.fc.weight.detach().cpu())
@@ -80,17 +84,29 @@ def run(folder: Path, *options: str) -> int:
 
 def test_ctrl_c_and_a_full_disk_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls: list[int] = []
-    evaluate = loop.evaluate
+    measure = loop.measure
 
-    def interrupted(*args: object) -> float:
+    def interrupted(*args: object) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return evaluate(*args)
+        return measure(*args)
 
-    with mock.patch.object(loop, "evaluate", interrupted):
+    with mock.patch.object(loop, "measure", interrupted):
         assert run(tmp_path / "a") == 130
-    assert capsys.readouterr().err == f"kdkernels train: interrupted; saved: {tmp_path}/a up to epoch 2\n"
+    assert (
+        capsys.readouterr().err
+        == f"kdkernels train: interrupted; saved: {tmp_path}/a up to epoch 2; --resume goes on from there\n"
+    )
+    whole = tmp_path / "whole"
+    assert run(tmp_path / "a", "--resume") == run(whole) == 0
+    assert (whole / "last.safetensors").read_bytes() == (tmp_path / "a" / "last.safetensors").read_bytes()
+    assert "up to epoch 4" in saved(tmp_path / "a")
+    capsys.readouterr()
+    assert run(whole, "--resume", "--overwrite") == run(whole, "--resume", "--lr", "0.2") == 2
+    together, other = capsys.readouterr().err.splitlines()
+    assert together.endswith("give one of them")
+    assert other == "kdkernels train: the run to resume has other settings: lr [0.1] (asked: [0.2])"
     with full_disk(1000):
         assert run(tmp_path / "b") == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import compute_dtype
 from .op import UNIT_EPS, GramPairs
 
-CACHED = 1 << 18  # numbers that stay in the cores' caches
+CACHED = 1 << 20  # numbers that a part's products may have for them to stay in the last cache
 Gradients = Callable[[], tuple[Tensor, ...]]
 # of X_s, Y_s, X_t, Y_t, some samples' (b, C, M): the values (b,), and what makes the gradients by X_s, or X_s and Y_s
 Distance = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Gradients]]
@@ -43,7 +43,9 @@ def _parts(*tensors: Tensor) -> list[slice]:
     if tensors[0].device.type != "cpu":
         return [slice(batch)]
     largest = max(t.shape[1] * (t.shape[1] + t.shape[2]) for t in tensors)
-    step = max(torch.get_num_threads(), CACHED // max(largest, 1))
+    parts = max(1, -(-batch * largest // CACHED))
+    threads = torch.get_num_threads()  # among which PyTorch deals out whole products
+    step = max(1, -(-batch // (parts * threads))) * threads
     return [slice(start, start + step) for start in range(0, batch, step)]
 
 
