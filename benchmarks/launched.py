@@ -20,6 +20,13 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = 8  # of each launch, evenly spread
 
 
+class Last(NamedTuple):
+    """What the last of several blocks does when all have arrived: on one multiprocessor."""
+
+    requested: float
+    bytes_at: dict[Place, float]
+
+
 class Work(NamedTuple):
     """One launch. Bytes of global memory: of the tensors touched; of each block's sectors once; of all it asks for."""
 
@@ -33,6 +40,9 @@ class Work(NamedTuple):
     requested: float
     bank_conflicts: float
     bytes_at: dict[Place, float]  # by source line, shared memory included where it is known
+    requests: float = 0.0  # of warps, to global memory
+    shared_requests: float = 0.0
+    last: Last | None = None
 
 
 def step(case: Case, backend: str) -> int:
@@ -71,6 +81,9 @@ def _of_executor(x: Any, elements: int) -> Work:
         32 * x.sectors * share,
         x.bank_conflicts * share,
         {place: n * share for place, n in x.bytes.items()},
+        x.global_requests * share,
+        x.shared_requests * share,
+        Last(32 * x.last_sectors, x.last_bytes) if x.last_bytes else None,
     )
 
 

@@ -52,7 +52,7 @@ def ratios(axes: Any, result: dict[str, Any]) -> None:
 def roofline(axes: Any, result: dict[str, Any]) -> None:
     """How near each step comes to the roof, which is 1."""
     machine = result["machine"]
-    for group, marker in zip(TITLES, "osP^vD", strict=True):
+    for group, marker in zip(TITLES, "osP^vDX", strict=True):
         rows = [row for row in result["cases"] if row["group"] == group]
         for name, color, alpha in (
             ("kdkernels", "#2f6f9f", 1.0),

@@ -39,11 +39,17 @@ SUMMARY = (
     "kd 64x100",
     "stkd 256x1000",
     "dkd 1024x1000",
+    "kd jsd 1024x1000",
+    "dist 1024x1000",
     "kd 8192x32000",
     "sp resnet8x4, 3 stages",
     "sp resnet50 256x2048x7x7",
     "amd resnet8x4, 3 stages",
     "amd resnet50 256x2048x7x7",
+    "at resnet8x4, 3 stages",
+    "nst wrn16-2 64x128x8x8",
+    "rkd 128x512",
+    "pkt 256x64",
     "mlkd correlation 16 images x 4 views x 128",
     "mlkd correlation 64 images x 4 views x 512",
 )
@@ -231,6 +237,12 @@ def summary(result: dict[str, Any]) -> str:
         time = milliseconds(row["providers"][ours(row)]["step"]).split(" ")[0]
         lines.append([name, time, _times(ratio(row, "eager")), _times(ratio(row, best_compile(row))), gain(row)])
     return table(["forward + backward, fp32", "ms", "eager", "torch.compile", "gain"], lines)
+
+
+def lost_summary(result: dict[str, Any]) -> str:
+    """The README's sentence on the rows that we lose."""
+    rows = [line.replace(" of our time", "") for line in lost(result["cases"])]
+    return f"Rows that we lose, as a share of our time: {'; '.join(rows)}." if rows else "No row is lost."
 
 
 def step_summary(result: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .cases import Case
 from .counted import CLOCK, L2, LAUNCH, MEMORY, MULTIPROCESSORS, SAID, Launch
+from .sass import Loop
 
 HEAD = f"""# GPU kernels by count, sm_90
 
@@ -31,24 +32,33 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def predicted(launches: list[Launch]) -> float:
-    return sum(max(x.seconds.values()) + LAUNCH for x in launches)
+    return sum(x.time + LAUNCH for x in launches)
+
+
+def traffic(case: Case, launches: list[Launch]) -> float:
+    return sum(x.traffic for x in launches) / case.bytes
+
+
+def bound(launches: list[Launch]) -> str:
+    """What most of the time goes to."""
+    by_unit: Counter[str] = Counter()
+    for x in launches:
+        by_unit[x.bound] += x.time  # type: ignore[assignment]
+    return by_unit.most_common(1)[0][0]
 
 
 def case_row(case: Case, backend: str, launches: list[Launch]) -> list[str]:
     floor, total = case.bytes / MEMORY, predicted(launches)
     work = total - LAUNCH * len(launches)
-    bound: Counter[str] = Counter()
-    for x in launches:
-        bound[x.bound] += max(x.seconds.values())  # type: ignore[assignment]
     return [
         case.label,
         backend,
         str(len(launches)),
         f"{1e6 * floor:.1f}",
-        f"{sum(x.traffic for x in launches) / case.bytes:.2f}",
+        f"{traffic(case, launches):.2f}",
         f"{1e6 * total:.1f}",
         f"{work / floor:.1f}",
-        bound.most_common(1)[0][0],
+        bound(launches),
         SAID,
     ]
 
@@ -57,9 +67,12 @@ CASE_HEAD = ("case", "backend", "launches", "floor us", "traffic / floor", "pred
 CASE_HEAD += ("without launches / floor", "bound by", "")
 
 
+def loads(loop: Loop) -> str:
+    return " ".join(f"{n} x {width}" for width, n in sorted(loop.global_loads.items()))
+
+
 def launch_row(case: Case, backend: str, x: Launch) -> list[str]:
     instructions = 128 * sum(loop.clocks["issue slots"] for loop in x.loops)
-    widths = x.main_loop.global_loads
     return [
         case.label,
         f"{backend} {x.work.kernel}",
@@ -69,10 +82,10 @@ def launch_row(case: Case, backend: str, x: Launch) -> list[str]:
         str(x.kernel.local_accesses),
         str(x.shared),
         f"{100 * x.occupancy:.0f} %",
-        " ".join(f"{n} x {w}" for w, n in sorted(widths.items())) or "-",
+        loads(x.main_loops[0]) or "-",
         f"{instructions / max(x.work.elements, 1):.1f}",
-        str(sum(i.name in ("HMMA", "HGMMA") for i in x.main_loop.instructions)),
-        f"{1e6 * max(x.seconds.values()):.1f}",
+        str(x.main_loops[0].products),
+        f"{1e6 * x.time:.1f}",
         f"{1e6 * x.seconds['memory']:.1f}",
         x.bound,
         f"{100 * x.kernel.matched(x.work.bytes_at):.0f} %",
@@ -89,7 +102,7 @@ def kernel_rows(both: list[tuple[Case, str, list[Launch]]]) -> list[list[str]]:
     for case, backend, launches in both:
         for x in launches:
             name = f"{case.group} {backend} {x.work.kernel}"
-            if name not in worst or max(x.seconds.values()) > max(worst[name][1].seconds.values()):
+            if name not in worst or x.time > worst[name][1].time:
                 worst[name] = case, x
     rows = []
     for name, (case, x) in sorted(worst.items()):
@@ -100,6 +113,38 @@ def kernel_rows(both: list[tuple[Case, str, list[Launch]]]) -> list[list[str]]:
 
 
 KERNEL_HEAD = ("kernel", "case", "over memory", "bound by, us", "then, us", "")
+
+
+def text(case: Case, backend: str, launches: list[Launch]) -> str:
+    """A case on the screen; benchmarks/NOTES.md says what each word means."""
+    floor, total = case.bytes / MEMORY, predicted(launches)
+    work = (total - LAUNCH * len(launches)) / floor
+    lines = [
+        f"{case.label} | {backend} | {SAID}",
+        f"  traffic {traffic(case, launches):.2f} of the floor {case.bytes / 1e6:.2f} MB"
+        f" | predicted {1e6 * total:.1f} us, without launches {work:.2f} of the floor {1e6 * floor:.1f} us"
+        f" | bound by {bound(launches)} | launches {len(launches)}",
+    ]
+    for x in launches:
+        units = sorted(((1e6 * s, unit) for unit, s in x.seconds.items()), reverse=True)
+        sectors, conflicts = x.work.requested / 32 / max(x.work.requests, 1), x.work.bank_conflicts
+        lines += [
+            f"  {x.work.kernel}",
+            f"    blocks {x.work.blocks} x {x.threads} threads | registers {x.kernel.registers}"
+            f" | local {x.kernel.local_accesses} | shared {x.shared} bytes | occupancy {100 * x.occupancy:.0f} %"
+            f" | matched {100 * x.kernel.matched(x.work.bytes_at):.0f} %",
+            f"    us {1e6 * x.time:.1f} | last block alone {1e6 * x.alone:.1f} | "
+            + ", ".join(f"{unit} {us:.1f}" for us, unit in units if us >= 0.05),
+            f"    memory {x.traffic / 1e6:.2f} MB | {sectors:.1f} sectors a request"
+            f" | bank conflicts {conflicts / max(x.work.shared_requests, 1):.2f} an access",
+        ]
+        lines += [
+            f"    loop {loop.passes * 32 / x.work.blocks / x.threads:.1f} passes a warp | loads {loads(loop) or '-'}"
+            f" | mma {loop.products} | {len(loop.instructions)} instructions,"
+            f" {128 * loop.clocks['issue slots'] / max(x.work.elements, 1):.2f} an element"
+            for loop in x.main_loops
+        ]
+    return "\n".join(lines)
 
 
 def report(cases: list[Case], found: dict[str, list[list[Launch]]]) -> str:

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +50,11 @@ class Instruction(NamedTuple):
         if self.name == "LDSM":
             return 4 * int(self.opcode[-1]) if self.opcode[-1] in "24" else 4
         return next((n for part, n in WIDTHS.items() if part in self.opcode.split(".")), 4)
+
+    @property
+    def touched(self) -> int:
+        """Bytes of global and shared memory: a copy from the one to the other counts twice."""
+        return self.bytes * (2 if self.name == "LDGSTS" else 1)
 
     @property
     def targets(self) -> list[str]:
@@ -106,6 +111,11 @@ class Loop(NamedTuple):
     def global_loads(self) -> Counter[int]:
         """How many loads of which width."""
         return Counter(i.bytes for i in self.instructions if i.name in ("LDG", "LDGSTS"))
+
+    @property
+    def products(self) -> int:
+        """Instructions for tensor cores."""
+        return sum(i.name in ("HMMA", "HGMMA") for i in self.instructions)
 
     @property
     def clocks(self) -> dict[str, float]:
@@ -194,7 +204,7 @@ class Kernel:
         for place, total in bytes_at.items():
             triton = bool(place) and ".py:" in place[0]  # its interpreter sees global memory alone
             of_loop = {
-                head: sum(i.bytes for i in part if i.place == place and (i.name in GLOBAL or not triton))
+                head: sum(i.touched for i in part if i.place == place and (i.name in GLOBAL or not triton))
                 for head, part in own.items()
             }
             heads = [head for head, n in of_loop.items() if n]
@@ -263,8 +273,8 @@ class Kernel:
         return max(ends)[1] if ends else [head]
 
 
-def kernels(cubin: Path) -> dict[str, Kernel]:
-    """By their names as the compiler mangles them."""
+def kernels(cubin: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Kernel]:
+    """Those wanted, by their names as the compiler mangles them."""
     folder = tools()
     if folder is None:
         raise RuntimeError("no nvdisasm: it comes with Triton and with CUDA's toolkit")
@@ -279,7 +289,8 @@ def kernels(cubin: Path) -> dict[str, Kernel]:
     found = {}
     for part in run("nvdisasm", "-gi", "-c", str(cubin)).split("\t.section\t.text.")[1:]:
         name = part.partition(",")[0].strip('"')
-        found[name] = Kernel(name, usage[name], part.partition("\t.section\t")[0].splitlines())
+        if wanted(name):
+            found[name] = Kernel(name, usage[name], part.partition("\t.section\t")[0].splitlines())
     return found
 
 

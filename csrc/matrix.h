@@ -53,7 +53,23 @@ constexpr int64_t kProducts = 1 << 22;  // the same for multiply-adds of a matri
 
 // ---- inner products ----
 
-template <typename T>
+struct Product {
+  template <typename V>
+  static void add(V& sum, const V& x, const V& y) {
+    sum += x * y;
+  }
+};
+
+// By the differences themselves: equal rows are exactly 0 apart, and rows that are nearly equal keep their digits.
+struct SquaredDifference {
+  template <typename V>
+  static void add(V& sum, const V& x, const V& y) {
+    const V difference = x - y;
+    sum += difference * difference;
+  }
+};
+
+template <typename T, typename Term = Product>
 inline void inner_tile(const T* a, const T* b, int64_t stride, int64_t width, double* out, int64_t out_stride) {
   using V = typename Vector<T>::type;
   V sum[kTile][kTile] = {};
@@ -65,7 +81,7 @@ inline void inner_tile(const T* a, const T* b, int64_t stride, int64_t width, do
     for (int j = 0; j < kTile; ++j) {
       const V y = *reinterpret_cast<const V*>(b + j * stride + k);
 #pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) sum[i][j] += x[i] * y;
+      for (int i = 0; i < kTile; ++i) Term::add(sum[i][j], x[i], y);
     }
   }
 #pragma GCC unroll 8
@@ -139,31 +155,10 @@ struct InnerProducts {
   }
 };
 
-// |a_i - b_j|^2 by the differences themselves: equal rows are exactly 0 apart, and rows that are nearly equal keep
-// their digits
 struct SquaredDistances {
   template <typename T>
   static void tile(const T* a, const T* b, int64_t stride, int64_t width, double* out, int64_t out_stride) {
-    using V = typename Vector<T>::type;
-    V sum[kTile][kTile] = {};
-    for (int64_t k = 0; k < width; k += Vector<T>::lanes) {
-      V x[kTile];
-#pragma GCC unroll 8
-      for (int i = 0; i < kTile; ++i) x[i] = *reinterpret_cast<const V*>(a + i * stride + k);
-#pragma GCC unroll 8
-      for (int j = 0; j < kTile; ++j) {
-        const V y = *reinterpret_cast<const V*>(b + j * stride + k);
-#pragma GCC unroll 8
-        for (int i = 0; i < kTile; ++i) {
-          const V difference = x[i] - y;
-          sum[i][j] += difference * difference;
-        }
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kTile; ++i)
-#pragma GCC unroll 8
-      for (int j = 0; j < kTile; ++j) out[i * out_stride + j] += LaneSum<T, kVectorBytes>::of(sum[i][j]);
+    inner_tile<T, SquaredDifference>(a, b, stride, width, out, out_stride);
   }
 };
 

@@ -6,10 +6,11 @@ channel_gram(x, y)  sum over pixels of x[c] y[c']        (B, C, ...), (B, C', ..
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .ops.channel_gram import channel_gram as _channel_gram
 from .ops.checks import (
@@ -128,3 +129,36 @@ def pooled_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pooled(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.adaptive_avg_pool2d(x.to(compute_dtype(x)), size)
+
+
+class ChannelGramLoss(nn.Module):
+    """The options of a loss on channel Grams as a module; ``function`` is the loss."""
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(
+        self,
+        layer_weights: Sequence[float] | None = None,
+        reduction: str = "mean",
+        layer_reduction: str = "sum",
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.layer_weights = None if layer_weights is None else layer_numbers(layer_weights, name)
+        self.reduction = check_map_options(reduction, layer_reduction, name)
+        self.layer_reduction = layer_reduction
+
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
+        return type(self).function(
+            student,
+            teacher,
+            layer_weights=self.layer_weights,
+            reduction=self.reduction,
+            layer_reduction=self.layer_reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"layer_weights={self.layer_weights}, reduction={self.reduction!r}, "
+            f"layer_reduction={self.layer_reduction!r}"
+        )

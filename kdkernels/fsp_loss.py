@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .feature_maps import check_map_options, pooled_to_smaller, weights_of
+from .feature_maps import ChannelGramLoss, check_map_options, pooled_to_smaller, weights_of
 from .ops.channel_gram import GramPairs, channel_distance
-from .ops.checks import layer_numbers, layer_pairs
+from .ops.checks import layer_pairs
 
 
 def fsp_loss(
@@ -68,31 +68,7 @@ def _consecutive(layers: list[Tensor]) -> list[Tensor]:
     return [top for top, _ in pairs] + [bottom for _, bottom in pairs]
 
 
-class FSPLoss(nn.Module):
+class FSPLoss(ChannelGramLoss):
     """``fsp_loss`` with its options as a module: ``FSPLoss()(student_stages, teacher_stages)``."""
 
-    def __init__(
-        self,
-        layer_weights: Sequence[float] | None = None,
-        reduction: str = "mean",
-        layer_reduction: str = "sum",
-    ) -> None:
-        super().__init__()
-        self.layer_weights = None if layer_weights is None else layer_numbers(layer_weights, "FSPLoss")
-        self.reduction = check_map_options(reduction, layer_reduction, "FSPLoss")
-        self.layer_reduction = layer_reduction
-
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        return fsp_loss(
-            student,
-            teacher,
-            layer_weights=self.layer_weights,
-            reduction=self.reduction,
-            layer_reduction=self.layer_reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"layer_weights={self.layer_weights}, reduction={self.reduction!r}, "
-            f"layer_reduction={self.layer_reduction!r}"
-        )
+    function = fsp_loss

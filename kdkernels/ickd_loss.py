@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .feature_maps import check_map_options, weights_of
+from .feature_maps import ChannelGramLoss, check_map_options, weights_of
 from .ops.channel_gram import GramPairs, channel_distance
-from .ops.checks import layer_numbers, layer_pairs
+from .ops.checks import layer_pairs
 
 
 def ickd_loss(
@@ -56,31 +56,7 @@ def ickd_loss(
     return channel_distance(GramPairs(students, teachers, weights, "ickd", reduction, layer_reduction))
 
 
-class ICKDLoss(nn.Module):
+class ICKDLoss(ChannelGramLoss):
     """``ickd_loss`` with its options as a module: ``ICKDLoss()(student_maps, teacher_maps)``."""
 
-    def __init__(
-        self,
-        layer_weights: Sequence[float] | None = None,
-        reduction: str = "mean",
-        layer_reduction: str = "sum",
-    ) -> None:
-        super().__init__()
-        self.layer_weights = None if layer_weights is None else layer_numbers(layer_weights, "ICKDLoss")
-        self.reduction = check_map_options(reduction, layer_reduction, "ICKDLoss")
-        self.layer_reduction = layer_reduction
-
-    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        return ickd_loss(
-            student,
-            teacher,
-            layer_weights=self.layer_weights,
-            reduction=self.reduction,
-            layer_reduction=self.layer_reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"layer_weights={self.layer_weights}, reduction={self.reduction!r}, "
-            f"layer_reduction={self.layer_reduction!r}"
-        )
+    function = ickd_loss

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .feature_maps import check_map_options, map_pairs, weights_of
+from .feature_maps import ChannelGramLoss, check_map_options, map_pairs, weights_of
 from .ops.channel_gram import GramPairs, channel_distance
-from .ops.checks import layer_numbers
 
 
 def nst_loss(
@@ -53,31 +52,7 @@ def nst_loss(
     return channel_distance(GramPairs(students, teachers, weights, "nst", reduction, layer_reduction))
 
 
-class NSTLoss(nn.Module):
+class NSTLoss(ChannelGramLoss):
     """``nst_loss`` with its options as a module: ``NSTLoss()(student_maps, teacher_maps)``."""
 
-    def __init__(
-        self,
-        layer_weights: Sequence[float] | None = None,
-        reduction: str = "mean",
-        layer_reduction: str = "sum",
-    ) -> None:
-        super().__init__()
-        self.layer_weights = None if layer_weights is None else layer_numbers(layer_weights, "NSTLoss")
-        self.reduction = check_map_options(reduction, layer_reduction, "NSTLoss")
-        self.layer_reduction = layer_reduction
-
-    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        return nst_loss(
-            student,
-            teacher,
-            layer_weights=self.layer_weights,
-            reduction=self.reduction,
-            layer_reduction=self.layer_reduction,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"layer_weights={self.layer_weights}, reduction={self.reduction!r}, "
-            f"layer_reduction={self.layer_reduction!r}"
-        )
+    function = nst_loss

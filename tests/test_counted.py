@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.counted import CASES, MEMORY, SAID, launch
+from benchmarks.counted import CASES, MEMORY, launch
 from benchmarks.launched import Work
 from benchmarks.sass import Kernel, occupancy
 from kdkernels import doctor
@@ -62,8 +62,8 @@ def test_the_slowest_resource_is_the_prediction() -> None:
     found = launch(Work(1, "k", 132, 128, 0, 6000000, 6e6, 6e6, 5e6, places), kernel, 128, 0)
     assert found.seconds["memory"] == 6e6 / MEMORY
     assert found.seconds["special functions"] == pytest.approx(2e6 / 132 / 1.7e9)
-    assert found.bound == "loads"  # two of the loop, and the conflicts of banks
-    assert found.seconds["loads"] == pytest.approx(7e6 / 132 / 1.7e9)
+    assert found.bound == "loads"  # two of the loop, the conflicts of banks, and each warp's store
+    assert found.seconds["loads"] == pytest.approx((7e6 + 4 * 132) / 132 / 1.7e9)
 
 
 @pytest.mark.parametrize(("kind", "share"), [((32, 256, 0), 1.0), ((64, 256, 0), 0.5), ((32, 128, 114 << 10), 0.0625)])
@@ -71,24 +71,20 @@ def test_occupancy(kind: tuple[int, int, int], share: float) -> None:
     assert occupancy(*kind) == share
 
 
-def test_the_report_says_what_it_is_and_the_doctor_what_was_counted() -> None:
-    rows = (ROOT / "benchmarks/results/counted-sm90.md").read_text().splitlines()
-    rows = [row for row in rows if row.startswith("| ") and not row.startswith(("| case", "| ---"))]
-    assert all(row.endswith(f"| {SAID} |") for row in rows)
-    assert all(any(row.startswith(f"| {case.label} | native") for row in rows) for case in CASES)
+def test_the_doctor_names_what_is_counted() -> None:
     assert {case.group for case in CASES} == set(doctor.COUNTED)
     assert set(doctor.COUNTED) <= set(backend.OPS)
 
 
-# launches of a step, and bytes that they ask for over the floor of the case
+# launches of a step
 MOST = {
-    "kd 4096x1000 bfloat16": (3, 1.81),
-    "sp resnet8x4 64x256x8x8 bfloat16": (5, 3.43),
-    "amd resnet8x4 64x256x8x8 bfloat16": (4, 1.6),
+    "kd 4096x1000 bfloat16": 3,
+    "sp resnet8x4 64x256x8x8 bfloat16": 5,
+    "amd resnet8x4 64x256x8x8 bfloat16": 4,
 }
 
 
-def test_launches_and_bytes_do_not_grow() -> None:
+def test_launches_do_not_grow() -> None:
     pytest.importorskip("triton")
     code = f"""
 import json, sys
@@ -98,7 +94,7 @@ if build.why_not():
     sys.exit(build.why_not())
 from benchmarks import counted, launched
 cases = [case for case in counted.CASES if case.label in {list(MOST)}]
-found = {{c.label: (len(w), sum(x.requested for x in w) / c.bytes) for c, w in zip(cases, launched.native(cases))}}
+found = {{case.label: len(works) for case, works in zip(cases, launched.native(cases))}}
 print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -107,6 +103,5 @@ print(json.dumps(found))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == MOST.keys()
-    for label, (launches, over_floor) in MOST.items():
-        assert found[label][0] <= launches, label
-        assert found[label][1] <= over_floor, (label, found[label])
+    for label, launches in MOST.items():
+        assert found[label] <= launches, label

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from kdkernels import cli
 from kdkernels.training import stage_names
 from kdkernels.training.models import MODELS, load_weights, make_model
 
@@ -41,6 +44,8 @@ REPDISTILLER = {
     "ShuffleV2": (1355528, 338, "bn2.num_batches_tracked"),
 }
 
+STAGES = {"resnet": 3, "ResNet": 4, "wrn": 3, "vgg": 5, "MobileNetV": 7, "ShuffleV": 3}
+
 
 @pytest.mark.parametrize("name", REPDISTILLER)
 def test_repdistillers_networks(name: str) -> None:
@@ -51,12 +56,7 @@ def test_repdistillers_networks(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
     keys = list(model.state_dict())
     assert (len(keys), keys[-3]) == (entries, key)
-    assert (
-        len(stage_names(model))
-        == {"resnet": 3, "ResNet": 4, "wrn_": 3, "vgg": 5, "Mobile": 7, "Shuffle": 3}[
-            next(start for start in ("resnet", "ResNet", "wrn_", "vgg", "Mobile", "Shuffle") if name.startswith(start))
-        ]
-    )
+    assert len(stage_names(model)) == STAGES[re.match("[A-Za-z]+", name)[0]]
 
 
 def test_all_of_repdistillers_networks_are_tested() -> None:
@@ -151,7 +151,9 @@ def test_other_files_are_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("resnet9", r"a model is one of small_student, .*ShuffleV2, timm:NAME, .*'resnet9': did you mean resnet8"),
+        ("resnet9", r"there is no model 'resnet9': did you mean .*resnet8"),
+        ("mobilenet", r"there is no model 'mobilenet': did you mean MobileNetV2\?"),
+        ("linear", r"no model 'linear': there are small_student, .*ShuffleV2, timm:NAME"),
         ("nowhere.at.all:Net", "No module named 'nowhere'; a model is a name, timm:NAME"),
         ("own_nets:Smal", r"own_nets has no 'Smal': did you mean Small"),
         ("own_nets:NUMBER", "must be a function or class that makes a network, got 3"),
@@ -202,6 +204,20 @@ def test_transformers_from_a_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(teacher(x).logits, published.eval()(x).logits)
 
 
+def test_a_published_teacher_of_other_classes_is_refused_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(
+        num_channels=1, embedding_size=4, hidden_sizes=[4], depths=[1], downsample_in_first_stage=False, num_labels=3
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path / "three")
+    monkeypatch.setattr("kdkernels.training.run.fit", mock.Mock(side_effect=AssertionError("it trains")))
+    options = ["--teacher", "pretrained", "--teacher-model", f"hf:{tmp_path / 'three'}", "--output", str(tmp_path)]
+    assert cli.main(["train", *options]) == 2
+    assert "(32, 10)" in capsys.readouterr().err.splitlines()[-1]
+
+
 class Library(ModuleType):
     """What is asked of timm or torchvision.models, written down."""
 
@@ -239,14 +255,14 @@ def test_timm_and_torchvision_are_asked_for_their_models(monkeypatch: pytest.Mon
         ("googlenet", {"weights": None, "num_classes": 10, "aux_logits": False}),
         ("resnet18", {"weights": "DEFAULT"}),
     ]
-    with pytest.raises(ValueError, match="timm has no model 'resnet81': did you mean resnet18"):
+    with pytest.raises(ValueError, match=r"timm:resnet81 cannot be made: it has no model .* did you mean resnet18"):
         make_model("timm:resnet81", 3, 10)
-    with pytest.raises(ValueError, match="torchvision has no classifier 'resnet81': did you mean resnet18"):
+    with pytest.raises(ValueError, match=r"torchvision:resnet81 .*: it has no classifier .* did you mean resnet18"):
         make_model("torchvision:resnet81", 3, 10)
     with pytest.raises(ValueError, match="images of 3 channels, the data has 1"):
         make_model("torchvision:resnet18", 1, 10)
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match="timm:NAME needs timm, which cannot be imported"):
+    with pytest.raises(ValueError, match="timm:resnet18 cannot be made: timm cannot be imported"):
         make_model("timm:resnet18", 3, 10)
 
 

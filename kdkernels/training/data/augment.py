@@ -11,7 +11,8 @@ from torch.nn.functional import affine_grid, grid_sample, pad
 
 
 class CropFlip(nn.Module):
-    """A window of the image's own size out of the image with ``padding`` pixels of zeros around, and a flip.
+    """A window of the image's own size out of the image with ``padding`` pixels of zeros around, which is the mean
+    colour of standardised images, and a flip.
 
     Args:
         padding: pixels on each side. CIFAR's usual is 4.
@@ -26,13 +27,12 @@ class CropFlip(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         n, _, height, width = images.shape
-        x = images
-        rows = _window(n, height, 2 * self.padding, x.device)
-        columns = _window(n, width, 2 * self.padding, x.device)
-        mirrored = torch.rand(n, 1, device=x.device) < self.flip
+        rows = _window(n, height, 2 * self.padding, images.device)
+        columns = _window(n, width, 2 * self.padding, images.device)
+        mirrored = torch.rand(n, 1, device=images.device) < self.flip
         columns = torch.where(mirrored, columns.flip(1), columns)
-        each = torch.arange(n, device=x.device)[:, None, None]
-        padded = pad(x, (self.padding,) * 4)
+        each = torch.arange(n, device=images.device)[:, None, None]
+        padded = pad(images, (self.padding,) * 4)
         return padded[each, :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1).contiguous()
 
 

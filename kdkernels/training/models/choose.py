@@ -64,9 +64,9 @@ def make_model(name: str, in_channels: int, classes: int, pretrained: bool = Fal
     if make is not None:
         try:
             return make(rest, in_channels, classes, pretrained)
-        except (OSError, RuntimeError, TypeError) as error:  # what these libraries raise for a name or an option
+        except Exception as error:  # of many kinds, for a name, an option or a package that is missing
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name} cannot be made: {reason}") from None
+            raise ValueError(f"{name} cannot be made: {reason}") from error
     if pretrained:
         raise ValueError(f"{name!r} has no published weights: load them in {rest} itself")
     return _callable(library, rest, in_channels, classes)
@@ -81,37 +81,43 @@ def _own(name: str) -> Callable[[int, int], nn.Module]:
     spelt = {known.lower(): known for known in MODELS}
     key = name.lower().replace("-", "_").replace("shufflenet", "shuffle")
     if key not in spelt:
-        raise ValueError(f"a model is one of {', '.join(MODELS)}, {ALSO}, got {name!r}{_meant(key, list(spelt))}")
+        close = [spelt[match] for match in get_close_matches(key, spelt, n=3)]
+        known = f"did you mean {_either(close)}?" if close else f"there are {', '.join(MODELS)}, {ALSO}"
+        raise ValueError(f"there is no model {name!r}: {known}")
     return MODELS[spelt[key]]
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
     close = get_close_matches(name, known, n=3)
-    return f": did you mean {' or '.join(close)}?" if close else ""
+    return f": did you mean {_either(close)}?" if close else ""
 
 
-def _library(package: str, prefix: str) -> ModuleType:
+def _either(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _library(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except (ImportError, RuntimeError, OSError) as error:  # the latter two, where it was built for another PyTorch
-        raise ValueError(f"{prefix}:NAME needs {package}, which cannot be imported: {error}") from None
+        raise ValueError(f"{package} cannot be imported: {error}") from error
 
 
 def _timm(name: str, in_channels: int, classes: int, pretrained: bool) -> nn.Module:
-    timm = _library("timm", "timm")
+    timm = _library("timm")
     if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"timm has no model {name!r}{_meant(name, timm.list_models())}")
+        raise ValueError(f"it has no model {name!r}{_meant(name, timm.list_models())}")
     options = {} if pretrained else {"num_classes": classes}
     return timm.create_model(name, pretrained=pretrained, in_chans=in_channels, **options)
 
 
 def _torchvision(name: str, in_channels: int, classes: int, pretrained: bool) -> nn.Module:
-    models = _library("torchvision.models", "torchvision")
+    models = _library("torchvision.models")
     known = models.list_models(module=models)
     if name not in known:
-        raise ValueError(f"torchvision has no classifier {name!r}{_meant(name, known)}")
+        raise ValueError(f"it has no classifier {name!r}{_meant(name, known)}")
     if in_channels != 3:
-        raise ValueError(f"torchvision's models take images of 3 channels, the data has {in_channels}")
+        raise ValueError(f"its models take images of 3 channels, the data has {in_channels}")
     if pretrained:
         return models.get_model(name, weights="DEFAULT")
     # the heads on the way, which two of them have, are not distilled
@@ -120,7 +126,7 @@ def _torchvision(name: str, in_channels: int, classes: int, pretrained: bool) ->
 
 
 def _transformers(name: str, in_channels: int, classes: int, pretrained: bool) -> nn.Module:
-    transformers = _library("transformers", "hf")
+    transformers = _library("transformers")
     auto = transformers.AutoModelForImageClassification
     if pretrained:
         return auto.from_pretrained(name)

@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(B, C, H, W) to (B, classes), H and W four times the last map's."""
+    """(B, C, H, W) to (B, classes)."""
 
     def __init__(self, depth: int, widths: Sequence[int], in_channels: int, classes: int) -> None:
         super().__init__()

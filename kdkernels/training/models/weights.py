@@ -35,13 +35,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise ValueError(_differs(path, model, "lacks", missing))
     if more := sorted(weights.keys() - own.keys()):
         raise ValueError(_differs(path, model, "has also", more))
-    if other := [f"{n} {tuple(w.shape)}, not {tuple(own[n].shape)}" for n, w in weights.items() if _unlike(w, own[n])]:
+    shapes = {name: (tuple(w.shape), tuple(own[name].shape)) for name, w in weights.items()}
+    if other := [f"{name} {given}, not {needed}" for name, (given, needed) in shapes.items() if given != needed]:
         raise ValueError(_differs(path, model, "has", other))
     model.load_state_dict(weights, strict=False)
-
-
-def _unlike(given: Tensor, own: Tensor) -> bool:
-    return given.shape != own.shape
 
 
 def _differs(path: Path, model: nn.Module, verb: str, names: list[str]) -> str:
@@ -71,7 +68,11 @@ def _pickled(path: Path) -> dict[str, Tensor]:
         if isinstance(whole, Mapping) and isinstance(whole.get(name), Mapping):
             weights = whole[name]
             break
-    if not isinstance(weights, Mapping) or not weights or not all(isinstance(x, Tensor) for x in weights.values()):
+    if not isinstance(weights, Mapping) or not weights or not all(map(_is_entry, weights.items())):
         found = ", ".join(map(repr, list(whole)[:6])) if isinstance(whole, Mapping) else type(whole).__name__
         raise ValueError(f"{path} holds no state dict, alone or as 'model' or 'state_dict', but {found}")
     return dict(weights)
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)

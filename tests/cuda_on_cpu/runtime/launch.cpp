@@ -19,7 +19,8 @@ namespace {
 constexpr size_t kArena = 512 << 10, kMostRecords = 10000;
 std::map<const void*, size_t> opted_in;
 size_t arena_used;
-bool first_block;
+bool first_block, last_of_sample;
+uint64_t sampled, all_blocks;
 struct SharedVariable {
   const void* tag;
   void* at;
@@ -83,6 +84,15 @@ const char* why_invalid(const Configuration& c, size_t bytes, const void* kernel
 
 }  // namespace
 
+// In a sample its last block stands for each that arrives last.
+unsigned arrived(unsigned before, unsigned last) {
+  if (!sample) return before;
+  const bool partial = sampled < all_blocks;
+  if (partial) before = last_of_sample ? last : 0;
+  if (before == last && last) counters::last_arrived(partial ? double(sampled) / (last + 1.0) : 1.0);
+  return before;
+}
+
 void opt_in(const void* kernel, size_t shared) { opted_in[kernel] = shared; }
 
 namespace {
@@ -119,9 +129,11 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   memory::begin_launch(parameters, bytes);
   const uint64_t blocks = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
   bool going = true;
-  const uint64_t most = sample ? std::min<uint64_t>(sample, blocks) : blocks;  
-  for (uint64_t b = 0; b < most && going; ++b) {
-    const uint64_t at = (2 * b + 1) * blocks / (2 * most), i = reverse ? blocks - 1 - at : at;
+  all_blocks = blocks;
+  sampled = sample ? std::min<uint64_t>(sample, blocks) : blocks;
+  for (uint64_t b = 0; b < sampled && going; ++b) {
+    const uint64_t at = (2 * b + 1) * blocks / (2 * sampled), i = reverse ? blocks - 1 - at : at;
+    last_of_sample = b + 1 == sampled;
     ++launch->blocks_run;
     indices.block = {unsigned(i % c.grid.x), unsigned(i / c.grid.x % c.grid.y), unsigned(i / c.grid.x / c.grid.y)};
     memory::begin_block();
@@ -138,6 +150,7 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
 
 // What Python reads: see library.py.
 namespace {
+std::string rounded(double x) { return std::to_string(static_cast<uint64_t>(x + 0.5)); }
 std::string offset_of(const void* pc) {  // in the library
   Dl_info info{};
   return std::to_string(dladdr(pc, &info) ? static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) : 0);
@@ -150,14 +163,18 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
   text.clear();
   for (const auto& r : cuda_on_cpu::records) {
     text += r.name + "\t" + size(r.grid) + "\t" + size(r.block);
-    for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
-                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run, r.sectors_once})
+    for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read, r.distinct_written})
       text += "\t" + std::to_string(n);
-    text += "\t" + offset_of(r.kernel) + "\t";
-    for (const auto& [path, bytes] : r.bytes) {
-      text += std::to_string(bytes);
-      for (const void* pc : path) text += " " + offset_of(static_cast<const char*>(pc) - 1);
-      text += ";";
+    for (double n : {r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run, r.sectors_once, r.last_sectors})
+      text += "\t" + rounded(n);
+    text += "\t" + offset_of(r.kernel);
+    for (const auto* by_path : {&r.bytes, &r.last_bytes}) {
+      text += "\t";
+      for (const auto& [path, bytes] : *by_path) {
+        text += rounded(bytes);
+        for (const void* pc : path) text += " " + offset_of(static_cast<const char*>(pc) - 1);
+        text += ";";
+      }
     }
     text += "\n";
   }

@@ -160,12 +160,12 @@ void next_interval() {
 
 void begin_block() {
   next_interval();
+  counters::begin_block();
   block_first = interval;
   block_sectors.clear();
   fenced = false;
   acquired.clear();
 }
-
 
 void allow(const void* p, size_t bytes, unsigned rights) {
   if (!checked || sample || !bytes) return;
@@ -233,7 +233,7 @@ void write_cell(Cell& c, uintptr_t a, bool global, bool atomic) {
 // Distinct bytes as if the launch touched all of a tensor that it touched somewhere.
 void sampled(uintptr_t begin, size_t bytes, bool write) {
   (write ? launch->written : launch->read) += bytes;
-  launch->sectors_once += block_sectors.insert(begin / 32).second;
+  if (block_sectors.insert(begin / 32).second) launch->sectors_once += counters::weight;
   auto tensor = tensors.upper_bound(begin);
   if (tensor == tensors.begin() || !launch->touched.insert({(--tensor)->first, write}).second) return;
   (write ? launch->distinct_written : launch->distinct_read) += tensor->second - tensor->first;

@@ -33,11 +33,14 @@ struct LaunchRecord {
   size_t dynamic_shared = 0, static_shared = 0;
   // counted in the checked build; distinct: each two bytes of global memory once per launch
   uint64_t read = 0, written = 0, distinct_read = 0, distinct_written = 0;
-  uint64_t global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
+  double global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
   const void* kernel = nullptr;
-  uint64_t blocks_run = 0, sectors_once = 0;  // of a sample; once: each sector once per block
+  // of a sample; once: each sector once per block
+  double blocks_run = 0, sectors_once = 0;
   std::set<std::pair<uintptr_t, bool>> touched;  // tensors read, and written
-  std::map<std::vector<const void*>, uint64_t> bytes;  // by the calls that led to an access, innermost first; of a sample
+  using Bytes = std::map<std::vector<const void*>, double>;  // by the calls that led to an access, innermost first
+  Bytes bytes, last_bytes;  // last: of one block that arrived last, what it did from there on
+  double last_sectors = 0;
 };
 
 extern Thread* running;  // null outside of kernels
@@ -76,6 +79,12 @@ namespace counters {
 extern bool counting;
 void note(uintptr_t address, size_t bytes, bool global, const void* pc);
 void settle();  // at a barrier: what follows belongs to new accesses
+void begin_block();
+// From the next barrier on the running block does what only the last one of several does, and in a sample stands for
+// `weight` times the blocks that it stood for before.
+void last_arrived(double weight);
+extern double weight;
+extern bool last;
 
 }  // namespace counters
 }  // namespace cuda_on_cpu

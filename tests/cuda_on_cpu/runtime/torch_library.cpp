@@ -61,7 +61,7 @@ void allow_tensor(AtenTensorHandle tensor, const void* data, unsigned rights) {
   }
   const size_t item = item_size(tensor);
   char* at = static_cast<char*>(const_cast<void*>(data));
-  allow_elements(at, dim, sizes, strides, item, rights);
+  if (!sample) allow_elements(at, dim, sizes, strides, item, rights);
   memory::name_tensor(at, span * item);
   keep(tensor);
 }
