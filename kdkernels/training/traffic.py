@@ -50,13 +50,13 @@ def _upstream() -> Collective:
     return Collective("all_reduce", "the loss's own gradient", NUMBER)
 
 
-def _pair(job: Job, student: int, teacher: int, rows: int, matrix: Collective) -> list[Collective]:
-    """A loss of two features through one matrix, forward and backward."""
+def _pair(job: Job, student: int, teacher: int, rows: int, matrices: list[Collective]) -> list[Collective]:
+    """A loss of two features through B x B matrices, forward and backward."""
     return [
         _agree(),
         _columns("the student's columns", rows, student, job.size, job.ranks),
         _columns("the teacher's columns", rows, teacher, job.size, job.ranks),
-        matrix,
+        *matrices,
         _upstream(),
         _columns("the student's gradient", rows, student, job.size, job.ranks),
     ]
@@ -64,7 +64,7 @@ def _pair(job: Job, student: int, teacher: int, rows: int, matrix: Collective) -
 
 def sp(job: Job) -> list[Collective]:
     """Whole maps, as the paper has it; two Gram matrices."""
-    matrices = Collective("all_reduce", "two B x B matrices", 2 * job.whole**2 * NUMBER)
+    matrices = [Collective("all_reduce", "two B x B matrices", 2 * job.whole**2 * NUMBER)]
     return _pair(job, math.prod(job.student), math.prod(job.teacher), job.batch, matrices)
 
 
@@ -72,7 +72,7 @@ def relation(size: int) -> Callable[[Job], list[Collective]]:
     """RKD, PKT, CC, IRG on pooled features; ``size``: bytes of a measure."""
 
     def collectives(job: Job) -> list[Collective]:
-        matrices = Collective("all_reduce", "two B x B matrices", 2 * job.whole**2 * size)
+        matrices = [Collective("all_reduce", "two B x B matrices", 2 * job.whole**2 * size)]
         return _pair(job, job.student[0], job.teacher[0], job.batch, matrices)
 
     return collectives
@@ -83,12 +83,12 @@ def mlkd(job: Job, views: int = VIEWS, embedding: int = EMBEDDING) -> list[Colle
     job, rows, whole = job._replace(size=NUMBER), views * job.batch, views * job.whole
     student, teacher = job.student[0], job.teacher[0]
     cosines = (views - 1) * job.whole**2 + whole  # and the rows' squares
-    both, pairs = 2 * rows, 4 * whole**2 + 4 * whole  # of the student's and the teacher's embeddings together
+    pairs = (2 * whole) ** 2 + 4 * whole  # of the student's and the teacher's embeddings together
     parts = [_columns(f"{who} embeddings", rows, embedding, NUMBER, job.ranks) for who in ("student", "teacher")]
     back = [Collective(part.kind, f"gradient of {part.what}", part.payload) for part in parts]
     labels = Collective("all_gather", "labels", rows * LABEL)
-    similarity = Collective("all_reduce", f"one {both}-row matrix per rank", pairs * NUMBER)
-    matrices = Collective("all_reduce", "two view x base matrices", 2 * cosines * NUMBER)
+    similarity = Collective("all_reduce", "a 2 V B x 2 V B matrix", pairs * NUMBER)
+    matrices = 2 * [Collective("all_reduce", "a (V - 1) B x B matrix", cosines * NUMBER)]
     correlation = _pair(job, student, teacher, rows, matrices)
     return [*correlation, _agree(), *parts, similarity, labels, _upstream(), *back]
 

@@ -19,18 +19,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     x, y = np.random.default_rng(0).random((48, 5, 6)), np.arange(48) % 3
     np.savez(path / "set.npz", x_train=x, y_train=y, x_test=x[:30], y_test=y[:30])
-    options = [
-        "--methods",
-        "sp:weight=30,mlkd",
-        "--seeds",
-        "2",
-        "--epochs",
-        "2",
-        "--teacher-epochs",
-        "1",
-        "--batch-size",
-        "12",
-    ]
+    options = ["--methods", "sp:weight=30,mlkd", "--seeds", "2", "--batch-size", "12"]
+    options += ["--epochs", "2", "--teacher-epochs", "1"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

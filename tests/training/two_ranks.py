@@ -65,8 +65,9 @@ def work(rank: int, port: int, folder: str, command: list[str]) -> None:
     dist.init_process_group("gloo")
     calls = [{name: counted(loss, job) for name, loss in losses(job).items()} for job in JOBS]
     Path(folder, f"calls-{rank}.json").write_text(json.dumps(calls))
-    sys.stdout = Path(folder, f"out-{rank}.txt").open("w")
-    sys.exit(cli.main(command))  # which leaves by itself
+    with Path(folder, f"out-{rank}.txt").open("w") as file:
+        sys.stdout = file
+        sys.exit(cli.main(command))  # which leaves by itself
 
 
 def launch(port: int, folder: Path, command: list[str]) -> None:
