@@ -292,11 +292,3 @@ def kernels(cubin: Path, wanted: Callable[[str], bool] = lambda name: True) -> d
         if wanted(name):
             found[name] = Kernel(name, usage[name], part.partition("\t.section\t")[0].splitlines())
     return found
-
-
-def occupancy(registers: int, threads: int, shared: int) -> float:
-    """Share of a multiprocessor's 64 warps that can be resident, sm_90."""
-    warps = -(-threads // 32)
-    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
-    by_shared = 227 * 1024 // (shared + 1024)
-    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64

@@ -132,6 +132,20 @@ def test_sectors_and_bank_conflicts(checked: Probe, stride: int, sectors: int, c
     assert launch.distinct_read == 128
 
 
+def test_the_last_block_of_a_sample(checked: Probe) -> None:
+    launches(checked.library)
+    checked.library.cuda_on_cpu_count(1)
+    checked.library.cuda_on_cpu_sample(3)
+    assert checked.run("run_last_block", numbers(1), numbers(6 * 32), numbers(1), 1, outputs=(0, 1, 2)) == ""
+    checked.library.cuda_on_cpu_sample(0)
+    checked.library.cuda_on_cpu_count(0)
+    (launch,) = launches(checked.library)
+    place, parts = max(launch.last_bytes.items(), key=lambda item: item[1])
+    assert parts == 6 * 32 * 4
+    assert launch.last_sectors == 6 * 32 + 1  # and the sum
+    assert launch.bytes[place] * 6 / launch.blocks_run == parts  # of the six blocks one comes last
+
+
 def test_a_vector_is_one_access(checked: Probe) -> None:
     source = torch.ones(136)
     source = source[-(source.data_ptr() // 4) % 8 :][:128]
