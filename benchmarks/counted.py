@@ -31,8 +31,9 @@ from kdkernels.ops import native_build
 from . import bench_angular_margin, bench_energy, bench_gram, bench_softmax_kl, launched, published
 from .bench_gram import BF16, RESNET8X4
 from .cases import Case, Inputs, feature_case
+from .instructions import UNITS, Loop
 from .launched import Work
-from .sass import UNITS, Kernel, Loop, kernels
+from .sass import Kernel, kernels
 
 
 def cosines(rows: int, width: int, dtype: torch.dtype) -> Case:

@@ -161,14 +161,14 @@ def test_a_vector_is_one_access(checked: Probe) -> None:
 
 
 def test_sources_keep_their_lines() -> None:
-    text = "__global__ void f(const __grid_constant__ A<int, B<2>> a) {\n#pragma unroll 4\n"
+    text = "__global__ void f(const __grid_constant__ A<int,\n B<2>>\n a) {\n#pragma unroll 4\n"
     text += "  __shared__ T x[2][N + 1],\n      y;\n}\n"
     text += "void g() { n::f<T, true><<<ceil_div(a, b),\n 32, 0, stream>>>(a); }\n"
     lines = to_cpp(text, "f.cu").splitlines()
     assert lines[0] == '#line 1 "f.cu"'
-    assert lines[1] == "__global__ void f(const A<int, B<2>>& a) {"
-    assert lines[2] == ""
-    assert lines[3] == "  CUDA_ON_CPU_SHARED(T, x, [2][N + 1], 1); CUDA_ON_CPU_SHARED(T, y, , 1);"
-    assert lines[5] == "}"
-    assert lines[6].startswith('void g() { cuda_on_cpu::Launcher("f", &n::f<T, true>, cuda_on_cpu::Configuration(')
-    assert lines[7] == " 32, 0, stream))(a); }"
+    assert "".join(lines[1:4]) == "__global__ void f(const A<int, B<2>>& a) {"
+    assert lines[4] == ""
+    assert lines[5] == "  CUDA_ON_CPU_SHARED(T, x, [2][N + 1], 1); CUDA_ON_CPU_SHARED(T, y, , 1);"
+    assert lines[7] == "}"
+    assert lines[8].startswith('void g() { cuda_on_cpu::Launcher("f", &n::f<T, true>, cuda_on_cpu::Configuration(')
+    assert lines[9] == " 32, 0, stream))(a); }"
