@@ -28,13 +28,13 @@ class Bar(Callback):
 class Lines(Callback):
     """Prints an epoch now and then."""
 
-    def __init__(self, console: Console, name: str, pause: float = PAUSE) -> None:
-        self.console, self.name, self.pause, self.last = console, name, pause, time.monotonic()
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name, self.last = console, name, time.monotonic()
 
     def on_epoch(self, training: Training, row: dict[str, float]) -> None:
         epoch, epochs = int(row["epoch"]), training.epochs
         turn = epoch * LINES // epochs > (epoch - 1) * LINES // epochs
-        if epoch == epochs or not turn or time.monotonic() - self.last < self.pause:
+        if epoch == epochs or not turn or time.monotonic() - self.last < PAUSE:
             return
         self.last = time.monotonic()
         test = f", test {row['test_accuracy']:.1f} %" if "test_accuracy" in row else ""

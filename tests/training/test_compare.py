@@ -162,3 +162,25 @@ def test_nothing_but_failures_is_no_success(tmp_path: Path, capsys: pytest.Captu
     with mock.patch.object(compare, "fit", side_effect=ValueError("no\nway")):
         assert cli.main(command(tmp_path, "--methods", "alone")) == 1
     assert "\n- alone at 0.1 failed with seed 0, 1: no\n" in capsys.readouterr().out
+
+
+OWN = """
+from torch import nn
+
+
+def net(num_classes):
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+"""
+
+
+def test_own_networks_and_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--methods", "kd", "--model", "own:net", "--teacher-model", "own:net", "--seeds", "3,"]
+    assert cli.main(command(tmp_path, *options)) == 0
+    rows = json.loads((tmp_path / "out/results.json").read_text())["rows"]
+    assert [(row["method"], row["seeds"]) for row in rows] == [("alone", 1), ("kd", 1)]
+    assert rows[1]["against_alone"] == rows[1]["seed_3"] - rows[0]["seed_3"]
+    assert "against_alone_error" not in rows[1]  # one seed says nothing of the others
+    assert cli.main(["eval", "--weights", str(tmp_path / "out/teacher/last.safetensors")]) == 0

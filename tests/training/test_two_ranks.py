@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks")
     x, y = np.random.default_rng(0).random((48, 5, 6)), np.arange(48) % 3
     np.savez(path / "set.npz", x_train=x, y_train=y, x_test=x[:30], y_test=y[:30])
-    options = ["--methods", "sp:weight=30,mlkd", "--seeds", "2", "--batch-size", "12"]
+    options = ["--methods", "nkd,sp:weight=30,mlkd", "--seeds", "2", "--batch-size", "12"]
     options += ["--epochs", "2", "--teacher-epochs", "1"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -38,8 +38,11 @@ def test_the_plan_is_what_is_sent(name: str, folder: Path) -> None:
 
 def test_a_comparison_in_two_processes_is_one(folder: Path) -> None:
     rows = {row["method"]: row for row in json.loads((folder / "out/results.json").read_text())["rows"]}
-    assert list(rows) == ["alone", "sp:weight=30", "mlkd"]
-    assert [row["seeds"] for row in rows.values()] == [2, 2, 0]
+    assert list(rows) == ["alone", "nkd", "sp:weight=30", "mlkd"]
+    assert [row["seeds"] for row in rows.values()] == [2, 0, 2, 0]
+    assert rows["nkd"]["failed"] == (
+        "failed with seed 0, 1: the loss is not finite at step 1 (epoch 1, batch 1 of 2) in another process"
+    )
     assert "a quarter turn needs square images" in rows["mlkd"]["failed"]
     assert "| sp:weight=30 | 0.1 | 2 " in (folder / "out-0.txt").read_text()
     assert not (folder / "out-1.txt").read_text()

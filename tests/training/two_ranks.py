@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from kdkernels import MLKDLoss, cc_loss, cli, irg_loss, pkt_loss, rkd_loss, sp_loss
+from kdkernels.training.methods import NKD
 from kdkernels.training.traffic import VIEWS, Job
 
 # two ranks, whose number divides neither width
@@ -65,6 +66,9 @@ def work(rank: int, port: int, folder: str, command: list[str]) -> None:
     dist.init_process_group("gloo")
     calls = [{name: counted(loss, job) for name, loss in losses(job).items()} for job in JOBS]
     Path(folder, f"calls-{rank}.json").write_text(json.dumps(calls))
+    if rank:  # a method whose loss is not a number here alone: the other process must not wait for this one
+        patch = mock.patch.object(NKD, "terms", lambda *args: {"ce": args[1].logits.sum() * float("nan")})
+        patch.start()
     with Path(folder, f"out-{rank}.txt").open("w") as file:
         sys.stdout = file
         sys.exit(cli.main(command))  # which leaves by itself
