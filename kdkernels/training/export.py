@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ def _onnx(model: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor], Te
     import onnxruntime
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of libraries that it could use
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own libraries' versions
         program = torch.onnx.export(
