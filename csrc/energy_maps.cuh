@@ -116,7 +116,8 @@ __device__ inline void finish(const Samples<T>& x, const Sample& at, double loss
   if (threadIdx.x == 0) {
     x.scratch.losses[at.index * x.batch + at.sample] = loss;
     __threadfence();
-    last = atomicAdd(x.scratch.arrived, 1u) + 1 == static_cast<unsigned>(x.layers * x.batch);
+    const unsigned highest = static_cast<unsigned>(x.layers * x.batch - 1);
+    last = atomicInc(x.scratch.arrived, highest) == highest;
   }
   __syncthreads();
   if (!last) return;
