@@ -8,8 +8,9 @@ namespace cuda {
 namespace {
 
 template <typename T, bool kOnChip>
-__global__ void __launch_bounds__(kMostThreads) angular_kernel(const __grid_constant__ Table table, const Samples<T> x,
-                                                               const __grid_constant__ Constants<T> constants) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    angular_kernel(const __grid_constant__ Table table, const Samples<T> x,
+                   const __grid_constant__ Constants<T> constants) {
   extern __shared__ double on_chip[];
   __shared__ Board<T> board;
   const Sample at(table, layer_of(table, blockIdx.x));

@@ -24,13 +24,14 @@ __device__ void energies_of_columns(const Part& part, T* shared, T* sums) {
   const View& v = part.view();
   const Column at(part);
   T sum[P::kSize] = {};
-  read_ahead(static_cast<const P*>(v.data) + at.begin, at.count, at.step, [&](const P& p, int) {
+  const auto add = [&](const P& p, int) {
 #pragma unroll
     for (int j = 0; j < P::kSize; ++j) {
       const T x = number<T>(p.x[j]);
       sum[j] += x * x;
     }
-  });
+  };
+  read_ahead(static_cast<const P*>(v.data) + at.begin, at.count, at.step, add);
 #pragma unroll
   for (int j = 0; j < P::kSize; ++j) shared[place<P::kSize>(threadIdx.x, j)] = sum[j];
   __syncthreads();
@@ -51,13 +52,14 @@ __device__ void energies_of_pixels(const Part& part, T* sums) {
   T* to = sums + int64_t(part.sample) * part.layer.pixels();
   lanes.each([&](int pixel, int64_t begin, int count) {
     T sum = 0;
-    read_ahead(static_cast<const P*>(lanes.view.data) + begin, count, lanes.count, [&](const P& p, int) {
+    const auto add = [&](const P& p, int) {
 #pragma unroll
       for (int j = 0; j < P::kSize; ++j) {
         const T x = number<T>(p.x[j]);
         sum += x * x;
       }
-    });
+    };
+    read_ahead(static_cast<const P*>(lanes.view.data) + begin, count, lanes.count, add);
     sum = reduce_lanes(sum, lanes.count, Add());
     if (lanes.lane == 0 && pixel < lanes.end) to[pixel] = sum;
   });
@@ -186,9 +188,10 @@ __device__ void gradients_of_columns(const Part& part, const T* kappa, T grad) {
     by[j] = grad * kappa[pixel];
     pixel = pixel + 1 < pixels ? pixel + 1 : 0;
   }
+  const P* from = static_cast<const P*>(part.view().data) + at.begin;
   P* to = static_cast<P*>(part.layer.out) + at.begin;
-  read_ahead(static_cast<const P*>(part.view().data) + at.begin, at.count, at.step,
-             [&](const P& p, int i) { to[i * at.step] = scaled(p, by); });
+  const auto scale = [&](const P& p, int i) { to[i * at.step] = scaled(p, by); };
+  read_ahead(from, at.count, at.step, scale);
 }
 
 template <typename T, typename P>
@@ -199,9 +202,10 @@ __device__ void gradients_of_pixels(const Part& part, const T* kappa, T grad) {
     T by[P::kSize];
 #pragma unroll
     for (int j = 0; j < P::kSize; ++j) by[j] = grad * kappa[pixel];
+    const P* from = static_cast<const P*>(lanes.view.data) + begin;
     P* to = static_cast<P*>(part.layer.out) + begin;
-    read_ahead(static_cast<const P*>(lanes.view.data) + begin, count, lanes.count,
-               [&](const P& p, int i) { to[i * lanes.count] = scaled(p, by); });
+    const auto scale = [&](const P& p, int i) { to[i * lanes.count] = scaled(p, by); };
+    read_ahead(from, count, lanes.count, scale);
   });
 }
 

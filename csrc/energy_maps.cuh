@@ -45,14 +45,14 @@ template <typename T>
 struct Samples {
   Scratch<T> scratch;
   T *kappa, *loss;
-  int64_t layers, batch;
+  int layers, batch;
   bool per_layer, per_sample;
   Samples(const MapLoss& x, const Scratch<T>& scratch)
       : scratch(scratch),
         kappa(static_cast<T*>(x.kappa)),
         loss(static_cast<T*>(x.loss)),
-        layers(x.count),
-        batch(x.batch),
+        layers(static_cast<int>(x.count)),
+        batch(static_cast<int>(x.batch)),
         per_layer(x.per_layer),
         per_sample(x.per_sample) {}
 };
@@ -114,30 +114,26 @@ __device__ inline void finish(const Samples<T>& x, const Sample& at, double loss
   __shared__ bool last;
   const double* losses = x.scratch.losses;
   if (threadIdx.x == 0) {
-    x.scratch.losses[at.index * x.batch + at.sample] = loss;
+    x.scratch.losses[int64_t(at.index) * x.batch + at.sample] = loss;
     __threadfence();
-    const unsigned highest = static_cast<unsigned>(x.layers * x.batch - 1);
+    const unsigned highest = static_cast<unsigned>(x.layers) * x.batch - 1;
     last = atomicInc(x.scratch.arrived, highest) == highest;
   }
   __syncthreads();
   if (!last) return;
   __threadfence();
-  const int64_t groups = x.per_layer ? x.layers : 1, of_group = x.layers / groups;
-  if (x.per_sample) {
-    for (int64_t i = threadIdx.x; i < groups * x.batch; i += blockDim.x) {
+  const int groups = x.per_layer ? x.layers : 1, of_group = x.per_layer ? 1 : x.layers;
+  for (int group = 0; group < groups; ++group, losses += int64_t(of_group) * x.batch) {
+    double total[1] = {};
+    for (int sample = threadIdx.x; sample < x.batch; sample += blockDim.x) {
       double sum = 0;
-      const double* of_sample = losses + i / x.batch * x.batch * of_group + i % x.batch;
-      for (int64_t k = 0; k < of_group; ++k) sum += __ldcg(of_sample + k * x.batch);
-      x.loss[i] = static_cast<T>(sum);
+      for (int k = 0; k < of_group; ++k) sum += __ldcg(losses + int64_t(k) * x.batch + sample);
+      if (x.per_sample) x.loss[int64_t(group) * x.batch + sample] = static_cast<T>(sum);
+      total[0] += sum;
     }
-    return;
-  }
-  for (int64_t group = 0; group < groups; ++group) {
-    double sum[1] = {};
-    for (int64_t k = threadIdx.x; k < of_group * x.batch; k += blockDim.x)
-      sum[0] += __ldcg(losses + group * of_group * x.batch + k);
-    add_block(sum, shared);
-    if (threadIdx.x == 0) x.loss[group] = static_cast<T>(sum[0]);
+    if (x.per_sample) continue;
+    add_block(total, shared);
+    if (threadIdx.x == 0) x.loss[group] = static_cast<T>(total[0]);
   }
 }
 

@@ -50,6 +50,7 @@ struct Table {
   Layer layers[kLayers];
   int64_t first_block[kLayers + 1];
   int index, count;  // the first of the layers among all, and how many
+  unsigned batch;
 };
 
 // ---- on the host ----
@@ -108,6 +109,7 @@ class Plan {
     int64_t sums = 0;
     for (int64_t begin = 0; begin < x_.count; begin += kLayers) {
       Table table{};
+      table.batch = static_cast<unsigned>(x_.batch);
       table.index = static_cast<int>(begin);
       table.count = static_cast<int>(min<int64_t>(kLayers, x_.count - begin));
       for (int i = 0; i < table.count; ++i) {
@@ -157,18 +159,19 @@ __device__ inline int layer_of(const Table& table, int64_t block) {
   return i;
 }
 
-// What a block works on.
+// What a block works on: the student's parts come first.
 struct Part {
   const Layer& layer;
   int network, sample, tile, chunk;
   __device__ Part(const Table& table, int index) : layer(table.layers[index]) {
-    const unsigned local = static_cast<unsigned>(blockIdx.x - table.first_block[index]);
-    const unsigned students = layer.views[0].blocks(), all = students + layer.views[1].blocks(), rest = local % all;
-    network = rest >= students;
-    sample = static_cast<int>(local / all);
-    const unsigned block = rest - network * students, tiles = view().tiles;
-    tile = static_cast<int>(block % tiles);
-    chunk = static_cast<int>(block / tiles);
+    unsigned block = static_cast<unsigned>(blockIdx.x - table.first_block[index]);
+    const unsigned students = table.batch * layer.views[0].blocks();
+    network = block >= students;
+    if (network) block -= students;
+    const unsigned of_sample = view().blocks(), rest = block % of_sample, tiles = view().tiles;
+    sample = static_cast<int>(block / of_sample);
+    tile = static_cast<int>(rest % tiles);
+    chunk = static_cast<int>(rest / tiles);
   }
   __device__ const View& view() const { return layer.views[network]; }
 };
