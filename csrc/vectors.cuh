@@ -52,11 +52,20 @@ __device__ inline void round_to(T x, double& to) {
 template <typename T, typename F>
 __device__ inline void with_pack(DType type, bool wide, const F& f) {
   switch (type) {
-    case DType::f16: return wide ? f(Pack<__half, 8>{}) : f(Pack<__half, 1>{});
-    case DType::bf16: return wide ? f(Pack<__nv_bfloat16, 8>{}) : f(Pack<__nv_bfloat16, 1>{});
-    case DType::f32: return wide ? f(Pack<float, 4>{}) : f(Pack<float, 1>{});
-    default:
-      if constexpr (sizeof(T) == sizeof(double)) return wide ? f(Pack<double, 2>{}) : f(Pack<double, 1>{});
+    case DType::f16:
+      if (wide) return f(Pack<__half, 8>{});
+      return f(Pack<__half, 1>{});
+    case DType::bf16:
+      if (wide) return f(Pack<__nv_bfloat16, 8>{});
+      return f(Pack<__nv_bfloat16, 1>{});
+    case DType::f32:
+      if (wide) return f(Pack<float, 4>{});
+      return f(Pack<float, 1>{});
+    case DType::f64:
+      if constexpr (sizeof(T) == sizeof(double)) {
+        if (wide) return f(Pack<double, 2>{});
+        return f(Pack<double, 1>{});
+      }
   }
 }
 
