@@ -242,7 +242,7 @@ def _chunked_terms(x, y, of_s, of_t, saved, rows, C, HAS: tl.constexpr, ALIGN: t
 
 @triton.jit
 def _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS: tl.constexpr, ALIGN: tl.constexpr):
-    """[R, K] whose sums are the terms that sum over the classes, and the mean slope; s is relative to the maximum, t also
+    """[R, K] whose sums are the terms over the classes, and the mean slope; s is relative to the maximum, t also
     over T."""
     result = tl.zeros(s.shape, tl.float32)
     slope = result
