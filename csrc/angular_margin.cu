@@ -26,13 +26,13 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <typename T>
 void forward(const AngularMarginForward& x, cudaStream_t stream) {
   const Constants<T> constants(x);
-  forward_pass<T>(x, kMaps, stream,
-                  [&](const Table& table, const Samples<T>& samples, auto blocks, int threads, auto bytes) {
-                    ask_for_shared(angular_kernel<T, true>, bytes);
-                    if (bytes) angular_kernel<T, true><<<blocks, threads, bytes, stream>>>(table, samples, constants);
-                    else angular_kernel<T, false><<<blocks, threads, 0, stream>>>(table, samples, constants);
-                    check_launch("angular_margin");
-                  });
+  const auto start = [&](const Table& table, const Samples<T>& of, int64_t blocks, int threads, int64_t bytes) {
+    ask_for_shared(angular_kernel<T, true>, bytes);
+    if (bytes) angular_kernel<T, true><<<blocks, threads, bytes, stream>>>(table, of, constants);
+    else angular_kernel<T, false><<<blocks, threads, 0, stream>>>(table, of, constants);
+    check_launch("angular_margin");
+  };
+  forward_pass<T>(x, kMaps, stream, start);
 }
 
 }  // namespace

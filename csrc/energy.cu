@@ -99,12 +99,10 @@ void energies(const Energies& x, cudaStream_t stream) {
   const bool whole = plan.sums() == plan.pixels();
   launch_energies(plan, static_cast<T*>(whole ? x.r : x.workspace), nullptr, stream);
   if (whole) return;
-  plan.launch([&](const Layer&) { return x.batch; },
-              [&](const Table& table, int64_t blocks) {
-                parts_kernel<T>
-                    <<<blocks, kThreads, 0, stream>>>(table, static_cast<T*>(x.workspace), static_cast<T*>(x.r));
-                check_launch("parts of energies");
-              });
+  plan.launch_samples([&](const Table& table, int64_t blocks) {
+    parts_kernel<T><<<blocks, kThreads, 0, stream>>>(table, static_cast<T*>(x.workspace), static_cast<T*>(x.r));
+    check_launch("parts of energies");
+  });
 }
 
 // ---- attention ----
@@ -157,14 +155,13 @@ __global__ void __launch_bounds__(kMostThreads)
 
 template <typename T>
 void forward(const AttentionForward& x, cudaStream_t stream) {
-  forward_pass<T>(x, kMaps, stream,
-                  [&](const Table& table, const Samples<T>& samples, auto blocks, int threads, auto bytes) {
-                    ask_for_shared(attention_kernel<T, true>, bytes);
-                    if (bytes)
-                      attention_kernel<T, true><<<blocks, threads, bytes, stream>>>(table, samples, x.absolute);
-                    else attention_kernel<T, false><<<blocks, threads, 0, stream>>>(table, samples, x.absolute);
-                    check_launch("attention");
-                  });
+  const auto start = [&](const Table& table, const Samples<T>& of, int64_t blocks, int threads, int64_t bytes) {
+    ask_for_shared(attention_kernel<T, true>, bytes);
+    if (bytes) attention_kernel<T, true><<<blocks, threads, bytes, stream>>>(table, of, x.absolute);
+    else attention_kernel<T, false><<<blocks, threads, 0, stream>>>(table, of, x.absolute);
+    check_launch("attention");
+  };
+  forward_pass<T>(x, kMaps, stream, start);
 }
 
 // ---- backward ----

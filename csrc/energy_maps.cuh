@@ -156,10 +156,9 @@ void forward_pass(const MapLoss& x, int maps, cudaStream_t stream, const Start& 
   start_energies(plan, scratch.sums, scratch.arrived, stream);
   const int64_t bytes = maps * plan.largest() * int64_t(sizeof(T));
   const int threads = plan.largest() <= 256 ? 128 : kMostThreads;
-  plan.launch([&](const Layer&) { return x.batch; },
-              [&](const Table& table, int64_t blocks) {
-                start(table, Samples<T>(x, scratch), blocks, threads, bytes <= kMostShared ? bytes : 0);
-              });
+  plan.launch_samples([&](const Table& table, int64_t blocks) {
+    start(table, Samples<T>(x, scratch), blocks, threads, bytes <= kMostShared ? bytes : 0);
+  });
 }
 
 // More shared memory than every kernel may have must be asked for.

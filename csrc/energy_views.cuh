@@ -20,6 +20,7 @@ constexpr int kLayers = 16;  // of a launch; their table is passed by value
 constexpr int kThreads = 256;
 constexpr int kBlocks = 4 * 132;             // four for each multiprocessor of an H100
 constexpr int kLeastVectors = 4 * kThreads;  // of a block
+constexpr int64_t kMostPixels = 1 << 27;     // of a map: 8 numbers for each have 32-bit indices
 constexpr int kTile = 64;                    // columns of a block, if there are many
 
 struct View {
@@ -88,6 +89,7 @@ class Plan {
     int64_t vectors = 0;
     for (int64_t i = 0; i < x.count; ++i) {
       const MapLayer& l = x.layers[i];
+      if (l.height * l.width > kMostPixels) throw std::runtime_error("kdkernels: a map has over 2^27 pixels");
       vectors += l.batch * l.height * l.width * l.student.channels * bytes_of(l.student.type) / 16;
       if (both_) vectors += l.batch * l.height * l.width * l.teacher.channels * bytes_of(l.teacher.type) / 16;
     }
@@ -128,6 +130,11 @@ class Plan {
   void launch_views(const Start& start) const {
     launch([&](const Layer& l) { return l.pixels() ? x_.batch * (l.views[0].blocks() + l.views[1].blocks()) : 0; },
            start);
+  }
+  // start(table, blocks) with a block per sample
+  template <typename Start>
+  void launch_samples(const Start& start) const {
+    launch([&](const Layer&) { return x_.batch; }, start);
   }
 
  private:

@@ -171,7 +171,7 @@ FAULTS = [
     Fault("no barrier behind the lengths", "angular_maps.cuh", "Divisor<T>(static_cast<T>(unit_length(norm_t_)));\n    }\n    __syncthreads();", "Divisor<T>(static_cast<T>(unit_length(norm_t_)));\n    }", "angular"),
     Fault("half of the block at the barriers", "angular_maps.cuh", "    tell(gaps);", "    if (threadIdx.x < 64) tell(gaps);", "angular"),
     Fault("a quadrant's neighbour", "angular_maps.cuh", "quadrant_(local_ ? 1 + threadIdx.x / 32 % 4 : 0)", "quadrant_(local_ ? 1 + threadIdx.x / 64 % 4 : 0)", "angular"),
-    Fault("rows of a region run on", "angular_maps.cuh", "n += next_row_;", ";", "angular"),
+    Fault("rows of a region run on", "angular_maps.cuh", "n += next_row_;", ";", "large maps"),
     Fault("a sign dropped", "energy.cu", "inner += sign(d) * u;", "inner += u;", "attention"),
     Fault("unit maps of another sample", "energy_maps.cuh", "offset(layer.offset + int64_t(sample) * pixels)", "offset(layer.offset)", "attention"),
     Fault("energies without a teacher", "energy_views.cuh", "if (both_) made.views[1] =", "if (false) made.views[1] =", "attention"),
