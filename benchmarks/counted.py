@@ -31,8 +31,9 @@ from kdkernels.ops import native_build
 from . import bench_angular_margin, bench_energy, bench_gram, bench_softmax_kl, launched, published
 from .bench_gram import BF16, RESNET8X4
 from .cases import Case, Inputs, feature_case
+from .instructions import UNITS, Loop
 from .launched import Work
-from .sass import UNITS, Kernel, Loop, kernels, occupancy
+from .sass import Kernel, kernels
 
 
 def cosines(rows: int, width: int, dtype: torch.dtype) -> Case:
@@ -55,18 +56,18 @@ def cosines(rows: int, width: int, dtype: torch.dtype) -> Case:
 
 
 LARGE = ("resnet50", (256, 2048, 7, 7))
-stages = partial(feature_case, name="resnet8x4, 3 stages", students=RESNET8X4)
+stages = partial(feature_case, students=RESNET8X4)
 CASES: list[Case] = [
     *bench_softmax_kl.CASES,
     bench_softmax_kl.case("kd", 8192, 32000, BF16),
     *bench_gram.CASES,
-    stages("gram", ours=kdkernels.sp_loss, published_loss=published.sp),
+    stages("gram", "sp resnet8x4, 3 stages", ours=kdkernels.sp_loss, published_loss=published.sp),
     *(cosines(256, 512, dtype) for dtype in (torch.float32, BF16)),
     *bench_energy.CASES,
     bench_energy.case(*LARGE, dtype=BF16),
     *bench_angular_margin.CASES,
     bench_angular_margin.case(*LARGE, dtype=BF16),
-    stages("angular_margin", ours=kdkernels.amd_loss, published_loss=published.amd),
+    stages("angular_margin", "amd resnet8x4, 3 stages", ours=kdkernels.amd_loss, published_loss=published.amd),
 ]
 # An H100 SXM at the clock that it holds under load; bytes and clocks per second.
 MULTIPROCESSORS, CLOCK = 132, 1.7e9
@@ -111,6 +112,14 @@ class Launch(NamedTuple):
     @property
     def occupancy(self) -> float:
         return occupancy(self.kernel.registers, self.threads, self.shared)
+
+
+def occupancy(registers: int, threads: int, shared: int) -> float:
+    """Share of a multiprocessor's 64 warps that can be resident, sm_90."""
+    warps = -(-threads // 32)
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = 227 * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 
 
 def launch(work: Work, kernel: Kernel, threads: int, shared: int) -> Launch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .cases import Case, Provider
-from .sass import Place
+from .instructions import Place
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = 8  # of each launch, evenly spread

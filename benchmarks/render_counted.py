@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from .cases import Case
 from .counted import CLOCK, L2, LAUNCH, MEMORY, MULTIPROCESSORS, SAID, Launch
-from .sass import Loop
+from .instructions import Loop
 
 HEAD = f"""# GPU kernels by count, sm_90
 
