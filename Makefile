@@ -1,6 +1,6 @@
 # make demo    distil a student on real images, print a table, draw a picture
 # make test    everything that CI checks but the linters;  make lint: the linters
-# make test-fast    what an edit is likely to break, in a minute
+# make test-fast    what an edit is likely to break, in about a minute
 # make docs    the documentation, into site/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -24,9 +24,9 @@ test: .venv/installed
 	KDKERNELS_TEST_CUDA=plain $(PARALLEL) $(OPS) tests/test_losses.py
 	KDKERNELS_TEST_CUDA=checked $(PARALLEL) $(OPS) -k "not compiled and not many_columns"
 
-FAST := tests/ops $(addprefix tests/test_,golden.py losses.py errors.py map_losses.py relational_losses.py logit_losses.py)
 test-fast: .venv/installed
-	$(PARALLEL) $(FAST) -k "not compil and not opcheck and not float16"
+	$(PARALLEL) tests/ops $(addprefix tests/test_,golden.py losses.py errors.py edges.py map_losses.py) \
+	  -k "not compil and not opcheck and not float16"
 
 # each seeded fault must be caught by the checks; two minutes
 faults: .venv/installed

@@ -120,7 +120,11 @@ def test_numpy_scalars_are_numbers() -> None:
         assert torch.equal(kd_loss(s, t, temperature=scalar), kd_loss(s, t, temperature=2.0))
 
 
-@pytest.mark.parametrize("module", [kdkernels.KDLoss(2.0), kdkernels.SPLoss()], ids=["kd", "sp"])
+EXPORTED = [kdkernels.KDLoss(2.0), kdkernels.SPLoss(), kdkernels.RKDLoss(), kdkernels.CCLoss(), kdkernels.DISTLoss()]
+EXPORTED += [kdkernels.MLLDLoss(), kdkernels.CorrelationLoss(views=1), kdkernels.AlignmentLoss()]
+
+
+@pytest.mark.parametrize("module", EXPORTED, ids=lambda module: type(module).__name__)
 def test_export_with_a_dynamic_batch(module: nn.Module) -> None:
     batch = {0: torch.export.Dim("batch", min=2)}
     program = torch.export.export(module, (randn(6, 5), randn(6, 5)), dynamic_shapes=(batch, batch)).module()

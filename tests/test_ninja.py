@@ -103,8 +103,11 @@ def wrapped(plan: Plan, first: str) -> Plan:
     return replace(plan, cuda=None, isas=("base",), compiler=str(script))
 
 
-def wait_for(path: Path) -> None:
+def wait_for(path: Path, process: subprocess.Popen[str] | None = None) -> None:
+    deadline = time.monotonic() + 300
     while not path.exists():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path.name} does not come"
         time.sleep(0.01)
 
 
@@ -131,15 +134,13 @@ def test_a_build_that_hangs_is_stopped_with_its_compilers(plan: Plan, monkeypatc
 
 @pytest.mark.parametrize("killed", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_build_leaves_nothing_in_the_way(plan: Plan, killed: signal.Signals) -> None:
-    plan = wrapped(plan, 'until [ -e "$(dirname "$0")/go" ]; do sleep 0.1; done')
+    plan = wrapped(plan, "touch ../begun; until [ -e ../go ]; do sleep 0.1; done")
     code = "import sys, pathlib; from pathlib import PosixPath; from kdkernels.ops import native_build\n"
     code += "from kdkernels.ops.native_build import Plan, Torch\n"
     folder = plan.sources.parent
     code += f"native_build.build({plan!r}, {folder / 'build'!r}, {folder / 'out' / 'library.so'!r})"
     process = start(folder, code)
-    while not (folder / "build" / ".ninja_log").exists():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(folder / "begun", process)
     process.send_signal(killed)
     process.communicate()
     (folder / "go").touch()  # the ninja that may still be there goes on

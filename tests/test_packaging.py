@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -69,3 +70,17 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert f"kdkernels {kdkernels.__version__}" in done.stdout
+
+
+def test_the_source_distribution_is_the_checkout(tmp_path: Path) -> None:
+    """Its tests are in it, with all that they read."""
+    pytest.importorskip("setuptools")
+    source = copy_of_the_checkout(tmp_path / "source")
+    files = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=source, env=os.environ | {"KDKERNELS_BUILD_NATIVE": "0"}, check=True)
+    (path,) = tmp_path.glob("kdkernels-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert path.name == f"kdkernels-{kdkernels.__version__}.tar.gz"
+    assert files - names <= {".gitignore"}

@@ -43,26 +43,29 @@ def _check(name: str, source: str) -> str:
 
 
 def requested() -> str:
-    """The backend in force: that of the innermost ``use_backend``, else KDKERNELS_BACKEND, else "auto"."""
-    if _choices and (chosen := _in_force()) is not None:
-        return chosen
+    """The backend in force: that of the innermost ``use_backend``, else KDKERNELS_BACKEND, else "auto".
+
+    A thread that has chosen nothing, as autograd's own have not, follows those that have.
+    """
+    if _choices:
+        innermost = dict(list(_choices.values()))
+        own = innermost.get(threading.get_ident())
+        if own is not None:
+            return own
+        if innermost:  # the last of the others may just have left
+            return _of_others(innermost)
     name = os.environ.get(VARIABLE)
     return _check(name, VARIABLE) if name else "auto"
 
 
-def _in_force() -> str | None:
-    """The calling thread's own choice. A thread without one, as autograd's are, follows those that have."""
-    innermost = dict(list(_choices.values()))
-    own = innermost.get(threading.get_ident())
-    if own is not None:
-        return own
+def _of_others(innermost: dict[int, str]) -> str:
     names = sorted(set(innermost.values()))
     if len(names) > 1:
         raise BackendError(
             f"this thread has chosen no backend, and other threads have chosen {' and '.join(map(repr, names))}: "
             "let it call use_backend itself"
         )
-    return names[0] if names else None  # the last of the others may just have left
+    return names[0]
 
 
 @contextmanager

@@ -216,6 +216,10 @@ def test_cosines_of_views_into_one_tensor() -> None:
 def test_cosines_contract() -> None:
     other = torch.randn(5, 7, device=DEVICE)
     check_contract(lambda x: cosine_similarity(x, other), torch.randn(4, 7, device=DEVICE))
+
+
+def test_cosines_compiled() -> None:
+    other = torch.randn(5, 7, device=DEVICE)
     check_compiled(lambda x: cosine_similarity(x, other), torch.randn(4, 7, device=DEVICE))
 
 
