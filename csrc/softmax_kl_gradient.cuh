@@ -19,13 +19,13 @@ __device__ T of_labels(const Labels& l, const Factors<T>& f, int k) {
   return f.label * static_cast<T>((k == l.a ? l.weight_a : 0) + (l.mixed && k == l.b ? l.weight_b : 0));
 }
 
-// The forward KL, decoupled terms and CE with labels: a pack at a time
-template <typename R, typename T>
-__device__ void write_plain(const SoftmaxKlBackward& x, R& row, const Labels& l, const RowStats<T>& r,
+// The forward KL, DECOUPLED terms and CE with labels: a pack at a time
+template <bool DECOUPLED, typename R, typename T>
+__device__ void write_packs(const SoftmaxKlBackward& x, R& row, const Labels& l, const RowStats<T>& r,
                             const Factors<T>& f) {
   constexpr int N = R::count;
   const Exponent<T> e(x, r);
-  const bool kl = x.kl != 0, decoupled = x.decoupled(), ce = e.ce && x.target;
+  const bool kl = x.kl != 0, decoupled = DECOUPLED && x.decoupled(), ce = e.ce && x.target;
   row.each_pack([&](int v, const uint4& student, const uint4& teacher) {
     T s[N], t[N], es[N], g[N] = {};
     R::Format::split(student, s);
@@ -57,8 +57,8 @@ __device__ void write_plain(const SoftmaxKlBackward& x, R& row, const Labels& l,
 
 // All else, class by class. The packs of a gradient fill up from behind.
 template <typename R, typename T>
-__device__ void write_any(const SoftmaxKlBackward& x, R& row, const Labels& l, const RowStats<T>& r,
-                          const Factors<T>& f) {
+__device__ void write_classes(const SoftmaxKlBackward& x, R& row, const Labels& l, const RowStats<T>& r,
+                              const Factors<T>& f) {
   using Format = typename R::Format;
   const Exponent<T> e(x, r);
   const SoftGradient<T> soft(x, l, r, f);
@@ -94,7 +94,8 @@ __device__ void fill(const SoftmaxKlBackward& x, const R& row, T value) {
 template <typename R>
 __device__ double sum_of_target(const SoftmaxKl& x, const R& row) {
   typename R::T sum = 0;
-  for (int64_t k = row.team.rank; k < x.classes; k += row.team.size) sum += dense_target<typename R::T>(x, row.team.row, k);
+  for (int64_t k = row.team.rank; k < x.classes; k += row.team.size)
+    sum += dense_target<typename R::T>(x, row.team.row, k);
   return row.team.sum(sum);
 }
 

@@ -100,6 +100,12 @@ struct Pack<DType::f64> {
     x[0] = number(p.x, p.y);
     x[1] = number(p.z, p.w);
   }
+  __device__ static uint4 join(const T (&x)[count]) {
+    uint4 p = {};
+    push(p, x[0]);
+    push(p, x[1]);
+    return p;
+  }
   __device__ static T pop(uint4& p) {
     const T first = number(p.x, p.y);
     p = {p.z, p.w, 0, 0};

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kMostSums = 5;  // that a team makes at once
 
-// The threads that share a row: a power of two of neighbouring lanes, or a whole block. A team behind the last row is not
-// real: it has the last row's number, touches nothing and meets the others, as all lanes of a warp must.
+// The threads that share a row: a power of two of neighbouring lanes, or a whole block. A team behind the last row is
+// not real: it has the last row's number, touches nothing and meets the others, as all lanes of a warp must.
 struct Team {
   int size, rank;
   int64_t row;
@@ -107,7 +107,8 @@ struct Aligned {
   __device__ T at(const Line& line, int64_t k) const { return element<T>(D, line.data, line.first + k); }
   __device__ uint4 load(const Line& line, int v) const {
     const int k = index(v, 0);
-    if (whole(k)) return *reinterpret_cast<const uint4*>(static_cast<const char*>(line.data) + bytes * (line.first + k));
+    if (whole(k))
+      return *reinterpret_cast<const uint4*>(static_cast<const char*>(line.data) + bytes * (line.first + k));
     uint4 pack = {};
 #pragma unroll 1
     for (int j = 0; j < count; ++j)
@@ -145,8 +146,7 @@ struct Scattered {
   __device__ T at(const Line& line, int64_t k) const { return element<T>(line.type, line.data, line.first + k); }
   __device__ uint4 load(const Line& line, int v) const {
     uint4 pack = {};
-    for (int j = 0; j < count; ++j)
-      Format::push(pack, index(v, j) < classes ? at(line, index(v, j)) : -infinity<T>());
+    for (int j = 0; j < count; ++j) Format::push(pack, index(v, j) < classes ? at(line, index(v, j)) : -infinity<T>());
     return pack;
   }
   __device__ void store(DType type, void* data, int64_t first, int v, uint4 pack) const {
@@ -195,22 +195,13 @@ class Row {
   __device__ Logits<Layout> student() const { return {layout, s_}; }
   __device__ Logits<Layout> teacher() const { return {layout, t_}; }
 
-  // f(v, pack of the student, pack of the teacher) for the packs of this thread; the next ones are on their way.
+  // f(v, pack of the student, pack of the teacher) for the packs of this thread
   template <typename F>
   __device__ void each_pack(const F& f) {
-    int v = team.rank, slot = threadIdx.x;
-    if (v >= packs_) return;
-    uint4 a, b, next_a = {}, next_b = {};
-    fetch(v, slot, a, b);
-    while (true) {
-      const int next = v + team.size;
-      slot += 2 * blockDim.x;
-      if (next < packs_) fetch(next, slot, next_a, next_b);
+    uint4 a, b;
+    for (int v = team.rank, slot = threadIdx.x; v < packs_; v += team.size, slot += 2 * blockDim.x) {
+      fetch(v, slot, a, b);
       f(v, a, b);
-      if (next >= packs_) break;
-      v = next;
-      a = next_a;
-      b = next_b;
     }
     on_chip_ = KEEP && kept_;
   }

@@ -16,7 +16,7 @@ namespace cuda {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kSlack = 24;    // e^24 in a sum of fp32 overflows nowhere and costs no digits
+constexpr float kSlack = 24;                  // e^24 in a sum of fp32 overflows nowhere and costs no digits
 constexpr double kFar = 16384, kMost = 1e30;  // 2^-kFar is 0 in every format, kMost times 0 too
 
 // Exponentials as powers of two: e^(z / T) = 2^(z s), or z t for the teacher, and e^z = 2^(z one), or e^(z / T) to the
@@ -138,7 +138,7 @@ struct Running {
   }
 };
 
-// The row's sums in one sweep. With decoupled terms the labelled classes are left out.
+// The row's sums in one sweep, perhaps without the labelled classes
 template <typename R, typename T>
 __device__ Running<T> sum_row(R& row, const Exponent<T>& e, const Labels& l, bool without_labels) {
   Running<T> z;
@@ -178,28 +178,30 @@ __device__ double decoupled_terms(const SoftmaxKl& x, const Z& s, const Z& t, co
   return result;
 }
 
-// All terms that one sweep gives: CE with labels, the forward KL, the decoupled terms. `r` has the scales and gets the
-// rest, `z` the sums. Of a row that does not count the numbers mean nothing.
-template <typename R, typename T>
-__device__ double terms_of_sums(const SoftmaxKl& x, R& row, const Labels& l, RowStats<T>& r, Sums& z) {
+// All terms that one sweep gives: CE with labels, the forward KL, and if DECOUPLED those terms. `r` has the scales and
+// gets the rest. Of a row that does not count the numbers mean nothing.
+template <bool DECOUPLED, typename R, typename T>
+__device__ double terms_of_sums(const SoftmaxKl& x, R& row, const Labels& l, RowStats<T>& r) {
   const Exponent<T> e(x, r);
-  const Running<T> others = sum_row(row, e, l, x.decoupled());
+  const bool decoupled = DECOUPLED && x.decoupled();
+  const Running<T> others = sum_row(row, e, l, decoupled);
   if (!row.counts()) return 0;
   const auto s = row.student(), t = row.teacher();
   Running<T> all = others;
-  if (x.decoupled()) {
+  if (decoupled) {
     const T none = -infinity<T>();
     all.add(e, {s[l.a], l.two() ? s[l.b] : none}, {t[l.a], l.two() ? t[l.b] : none});
     all.count_from(e, all.s_max, all.t_max);
   }
-  z = all.sums();
+  const Sums z = all.sums();
   r.s.max = all.s_max;
   r.t.max = x.soft() ? all.t_max : T(0);
   if (x.ce != 0) r.log_p = log(z.p);
   if (x.soft()) r.set_log_z(log(z.s), log_ratio(z));
   double result = x.ce != 0 && !x.dense && x.smoothing == 0 ? x.ce * cross_entropy(l, s, r) : 0;
   if (x.kl != 0 && x.divergence == Divergence::forward) result += x.kl * divergence(z, r.log_ratio);
-  return x.decoupled() ? result + decoupled_terms(x, s, t, l, others, r) : result;
+  if (decoupled) result += decoupled_terms(x, s, t, l, others, r);
+  return result;
 }
 
 }  // namespace

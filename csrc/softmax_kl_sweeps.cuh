@@ -1,6 +1,6 @@
 // What some rows of softmax_kl take beside the one sweep of softmax_kl_sums.cuh: standardised logits, another
-// divergence than the forward KL, dense targets and smoothed labels. The first sweep keeps the row in shared memory where
-// it fits; all of them go class by class, as their arithmetic is too long to be unrolled.
+// divergence than the forward KL, dense targets and smoothed labels. The first sweep keeps the row in shared memory
+// where it fits; all of them go class by class, as their arithmetic is too long to be unrolled.
 #pragma once
 
 #include "divergences.h"
@@ -166,8 +166,7 @@ __device__ double any_terms(const SoftmaxKl& x, R& row, const Labels& l, bool sa
   const bool standard = x.standardize && x.soft();
   r.standardise(x, Spread(), Spread());
   if (standard) standardise(x, row, r);
-  Sums z;
-  double result = terms_of_sums(x, row, l, r, z);
+  double result = terms_of_sums<true>(x, row, l, r);
   if (x.ce != 0 && (x.dense || x.smoothing != 0)) result += x.ce * wide_cross_entropy(x, row, l, r);
   if (x.kl != 0 && x.divergence != Divergence::forward) result += x.kl * sum_parts(x, row, r);
   if (standard && save) r.lose(along_logits(x, row, l, r), x.classes);
