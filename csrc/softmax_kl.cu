@@ -19,7 +19,7 @@ namespace cuda {
 namespace {
 
 constexpr int kWarpThreads = 128, kSumThreads = 1024;
-constexpr int64_t kFill = 132 * 1024;  // threads that keep a GPU busy
+constexpr int64_t kFill = 132 * 512;  // threads that keep a GPU busy
 constexpr int64_t kMostClasses = int64_t(1) << 30;
 
 // Threads that a block can have, by the registers that its kernel needs: 64, 128 or 255
@@ -28,7 +28,7 @@ constexpr int kMostThreads = PLAIN                             ? 1024
                              : sizeof(typename Layout::T) == 4 ? 512
                                                                : 256;
 
-// How rows share threads: up to 4 packs to a lane of a warp and 16 to a thread of a block, or 8 where a copy of the
+// How rows share threads: up to 8 packs to a lane of a warp and 16 to a thread of a block, 8 where a copy of the
 // rows in shared memory leaves room for few blocks; fewer where there are few rows.
 struct Shape {
   int width = 1, threads, slots;
@@ -36,7 +36,7 @@ struct Shape {
 
   Shape(int64_t rows, int64_t packs, int most_threads) {
     const int per_thread = most_threads == 1024 ? 16 : 8, usual = most_threads == 1024 ? 256 : most_threads;
-    while (width < usual && width * (width < 32 ? 4 : per_thread) < packs) width *= 2;
+    while (width < usual && width * (width < 32 ? 8 : per_thread) < packs) width *= 2;
     while (width < most_threads && rows * width < kFill && 2 * width <= packs) width *= 2;
     threads = width > 32 ? width : kWarpThreads;
     blocks = ceil_div(rows, threads / width);

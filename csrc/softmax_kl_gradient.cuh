@@ -14,10 +14,18 @@ __device__ T hard_gradient(const Factors<T>& f, const Exponent<T>& e, T s, T es)
   return f.hard * (e.n ? power(es, e.n) : exp2_of((s - f.s_max) * e.one)) - f.uniform;
 }
 
+// What CE takes from the gradient at the labels
 template <typename T>
-__device__ T of_labels(const Labels& l, const Factors<T>& f, int k) {
-  return f.label * static_cast<T>((k == l.a ? l.weight_a : 0) + (l.mixed && k == l.b ? l.weight_b : 0));
-}
+struct LabelShares {
+  int a, b;
+  T of_a, of_b;
+  __device__ LabelShares(const Labels& l, const Factors<T>& f)
+      : a(static_cast<int>(l.a)),
+        b(static_cast<int>(l.b)),
+        of_a(f.label * static_cast<T>(l.weight_a)),
+        of_b(l.mixed ? f.label * static_cast<T>(l.weight_b) : T(0)) {}
+  __device__ T operator()(int k) const { return (k == a ? of_a : T(0)) + (k == b ? of_b : T(0)); }
+};
 
 // The forward KL, DECOUPLED terms and CE with labels: a pack at a time
 template <bool DECOUPLED, typename R, typename T>
@@ -25,6 +33,8 @@ __device__ void write_packs(const SoftmaxKlBackward& x, R& row, const Labels& l,
                             const Factors<T>& f) {
   constexpr int N = R::count;
   const Exponent<T> e(x, r);
+  const LabelShares<T> of_labels(l, f);
+  const Line out_row = gradient_of(x, row.team.row);
   const bool kl = x.kl != 0, decoupled = DECOUPLED && x.decoupled(), ce = e.ce && x.target;
   row.each_pack([&](int v, const uint4& student, const uint4& teacher) {
     T s[N], t[N], es[N], g[N] = {};
@@ -49,9 +59,9 @@ __device__ void write_packs(const SoftmaxKlBackward& x, R& row, const Labels& l,
       for (int j = 0; j < N; ++j) g[j] += hard_gradient(f, e, s[j], es[j]);
       if (labelled)
 #pragma unroll
-        for (int j = 0; j < N; ++j) g[j] -= of_labels(l, f, row.layout.index(v, j));
+        for (int j = 0; j < N; ++j) g[j] -= of_labels(row.layout.index(v, j));
     }
-    row.layout.store(x.student_type, x.out, row.team.row * x.classes, v, R::Format::join(g));
+    row.layout.store(out_row, v, R::Format::join(g));
   });
 }
 
@@ -61,6 +71,8 @@ __device__ void write_classes(const SoftmaxKlBackward& x, R& row, const Labels& 
                               const Factors<T>& f) {
   using Format = typename R::Format;
   const Exponent<T> e(x, r);
+  const LabelShares<T> of_labels(l, f);
+  const Line out_row = gradient_of(x, row.team.row);
   const SoftGradient<T> soft(x, l, r, f);
   const bool ce = e.ce && (x.target || x.dense), with_teacher = x.soft();
   row.each_pack([&](int v, uint4 student, uint4 teacher) {
@@ -74,21 +86,21 @@ __device__ void write_classes(const SoftmaxKlBackward& x, R& row, const Labels& 
       if (ce) {
         g += f.hard * exp2_of((s - f.s_max) * e.one) - f.uniform;
         if (x.dense && k >= 0 && k < row.layout.classes) g -= f.label * dense_target<T>(x, row.team.row, k);
-        g -= of_labels(l, f, k);
+        g -= of_labels(k);
       }
       Format::push(out, g);
     }
-    row.layout.store(x.student_type, x.out, row.team.row * x.classes, v, out);
+    row.layout.store(out_row, v, out);
   });
 }
 
 // What is written of a row that does not count, or whose label is none
 template <typename R, typename T>
 __device__ void fill(const SoftmaxKlBackward& x, const R& row, T value) {
+  const Line out_row = gradient_of(x, row.team.row);
   uint4 out = {};
   for (int j = 0; j < R::count; ++j) R::Format::push(out, value);
-  for (int v = row.team.rank; v < row.layout.packs(); v += row.team.size)
-    row.layout.store(x.student_type, x.out, row.team.row * x.classes, v, out);
+  for (int v = row.team.rank; v < row.layout.packs(); v += row.team.size) row.layout.store(out_row, v, out);
 }
 
 template <typename R>

@@ -1,8 +1,8 @@
 // What softmax_kl sums over a row in one sweep on CUDA, without knowing the row's maxima beforehand.
 //
-// Each thread counts exponents from logits of its own: the maxima of what it had seen when an exponent last grew past
-// kSlack. At the end all are made to count from the row's maxima. With d = log(e_t / e_s) of a class, whose sums keep
-// their digits where the networks are close, counting from elsewhere replaces d by d + c in every class, and
+// Each thread counts exponents from logits of its own: the maxima of what it had seen when a power of two last grew
+// past kSlack. At the end all are made to count from the row's maxima. With d = log(e_t / e_s) of a class, whose sums
+// keep their digits where the networks are close, counting from elsewhere replaces d by d + c in every class, and
 //
 //   f(d) = d + exp(-d) - 1:   f(d + c) = exp(-c) f(d) - d (exp(-c) - 1) + f(c)
 //
@@ -16,22 +16,22 @@ namespace cuda {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr float kSlack = 24;                  // e^24 in a sum of fp32 overflows nowhere and costs no digits
+constexpr float kSlack = 32;                  // 2^32 in a sum of fp32 overflows nowhere and costs no digits
 constexpr double kFar = 16384, kMost = 1e30;  // 2^-kFar is 0 in every format, kMost times 0 too
 
 // Exponentials as powers of two: e^(z / T) = 2^(z s), or z t for the teacher, and e^z = 2^(z one), or e^(z / T) to the
 // power n
 template <typename T>
 struct Exponent {
-  T s, t, one = T(kLog2E), slack_s, slack_t;
+  T s, t, one = T(kLog2E), largest_s, largest_t;
   int n;
   bool ce, soft;
 
   __device__ Exponent(const SoftmaxKl& x, const RowStats<T>& r)
       : s(static_cast<T>(r.s.inverse_t * kLog2E)),
         t(static_cast<T>(r.t.inverse_t * kLog2E)),
-        slack_s(static_cast<T>(kSlack / (r.s.inverse_t > 1 ? r.s.inverse_t : 1))),
-        slack_t(static_cast<T>(kSlack / (r.t.inverse_t > 1 ? r.t.inverse_t : 1))),
+        largest_s(fmax(s, one)),
+        largest_t(fmax(t, one)),
         n(x.soft() ? integer_temperature(x) : 0),
         ce(x.ce != 0),
         soft(x.soft()) {}
@@ -64,7 +64,7 @@ struct Running {
     for (int j = 0; j < N; ++j) s_max = fmax(s_max, zs[j]);
 #pragma unroll
     for (int j = 0; j < N; ++j) t_max = fmax(t_max, zt[j]);
-    if (s_max - s_from > e.slack_s || t_max - t_from > e.slack_t) count_from(e, s_max, t_max);
+    if ((s_max - s_from) * e.largest_s > kSlack || (t_max - t_from) * e.largest_t > kSlack) count_from(e, s_max, t_max);
     T es[N], new_s = 0, new_t = 0, new_cross = 0, new_gap = 0;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
