@@ -71,25 +71,21 @@ struct Team {
   }
 };
 
-// A row of a tensor
+// A row of a tensor: number k is at first + k.
 struct Line {
   void* data;
   DType type;
-  __device__ Line(const void* tensor, DType its_type, int64_t first)
-      : data(static_cast<char*>(const_cast<void*>(tensor)) + first * (its_type == DType::f64   ? 8
-                                                                      : its_type == DType::f32 ? 4
-                                                                                               : 2)),
-        type(its_type) {}
+  int64_t first;
 };
 
 __device__ inline Line student_of(const SoftmaxKl& x, int64_t row) {
-  return Line(x.student, x.student_type, row * x.student_stride);
+  return {const_cast<void*>(x.student), x.student_type, row * x.student_stride};
 }
 __device__ inline Line teacher_of(const SoftmaxKl& x, int64_t row) {
-  return Line(x.teacher, x.teacher_type, row * x.teacher_stride);
+  return {const_cast<void*>(x.teacher), x.teacher_type, row * x.teacher_stride};
 }
 __device__ inline Line gradient_of(const SoftmaxKlBackward& x, int64_t row) {
-  return Line(x.out, x.student_type, row * x.classes);
+  return {x.out, x.student_type, row * x.classes};
 }
 
 // ---- layouts: which classes are in pack v of a row. Of those outside the row logits are -inf, and nothing is stored.
@@ -106,15 +102,16 @@ struct Aligned {
 
   __device__ Aligned(const SoftmaxKl& x, int64_t row)
       : classes(static_cast<int>(x.classes)),
-        phase(static_cast<int>(reinterpret_cast<uintptr_t>(student_of(x, row).data) / bytes % count)) {}
+        phase(static_cast<int>((reinterpret_cast<uintptr_t>(x.student) / bytes + row * x.student_stride) % count)) {}
   __device__ int packs() const { return (phase + classes + count - 1) / count; }
   __device__ int index(int v, int j) const { return v * count + j - phase; }
   __device__ int pack_of(int64_t k) const { return static_cast<int>(k + phase) / count; }
   __device__ bool whole(int k) const { return k >= 0 && k + count <= classes; }
-  __device__ T at(const Line& line, int64_t k) const { return element<T>(D, line.data, k); }
+  __device__ T at(const Line& line, int64_t k) const { return element<T>(D, line.data, line.first + k); }
   __device__ uint4 load(const Line& line, int v) const {
     const int k = index(v, 0);
-    if (whole(k)) return *reinterpret_cast<const uint4*>(static_cast<const char*>(line.data) + bytes * k);
+    if (whole(k))
+      return *reinterpret_cast<const uint4*>(static_cast<const char*>(line.data) + bytes * (line.first + k));
     uint4 pack = {};
 #pragma unroll 1
     for (int j = 0; j < count; ++j)
@@ -124,13 +121,13 @@ struct Aligned {
   __device__ void store(const Line& out, int v, uint4 pack) const {
     const int k = index(v, 0);
     if (whole(k)) {
-      *reinterpret_cast<uint4*>(static_cast<char*>(out.data) + bytes * k) = pack;
+      *reinterpret_cast<uint4*>(static_cast<char*>(out.data) + bytes * (out.first + k)) = pack;
       return;
     }
 #pragma unroll 1
     for (int j = 0; j < count; ++j) {
       const T x = Format::pop(pack);
-      if (k + j >= 0 && k + j < classes) kd::cuda::store<T>(D, out.data, k + j, x);
+      if (k + j >= 0 && k + j < classes) kd::cuda::store<T>(D, out.data, out.first + k + j, x);
     }
   }
 };
@@ -149,7 +146,7 @@ struct Scattered {
   __device__ int packs() const { return stride; }
   __device__ int index(int v, int j) const { return j * stride + v; }
   __device__ int pack_of(int64_t k) const { return static_cast<int>(k) % stride; }
-  __device__ T at(const Line& line, int64_t k) const { return element<T>(line.type, line.data, k); }
+  __device__ T at(const Line& line, int64_t k) const { return element<T>(line.type, line.data, line.first + k); }
   __device__ uint4 load(const Line& line, int v) const {
     uint4 pack = {};
     for (int j = 0; j < count; ++j) Format::push(pack, index(v, j) < classes ? at(line, index(v, j)) : -infinity<T>());
@@ -158,7 +155,7 @@ struct Scattered {
   __device__ void store(const Line& out, int v, uint4 pack) const {
     for (int j = 0; j < count; ++j) {
       const T x = Format::pop(pack);
-      if (index(v, j) < classes) kd::cuda::store<T>(out.type, out.data, index(v, j), x);
+      if (index(v, j) < classes) kd::cuda::store<T>(out.type, out.data, out.first + index(v, j), x);
     }
   }
 };
