@@ -164,7 +164,7 @@ FAULTS = [
     Fault("sums that count from elsewhere", "softmax_kl_sums.cuh", "    t_max = most[1];\n    count_from(e, s_max, t_max);", "    t_max = most[1];", "wide rows"),
     Fault("a label among the others", "softmax_kl_sums.cuh", "zs[j] = zt[j] = -infinity<T>();", "zt[j] = -infinity<T>();", "narrow rows"),
     Fault("statistics overwritten", "softmax_kl_row.h", "to[2 * x.rows] = static_cast<T>(r.log_p)", "to[x.rows] = static_cast<T>(r.log_p)", "narrow rows"),
-    Fault("workspace a warp short", "softmax_kl.cu", "shape(x).partials; });", "shape(x).partials - 1; });", "narrow rows"),
+    Fault("workspace a row short", "softmax_kl.cu", "shape(x).partials; });", "shape(x).partials - 1; });", "narrow rows"),
     Fault("every thread writes the loss", "softmax_kl.cu", "  if (threadIdx.x) return;\n", "", "narrow rows"),
     Fault("one lam read as one per row", "bindings_softmax_kl.h", "lam.dim() ? lam.stride(0) : 0", "1", "wide rows"),
     Fault("no barrier behind the slices", "energy.cuh", "partial[slice][lane] = sum;\n  __syncthreads();", "partial[slice][lane] = sum;", "angular"),

@@ -10,7 +10,9 @@ import pytest
 
 from . import build, faults
 
-FEW = ("no barrier behind the loads", "all splits write one product", "a map without a start", "workspace a warp short")
+pytestmark = pytest.mark.xdist_group("executor")
+
+FEW = ("no barrier behind the loads", "all splits write one product", "a map without a start", "workspace a row short")
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
