@@ -1,148 +1,102 @@
-// softmax_kl on CUDA. A row belongs to one warp (narrow rows, four to a block) or to one block; its two passes read the
-// logits from memory once and from the cache once. A last small kernel sums the rows in a fixed order. Kernels with
-// PLAIN know that the divergence is the forward KL of logits as they are, which takes no further passes.
+// softmax_kl on CUDA. Every row is read once forward and once backward, 16 bytes at a time where the tensors' layout
+// allows.
+//
+//   softmax_kl_packs.cuh     16 bytes and the numbers in them
+//   softmax_kl_row.cuh       the threads of a row, from one lane to a block; layouts; sweeps over a row
+//   softmax_kl_sums.cuh      the one sweep that gives the forward KL, CE and the decoupled terms
+//   softmax_kl_sweeps.cuh    what takes further sweeps, over a copy of the row in shared memory
+//   softmax_kl_gradient.cuh  the gradient
+//
+// A kernel is compiled for each dtype, and for tensors of different dtypes or alignment (Scattered); once for the terms
+// of the one sweep (PLAIN) and once for everything. A last small kernel sums the rows in a fixed order.
+#include <type_traits>
+
 #include "cuda.h"
-#include "softmax_kl_passes.cuh"
+#include "softmax_kl_gradient.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
 
-template <typename T, bool WARP>
-__device__ double dense_cross_entropy(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s,
-                                      const RowStats<T>& r) {
-  double sum = 0;
-  for (int64_t k = team.rank; k < x.classes; k += team.size)
-    sum += weighted(dense_target<T>(x, team.row, k), double(s[k] - r.s.max) - r.log_p);
-  return -team.sum(sum);
-}
+constexpr int kWarpThreads = 128, kSumThreads = 1024;
+constexpr int64_t kFill = 132 * 512;  // threads that keep a GPU busy
+constexpr int64_t kMostClasses = int64_t(1) << 30;
 
-template <typename T, bool WARP>
-__device__ double sum_of_logits(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s,
-                                const RowStats<T>& r) {
-  double sum = 0;
-  for (int64_t k = team.rank; k < x.classes; k += team.size) sum += double(s[k] - r.s.max);
-  return team.sum(sum);
-}
+// Threads that a block can have, by the registers that its kernel needs: 64, 128 or 255
+template <typename Layout, bool PLAIN>
+constexpr int kMostThreads = PLAIN                             ? 1024
+                             : sizeof(typename Layout::T) == 4 ? 512
+                                                               : 256;
 
-// Without other classes their mass is exp(-inf) = 0. log Z is NaN if anything in the row is, or infinite: it must not
-// hide behind the non-target classes.
-template <typename T>
-__device__ void settle_non_target_max(Softmax<T>& q) {
-  if (q.non_target_max == -infinity<T>()) q.non_target_max = 0;
-  q.non_target_max += static_cast<T>(q.log_z * 0);
-}
+// How rows share threads: up to 8 packs to a lane of a warp and 16 to a thread of a block, 8 where a copy of the
+// rows in shared memory leaves room for few blocks; fewer where there are few rows.
+struct Shape {
+  int width = 1, threads, slots;
+  int64_t blocks, partials;  // sums of rows that the forward kernel leaves
 
-// The decoupled terms, and the non-target part of `r`.
-template <typename T, bool WARP>
-__device__ double decoupled_terms(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
-                                  const Labels& l, RowStats<T>& r) {
-  settle_non_target_max(r.s);
-  settle_non_target_max(r.t);
-  const T inverse_s = static_cast<T>(r.s.inverse_t), inverse_t = static_cast<T>(r.t.inverse_t);
-  Sums z;
-  for (int64_t k = team.rank; k < x.classes; k += team.size) {
-    if (l.has(k)) continue;
-    const T a = (s[k] - r.s.max) * inverse_s - r.s.non_target_max,
-            b = (t[k] - r.t.max) * inverse_t - r.t.non_target_max;
-    add_class(a, b, T(exp(a)), T(exp(b)), z);
+  Shape(int64_t rows, int64_t packs, int most_threads) {
+    const int per_thread = most_threads == 1024 ? 16 : 8, usual = most_threads == 1024 ? 256 : most_threads;
+    while (width < usual && width * (width < 32 ? 8 : per_thread) < packs) width *= 2;
+    while (width < most_threads && rows * width < kFill && 2 * width <= packs) width *= 2;
+    threads = width > 32 ? width : kWarpThreads;
+    blocks = ceil_div(rows, threads / width);
+    partials = width > 32 ? blocks : blocks * (threads / 32);
+    slots = static_cast<int>(ceil_div(packs, width));
   }
-  add_threads(team, z);
-  r.s.non_target_log_z = log(z.s);
-  r.t.non_target_log_z = log(z.t);
-  double result = (r.s.log_z + r.t.log_z) * 0;  // NaN and infinity show here too
-  if (x.non_target_kl != 0) result += x.non_target_kl * non_target_divergence(z);
-  if (x.target_kl != 0) result += x.target_kl * target_divergence(l, s, t, r);
-  return result;
+};
+
+// ---- kernels
+
+// The sum of a warp's rows and how many count: one pair per warp, or per block that has one row
+__device__ inline void leave_partial(const SoftmaxKl& x, const Team& team, double loss, bool kept) {
+  const bool mine = team.real && team.rank == 0;
+  const double sum = reduce_lanes(mine ? loss : 0.0, 32, Add()),
+               count = reduce_lanes(mine && kept ? 1.0 : 0.0, 32, Add());
+  if (threadIdx.x % 32) return;
+  const int64_t at = team.block() ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  double* const partial = static_cast<double*>(x.workspace) + 2 * at;
+  partial[0] = sum;
+  partial[1] = count;
 }
 
-// The gradient of the terms with a teacher by the student's logit of class k, or by the standardised one; es is left
-// for CE.
-template <bool PLAIN, typename T>
-__device__ T soft_gradient(const SoftmaxKl& x, int64_t k, T s, T t, const Labels& l, const RowStats<T>& r,
-                           const Factors<T>& f, T& es) {
-  const T a = (s - f.s_max) * f.inverse_s, b = (t - f.t_max) * f.inverse_t;
-  T g = 0;
-  if (x.kl != 0) {
-    es = exp(a);
-    if (PLAIN || x.divergence == Divergence::forward) {
-      g = f.soft * (es - f.ratio * T(exp(b)));
-    } else {
-      const T h = class_slope(x.divergence, LogRatio<T>(r)(s, t), Shares<T>(x));
-      g = of_student(f.soft * es, h - r.slope);
-    }
-  }
-  if (!x.decoupled()) return g;
-  if (l.has(k)) return static_cast<T>(g + (k == l.a ? f.target_a : f.target_b));
-  return g + f.non_target_s * T(exp(a - f.non_target_s_max)) - f.non_target_t * T(exp(b - f.non_target_t_max));
-}
-
-// <dL/dz', z'>, whose share the gradient loses on its way from the standardised logits z'
-template <typename T, bool WARP>
-__device__ double along_logits(const SoftmaxKl& x, const Team<T, WARP>& team, const Logits<T>& s, const Logits<T>& t,
-                               const Labels& l, const RowStats<T>& r) {
-  Factors<T> f = gradient_factors(x, r, 1.0, 0.0);
-  if (x.decoupled()) add_decoupled(x, l, s, t, r, 1.0, f);
-  double sum = 0;
-  for (int64_t k = team.rank; k < x.classes; k += team.size) {
-    T es = 0;
-    const T g = soft_gradient<false>(x, k, s[k], t[k], l, r, f, es);
-    sum += double(g) * double((s[k] - r.s.max) * r.s.inverse_std - r.mean);
-  }
-  return team.sum(sum);
-}
-
-template <bool PLAIN, typename T, bool WARP>
-__device__ double row_forward(const SoftmaxKlForward& x, const Team<T, WARP>& team) {
+template <typename Layout, bool PLAIN>
+__global__ void __launch_bounds__(kMostThreads<Layout, PLAIN>, 1)
+    forward_kernel(const __grid_constant__ SoftmaxKlForward x, int width, int keep) {
+  using T = typename Layout::T;
+  extern __shared__ uint4 kept[];
+  __shared__ double shared[32 * kMostSums];
+  const Team team(width, x.rows, shared);
   const Labels l = read_labels<T>(x, team.row);
+  Row<Layout, !PLAIN> row(x, team, l, keep ? kept : nullptr);
   RowStats<T> r;
-  double result = 0;
-  if (!l.keep || !l.valid) {
-    result = l.keep ? not_a_number<double>() : 0;
+  double loss;
+  if constexpr (PLAIN) {
+    r.standardise(x, Spread(), Spread());
+    loss = terms_of_sums<false>(x, row, l, r);
   } else {
-    const Logits<T> s = student_of<T>(x, team.row), t = teacher_of<T>(x, team.row);
-    row_maxima(x, team, s, t, r);
-    Spread of_s, of_t;
-    if (!PLAIN && x.standardize && x.soft()) {
-      of_s = spread(x, team, s, r.s.max);
-      of_t = spread(x, team, t, r.t.max);
-    }
-    r.standardise(x, of_s, of_t);
-    const Sums z = row_sums(x, team, s, t, l, r);
-    if (x.ce != 0) {
-      const double ce = x.dense ? dense_cross_entropy(x, team, s, r) : cross_entropy(l, s, r);
-      result += x.ce * (x.smoothing == 0 ? ce : smoothed(x, ce, sum_of_logits(x, team, s, r), r.log_p));
-    }
-    if (x.kl != 0) {
-      const bool forward_kl = PLAIN || x.divergence == Divergence::forward;
-      result += x.kl * (forward_kl ? divergence(z, r.log_ratio) : sum_parts(x, team, s, t, r));
-    }
-    if (x.decoupled()) result += decoupled_terms(x, team, s, t, l, r);
-    if (!PLAIN && x.standardize && x.soft() && x.stats) r.lose(along_logits(x, team, s, t, l, r), x.classes);
+    loss = any_terms(x, row, l, x.stats, r);
   }
-  if (team.rank == 0) save_stats(x, team.row, r);
-  return result;
-}
-
-template <typename T, bool WARP, bool PLAIN>
-__global__ void forward_kernel(const __grid_constant__ SoftmaxKlForward x) {
-  __shared__ double shared[32];
-  const Team<T, WARP> team(shared);
-  if (team.row >= x.rows) return;
-  const double loss = row_forward<PLAIN>(x, team);
-  if (team.rank) return;
-  if (x.reduction == Reduction::none) static_cast<T*>(x.loss)[team.row] = static_cast<T>(loss);
-  else static_cast<double*>(x.workspace)[team.row] = loss;
+  if (team.rank >= 32) return;
+  if (!row.counts()) {
+    r = RowStats<T>();
+    loss = l.keep ? not_a_number<double>() : 0;
+  }
+  if (team.real && team.rank == 0) {
+    save_stats(x, team.row, r);
+    if (x.reduction == Reduction::none) static_cast<T*>(x.loss)[team.row] = static_cast<T>(loss);
+  }
+  leave_partial(x, team, loss, l.keep);
 }
 
 // One block: the sum of the rows, and the scale from the number of rows that count.
 template <typename T>
-__global__ void finish_kernel(const __grid_constant__ SoftmaxKlForward x) {
+__global__ void finish_kernel(const __grid_constant__ SoftmaxKlForward x, int64_t partials) {
   __shared__ double shared[32];
   double sum = 0, count = 0;
-  for (int64_t row = threadIdx.x; row < x.rows; row += blockDim.x) {
-    if (x.reduction != Reduction::none) sum += static_cast<const double*>(x.workspace)[row];
-    count += is_kept(x, row);
+  for (int64_t i = threadIdx.x; i < partials; i += blockDim.x) {
+    const double2 partial = static_cast<const double2*>(x.workspace)[i];
+    sum += partial.x;
+    count += partial.y;
   }
   sum = reduce_block(sum, shared, 0.0, Add());
   count = reduce_block(count, shared, 0.0, Add());
@@ -152,93 +106,123 @@ __global__ void finish_kernel(const __grid_constant__ SoftmaxKlForward x) {
   if (x.reduction != Reduction::none) *static_cast<T*>(x.loss) = static_cast<T>(sum * scale);
 }
 
-// The gradient by the student's logit of class k.
-template <bool PLAIN, typename T>
-__device__ T class_gradient(const SoftmaxKlBackward& x, int64_t row, int64_t k, T s, T t, const Labels& l,
-                            const RowStats<T>& r, const Factors<T>& f) {
-  const bool ce = x.ce != 0 && (x.target || x.dense);
-  const int n = x.kl != 0 ? integer_temperature(x) : 0;
-  const T d = s - f.s_max;
-  T es = 0, g = soft_gradient<PLAIN>(x, k, s, t, l, r, f, es);
-  if (!PLAIN && x.standardize) g = f.through_standard(g, d);
-  if (ce) {
-    g += f.hard * (n ? power(es, n) : T(exp(d))) - f.uniform;
-    if (x.dense) g -= f.label * dense_target<T>(x, row, k);
-    if (k == l.a) g -= f.label * static_cast<T>(l.weight_a);
-    if (l.mixed && k == l.b) g -= f.label * static_cast<T>(l.weight_b);
-  }
-  return g;
-}
-
-template <typename T, bool WARP, bool PLAIN>
-__global__ void backward_kernel(const __grid_constant__ SoftmaxKlBackward x) {
-  __shared__ double shared[32];
-  const Team<T, WARP> team(shared);
-  if (team.row >= x.rows) return;
-  const int64_t n = x.classes, row = team.row, out = row * n;
-  const Labels l = read_labels<T>(x, row);
-  if (!l.keep || !l.valid) {
-    const T value = l.keep ? not_a_number<T>() : T(0);
-    for (int64_t k = team.rank; k < n; k += team.size) store<T>(x.student_type, x.out, out + k, value);
-    return;
-  }
-  const Logits<T> s = student_of<T>(x, row), t = teacher_of<T>(x, row);
-  const RowStats<T> r = read_stats<T>(x, row);
-  const double upstream = double(static_cast<const T*>(x.grad)[row * x.grad_stride]) * *static_cast<const T*>(x.scale);
-  double y_sum = 1;
-  if (x.ce != 0 && x.dense) {
-    y_sum = 0;
-    for (int64_t k = team.rank; k < n; k += team.size) y_sum += dense_target<T>(x, row, k);
-    y_sum = team.sum(y_sum);
-  }
+template <typename Layout, bool PLAIN>
+__global__ void __launch_bounds__(kMostThreads<Layout, PLAIN>, 1)
+    backward_kernel(const __grid_constant__ SoftmaxKlBackward x, int width) {
+  using T = typename Layout::T;
+  __shared__ double shared[32 * kMostSums];
+  const Team team(width, x.rows, shared);
+  const Labels l = read_labels<T>(x, team.row);
+  Row<Layout, false> row(x, team, l, nullptr);
+  const RowStats<T> r = read_stats<T>(x, team.row);
+  const double upstream =
+      double(static_cast<const T*>(x.grad)[team.row * x.grad_stride]) * *static_cast<const T*>(x.scale);
+  const double y_sum = !PLAIN && x.ce != 0 && x.dense ? sum_of_target(x, row) : 1;
   Factors<T> f = gradient_factors(x, r, upstream, y_sum);
-  if (x.decoupled()) add_decoupled(x, l, s, t, r, upstream, f);
-  const bool teacher = x.soft();
-  if (x.decoupled() && x.out == x.student) team.wait();  // until all have read the labels' logits
-  for (int64_t k = team.rank; k < n; k += team.size) {
-    const T g = class_gradient<PLAIN>(x, row, k, s[k], teacher ? t[k] : T(0), l, r, f);
-    store<T>(x.student_type, x.out, out + k, g);
+  if constexpr (!PLAIN) {
+    if (x.decoupled() && row.counts()) add_decoupled(x, l, row.student(), row.teacher(), r, upstream, f);
+    if (x.decoupled() && x.out == x.student) team.wait();  // until all have read the labels' logits
   }
+  if (!team.real) return;
+  if (!row.counts()) fill(x, row, l.keep ? not_a_number<T>() : T(0));
+  else if constexpr (PLAIN) write_packs<false>(x, row, l, r, f);
+  else if (x.plain() && !x.dense) write_packs<true>(x, row, l, r, f);
+  else write_classes(x, row, l, r, f);
 }
 
-template <typename T, bool PLAIN>
-void forward_rows(const SoftmaxKlForward& x, cudaStream_t stream) {
-  if (x.classes <= kWarpRow)
-    forward_kernel<T, true, PLAIN><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-  else forward_kernel<T, false, PLAIN><<<x.rows, kBlockThreads, 0, stream>>>(x);
+// ---- launches
+
+// Whether packs are the same memory in every tensor: of one dtype, equally far from 16-byte boundaries in every row
+template <typename C>
+bool is_aligned(const C& x, int64_t count) {
+  const auto phase = [&](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) * static_cast<uintptr_t>(count) / 16 % static_cast<uintptr_t>(count);
+  };
+  bool same = x.student_type == x.teacher_type && phase(x.student) == phase(x.teacher) &&
+              (x.student_stride - x.teacher_stride) % count == 0;
+  if constexpr (std::is_same_v<C, SoftmaxKlBackward>)
+    same = same && phase(x.out) == phase(x.student) && (x.student_stride - x.classes) % count == 0;
+  return same;
+}
+
+// The most packs that a row can have
+template <typename Layout>
+int64_t most_packs(const SoftmaxKl& x) {
+  const bool phases =
+      Layout::aligned && (reinterpret_cast<uintptr_t>(x.student) % 16 || x.student_stride % Layout::count);
+  return ceil_div(x.classes + (phases ? Layout::count - 1 : 0), Layout::count);
+}
+
+// A kernel's variant as a value
+template <typename L, bool P>
+struct Variant {
+  using Layout = L;
+  static constexpr bool plain = P;
+  static Shape shape(const SoftmaxKl& x) { return Shape(x.rows, most_packs<L>(x), kMostThreads<L, P>); }
+};
+
+template <typename Layout, typename F>
+auto choose_terms(const SoftmaxKl& x, const F& f) {
+  const bool plain = x.plain() && !x.decoupled() && !x.dense && x.smoothing == 0;
+  return plain ? f(Variant<Layout, true>()) : f(Variant<Layout, false>());
+}
+
+template <typename C, typename F>
+auto choose_variant(const C& x, const F& f) {
+  if (x.classes > kMostClasses) throw std::runtime_error("kdkernels: more classes than 32-bit indices reach");
+  if (x.fp64) return f(Variant<Scattered<double>, false>());
+  if (x.student_type == DType::f16 && is_aligned(x, 8)) return choose_terms<Aligned<DType::f16>>(x, f);
+  if (x.student_type == DType::bf16 && is_aligned(x, 8)) return choose_terms<Aligned<DType::bf16>>(x, f);
+  if (x.student_type == DType::f32 && is_aligned(x, 4)) return choose_terms<Aligned<DType::f32>>(x, f);
+  return f(Variant<Scattered<float>, false>());
+}
+
+// Bytes for a copy of a block's rows in shared memory: 0 where none is read twice, or there is too little
+inline size_t copy_of_rows(const SoftmaxKl& x, const Shape& shape) {
+  if (x.plain() && !x.dense && x.smoothing == 0) return 0;
+  const size_t bytes = size_t(shape.slots) * shape.threads * 2 * sizeof(uint4), sums = 8 * 32 * kMostSums;
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "softmax_kl's device");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "softmax_kl's shared memory");
+  return bytes + sums <= size_t(most) ? bytes : 0;
+}
+
+template <typename V>
+void forward(V, const SoftmaxKlForward& x, cudaStream_t stream) {
+  using Layout = typename V::Layout;
+  const Shape shape = V::shape(x);
+  const size_t bytes = V::plain ? 0 : copy_of_rows(x, shape);
+  if (bytes)
+    check(cudaFuncSetAttribute(forward_kernel<Layout, V::plain>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)),
+          "softmax_kl's shared memory");
+  if (x.rows > 0)
+    forward_kernel<Layout, V::plain><<<shape.blocks, shape.threads, bytes, stream>>>(x, shape.width, bytes > 0);
   check_launch("softmax_kl forward");
-}
-
-template <typename T>
-void forward(const SoftmaxKlForward& x, cudaStream_t stream) {
-  if (x.rows > 0) x.plain() ? forward_rows<T, true>(x, stream) : forward_rows<T, false>(x, stream);
-  finish_kernel<T><<<1, kSumThreads, 0, stream>>>(x);
+  finish_kernel<typename Layout::T><<<1, kSumThreads, 0, stream>>>(x, shape.partials);
   check_launch("softmax_kl sum");
 }
 
-template <typename T, bool PLAIN>
-void backward_rows(const SoftmaxKlBackward& x, cudaStream_t stream) {
-  if (x.classes <= kWarpRow)
-    backward_kernel<T, true, PLAIN><<<ceil_div(x.rows, kWarpThreads / 32), kWarpThreads, 0, stream>>>(x);
-  else backward_kernel<T, false, PLAIN><<<x.rows, kBlockThreads, 0, stream>>>(x);
+template <typename V>
+void backward(V, const SoftmaxKlBackward& x, cudaStream_t stream) {
+  const Shape shape = V::shape(x);
+  if (x.rows == 0) return;
+  backward_kernel<typename V::Layout, V::plain><<<shape.blocks, shape.threads, 0, stream>>>(x, shape.width);
   check_launch("softmax_kl backward");
-}
-
-template <typename T>
-void backward(const SoftmaxKlBackward& x, cudaStream_t stream) {
-  if (x.rows > 0) x.plain() ? backward_rows<T, true>(x, stream) : backward_rows<T, false>(x, stream);
 }
 
 }  // namespace
 
-int64_t workspace(const SoftmaxKlForward& x) { return 8 * x.rows; }
+int64_t workspace(const SoftmaxKlForward& x) {
+  return 16 * choose_variant(x, [&](auto variant) { return decltype(variant)::shape(x).partials; });
+}
 
 void compute(const SoftmaxKlForward& x, const Launch& launch) {
-  x.fp64 ? forward<double>(x, launch.stream()) : forward<float>(x, launch.stream());
+  choose_variant(x, [&](auto variant) { forward(variant, x, launch.stream()); });
 }
 
 void compute(const SoftmaxKlBackward& x, const Launch& launch) {
-  x.fp64 ? backward<double>(x, launch.stream()) : backward<float>(x, launch.stream());
+  choose_variant(x, [&](auto variant) { backward(variant, x, launch.stream()); });
 }
 
 }  // namespace cuda

@@ -19,7 +19,7 @@ from torch import Tensor
 from kdkernels.ops.angular_margin import ActivationPairs, angular_margin
 from kdkernels.ops.energy import AttentionPairs, attention
 from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity, sp_gram
-from kdkernels.ops.softmax_kl import Labels, Rows, Terms, softmax_kl
+from kdkernels.ops.softmax_kl import Labels, Rows, Terms, native, softmax_kl
 
 from . import build, library
 
@@ -54,6 +54,25 @@ def _softmax(rows: int, classes: int, lam: Tensor) -> None:
         lambda s, t, lam: softmax_kl(Rows(s, t, Labels(a, a + 1, lam), terms, temperature=4.0)),
         [student],
         constants=[teacher, lam],
+    )
+
+
+def _in_place() -> None:
+    labels = torch.arange(5)
+    x = Rows(torch.randn(5, 23), torch.randn(5, 23), Labels(labels), Terms(0.1, 0.2, 0.3, 0.4), 3.0)
+    _, stats, scale = native.forward(x, True)
+    expected = native.backward(torch.ones(()), x, stats, scale)
+    torch.testing.assert_close(native.backward(torch.ones(()), x, stats, scale, in_place=True), expected)
+
+
+def _divergence(rows: int, classes: int) -> None:
+    from checking import check_op
+
+    student, teacher = torch.randn(rows, classes), torch.randn(rows, classes)
+    check_op(
+        lambda s, t: softmax_kl(Rows(s, t, terms=Terms(kl=1.0), temperature=2.5, divergence="reverse")),
+        [student],
+        constants=[teacher],
     )
 
 
@@ -93,6 +112,9 @@ PROBES: dict[str, Callable[[], None]] = {
     "cosine in fp64": partial(_cosine, torch.float64),
     "narrow rows": partial(_softmax, 5, 11, torch.full((5,), 0.3)),
     "wide rows": partial(_softmax, 2, 2100, torch.tensor(0.3)),
+    "unaligned rows": partial(_softmax, 3, 1031, torch.tensor(0.3)),
+    "rows in their gradient's place": _in_place,
+    "rows in shared memory": partial(_divergence, 1, 7001),
     "attention": _attention,
     "wide maps": partial(_attention, 16, dtype=torch.bfloat16),
     "misaligned": partial(_attention, 16, layout="misaligned"),
@@ -140,9 +162,20 @@ FAULTS = [
     Fault("no barrier behind the warps' sums", "device.cuh", "shared[warp] = x;\n  __syncthreads();", "shared[warp] = x;", "sp"),
     Fault("wrong lane", "device.cuh", "x, offset, width)", "x, offset / 2, width)", "narrow rows"),
     Fault("half a warp in the mask", "device.cuh", "__shfl_xor_sync(0xffffffffu", "__shfl_xor_sync(0x0000ffffu", "narrow rows"),
-    Fault("row bound dropped", "softmax_kl.cu", "if (team.row >= x.rows) return;\n  const double loss", "const double loss", "narrow rows"),
+    Fault("row bound dropped", "softmax_kl_row.cuh", "real = of_thread < rows;", "real = true;", "narrow rows"),
+    Fault("a team behind the last row reads", "softmax_kl_row.cuh", "its_team.real && l.keep", "l.keep", "rows in their gradient's place"),
+    Fault("no barrier before a row's sums", "softmax_kl_row.cuh", "    __syncthreads();  // whoever used `shared` before is done\n", "", "wide rows"),
+    Fault("no barrier behind a row's sums", "softmax_kl_row.cuh", "shared[32 * i + warp] = x[i];\n    __syncthreads();", "shared[32 * i + warp] = x[i];", "wide rows"),
+    Fault("mask dropped at the end of a row", "softmax_kl_row.cuh", "return k >= 0 && k + count <= classes;", "return k >= 0;", "unaligned rows"),
+    Fault("mask dropped at the beginning of a row", "softmax_kl_row.cuh", "return k >= 0 && k + count <= classes;", "return k + count <= classes;", "unaligned rows"),
+    Fault("rows begin at a boundary", "softmax_kl_row.cuh", "int index(int v, int j) const { return v * count + j - phase; }", "int index(int v, int j) const { return v * count + j; }", "unaligned rows"),
+    Fault("packs of the networks in one place", "softmax_kl_row.cuh", "kept_[slot + blockDim.x] = b;", "kept_[slot] = b;", "rows in shared memory"),
+    Fault("a copy without its tail", "softmax_kl.cu", "slots = static_cast<int>(ceil_div(packs, width));", "slots = static_cast<int>(packs / width);", "rows in shared memory"),
+    Fault("shared memory not asked for", "softmax_kl.cu", "static_cast<int>(bytes)),", "0),", "rows in shared memory"),
+    Fault("sums that count from elsewhere", "softmax_kl_sums.cuh", "    t_max = most[1];\n    count_from(e, s_max, t_max);", "    t_max = most[1];", "wide rows"),
+    Fault("a label among the others", "softmax_kl_sums.cuh", "zs[j] = zt[j] = -infinity<T>();", "zt[j] = -infinity<T>();", "narrow rows"),
     Fault("statistics overwritten", "softmax_kl_row.h", "to[2 * x.rows] = static_cast<T>(r.log_p)", "to[x.rows] = static_cast<T>(r.log_p)", "narrow rows"),
-    Fault("workspace a row short", "softmax_kl.cu", "return 8 * x.rows;", "return 8 * (x.rows - 1);", "narrow rows"),
+    Fault("workspace a row short", "softmax_kl.cu", "shape(x).partials; });", "shape(x).partials - 1; });", "narrow rows"),
     Fault("every thread writes the loss", "softmax_kl.cu", "  if (threadIdx.x) return;\n", "", "narrow rows"),
     Fault("one lam read as one per row", "bindings_softmax_kl.h", "lam.dim() ? lam.stride(0) : 0", "1", "wide rows"),
     Fault("no barrier behind the slices", "energy.cu", "= sum[j];\n  __syncthreads();", "= sum[j];", "angular"),

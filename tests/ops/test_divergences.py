@@ -71,6 +71,12 @@ def test_standardised_logits(divergence: tuple[str, float], dtype: torch.dtype) 
         check_op(lambda s, t, given=given: run(s, t, divergence, True, **given), [student], constants=[teacher])
 
 
+@pytest.mark.parametrize(("classes", "dtype"), [(7001, torch.float32), (15001, torch.float64)], ids=str)
+def test_long_rows(classes: int, dtype: torch.dtype) -> None:
+    student, teacher = logits(1, classes, dtype)
+    check_op(lambda s, t: run(s, t, ("reverse", 0.5), True), [student], constants=[teacher])
+
+
 def test_standardised_logits_of_decoupled_terms() -> None:
     student, teacher = logits(9, 37)
     a, b = (torch.randint(37, (9,), device=DEVICE) for _ in range(2))

@@ -191,6 +191,19 @@ def test_huge_logits(scale: float) -> None:
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("size", [1, 30, 300])
+def test_maxima_at_the_end_of_a_row(size: int, temperature: float) -> None:
+    student, teacher = (x + torch.linspace(-size, size, 300, device=DEVICE) for x in logits(3, 300))
+    student[1], teacher[2] = student[1].flip(0), teacher[2].flip(0)
+    a, b, lam = labels(3, 300)
+    check_op(
+        lambda s, t, lam: softmax_kl(s, t, a, b, lam, temperature=temperature, **TERMS["all"]),
+        [student],
+        constants=[teacher, lam],
+    )
+
+
 def test_a_common_offset_costs_no_digits() -> None:
     student, teacher = logits(8, 20)
     offset = 2.0**13  # exact in fp32 beside logits rounded to 2^-10
