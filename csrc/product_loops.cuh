@@ -35,24 +35,23 @@ class TensorLoop {
   template <bool SQUARES>
   __device__ void run(const Factors& p, const Part& part, char* shared) {
     const bool same = p.symmetric && part.row == part.column;
-    const int64_t steps = ceil_div(part.end - part.begin, kColumns);
-    const auto stage = [&](int64_t step, int matrix) {
-      return Tile{shared + step % kStages * kStageBytes + matrix * (SIDE * kRowBytes), kRowBytes};
-    };
-    const auto load = [&](int64_t step) {
-      const int64_t column = part.begin + step * kColumns;
-      if (step < steps) {
-        load_rows<N, SIDE, 8, kThreads>(stage(step, 0), p.a, p.whole, part.row, column, part.end);
-        if (!same) load_rows<N, SIDE, 8, kThreads>(stage(step, 1), p.b, p.whole, part.column, column, part.end);
+    const int steps = static_cast<int>(ceil_div(part.end - part.begin, kColumns));
+    int64_t column = part.begin;  // that is loaded next
+    const auto load = [&](int slot) {
+      if (column < part.end) {
+        load_rows<N, SIDE, 8, kThreads>(stage(shared, slot, 0), p.a, p.whole, part.row, column, part.end);
+        if (!same) load_rows<N, SIDE, 8, kThreads>(stage(shared, slot, 1), p.b, p.whole, part.column, column, part.end);
       }
       copy_async_commit();
+      column += kColumns;
     };
-    for (int step = 0; step < kStages - 1; ++step) load(step);
-    for (int64_t step = 0; step < steps; ++step) {
+    for (int slot = 0; slot < kStages - 1; ++slot) load(slot);
+    for (int step = 0, slot = 0; step < steps; ++step) {
       copy_async_wait<kStages - 2>();
       __syncthreads();  // this stage is there, and nobody reads the one that is loaded next
-      load(step + kStages - 1);
-      multiply_stage<SQUARES>(stage(step, 0), stage(step, same ? 0 : 1), p, part);
+      load(slot ? slot - 1 : kStages - 1);
+      multiply_stage<SQUARES>(stage(shared, slot, 0), stage(shared, slot, same ? 0 : 1), p, part);
+      slot = slot + 1 < kStages ? slot + 1 : 0;
     }
   }
 
@@ -75,6 +74,10 @@ class TensorLoop {
   }
 
  private:
+  static __device__ Tile stage(char* shared, int slot, int matrix) {
+    return {shared + slot * kStageBytes + matrix * (SIDE * kRowBytes), kRowBytes};
+  }
+
   // The stage's sums begin at 0 and are added to the others in fp32: tensor cores truncate what they add up.
   template <bool SQUARES>
   __device__ void multiply_stage(const Tile& a, const Tile& b, const Factors& p, const Part& part) {
@@ -90,11 +93,11 @@ class TensorLoop {
 #pragma unroll
     for (int chunk = 0; chunk < 8; chunk += 2) {
       unsigned right[2][4], left[4];
-      load_16_rows(right[0], b, part_.column, chunk);
-      load_16_rows(right[1], b, part_.column + 16, chunk);
+      load_16_columns(right[0], b, part_.column, chunk);
+      load_16_columns(right[1], b, part_.column + 16, chunk);
       const Operand<N, 2> columns[4] = {
-          Operand<N, 2>(right[0][0], right[0][2]), Operand<N, 2>(right[0][1], right[0][3]),
-          Operand<N, 2>(right[1][0], right[1][2]), Operand<N, 2>(right[1][1], right[1][3])};
+          Operand<N, 2>(right[0][0], right[0][1]), Operand<N, 2>(right[0][2], right[0][3]),
+          Operand<N, 2>(right[1][0], right[1][1]), Operand<N, 2>(right[1][2], right[1][3])};
 #pragma unroll
       for (int slab = 0; slab < WarpPart<SIDE>::kSlabs; ++slab) {
         load_16_rows(left, a, part_.row + 16 * slab, chunk);

@@ -64,20 +64,21 @@ __device__ inline void unpack(const uint4& chunk, float (&x)[kPerChunk<N>]) {
 // ---- tiles ----
 
 // Rows of chunks, eight to a row at least. Each row has its own order of every eight, so that in no bank meet what
-// ldmatrix takes of eight rows or a fragment's words of four.
+// ldmatrix takes of eight rows or a fragment's words of four. Eight rows further on the order is the same.
 struct Tile {
   char* data;
   int row_bytes;
-  __device__ char* at(int row, int chunk) const {
+  __device__ char* at(int row, int chunk, int eights = 0) const {
     const int order = (2 * row | (row >> 2 & 1)) & 7;
-    return data + row * row_bytes + (chunk ^ order) * 16;
+    return data + row * row_bytes + (chunk ^ order) * 16 + eights * row_bytes;
   }
 };
 
-// Whether every chunk of these rows begins at a multiple of 16 bytes, in the type that is multiplied.
+// Whether rows consist of whole chunks, each at a multiple of 16 bytes, of the type that is multiplied.
 template <typename N>
 bool in_whole_chunks(const Rows& q) {
-  return q.type == kTypeOf<N> && reinterpret_cast<uintptr_t>(q.data) % 16 == 0 && q.stride % kPerChunk<N> == 0;
+  return q.type == kTypeOf<N> && reinterpret_cast<uintptr_t>(q.data) % 16 == 0 && q.stride % kPerChunk<N> == 0 &&
+         q.width % kPerChunk<N> == 0;
 }
 
 template <typename N>
@@ -94,19 +95,21 @@ __device__ inline uint4 gathered(const Rows& q, int64_t row, int64_t column, int
 template <typename N, int ROWS, int CHUNKS, int THREADS>
 __device__ inline void load_rows(const Tile& tile, const Rows& q, bool whole, int64_t first, int64_t column,
                                  int64_t end) {
-  static_assert(THREADS % CHUNKS == 0 && ROWS * CHUNKS % THREADS == 0);
+  constexpr int kStep = THREADS / CHUNKS;  // from one of a thread's rows to the next
+  static_assert(THREADS % CHUNKS == 0 && ROWS % kStep == 0 && kStep % 8 == 0);
   const int chunk = threadIdx.x % CHUNKS, top = threadIdx.x / CHUNKS;
-  const int64_t from = column + chunk * kPerChunk<N>;
-  const int bytes = static_cast<int>(max<int64_t>(0, min<int64_t>(16, (end - from) * int64_t(sizeof(N)))));
+  const int64_t from = column + chunk * kPerChunk<N>, row = first + top;
+  const int rows = static_cast<int>(min<int64_t>(ROWS, from < end ? q.count - row : 0));
+  if (whole) {
+    const N *const data = static_cast<const N*>(q.data), *source = data + row * q.stride + from;
 #pragma unroll
-  for (int i = 0; i < ROWS * CHUNKS / THREADS; ++i) {
-    const int row = top + i * (THREADS / CHUNKS);
-    const bool inside = first + row < q.count && bytes > 0;
-    char* const to = tile.at(row, chunk);
-    if (whole)
-      copy_async(to, inside ? static_cast<const N*>(q.data) + (first + row) * q.stride + from : q.data,
-                 inside ? bytes : 0);
-    else *reinterpret_cast<uint4*>(to) = inside ? gathered<N>(q, first + row, from, end) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < ROWS; i += kStep, source += kStep * q.stride)
+      copy_async_if(i < rows, tile.at(top, chunk, i), i < rows ? source : data);
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < ROWS; i += kStep)
+      *reinterpret_cast<uint4*>(tile.at(top, chunk, i)) =
+          i < rows ? gathered<N>(q, row + i, from, end) : make_uint4(0, 0, 0, 0);
   }
 }
 
@@ -145,12 +148,18 @@ __device__ inline void multiply(float (&d)[4], const Operand<float, 4>& a, const
   mma_tf32(d, a.upper, b.upper, d);
 }
 
-// Chunks `chunk` and `chunk` + 1 of 16 rows: word 0 and 1 of the lane are of the first, of the upper and the lower
-// eight rows, words 2 and 3 of the second
+// Two neighbouring chunks of 16 rows, `row` and `chunk` being multiples of 16 and 2, as the operand a: words 0 and 1 of
+// a lane are of the first chunk, of the upper and the lower eight rows, words 2 and 3 of the second
 template <bool TRANSPOSED = false>
 __device__ inline void load_16_rows(unsigned (&words)[4], const Tile& tile, int row, int chunk) {
   const int lane = threadIdx.x % 32;
-  load_matrices<4, TRANSPOSED>(words, tile.at(row + lane % 16, chunk + lane / 16));
+  load_matrices<4, TRANSPOSED>(words, tile.at(lane % 16, chunk ^ lane / 16, row));
+}
+
+// The same as two operands b: words 0 and 1 are of both chunks of the upper eight rows, words 2 and 3 of the lower ones
+__device__ inline void load_16_columns(unsigned (&words)[4], const Tile& tile, int row, int chunk) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<4, false>(words, tile.at(lane % 8, chunk ^ lane / 8 % 2, row + lane / 16 * 8));
 }
 
 // ---- what a warp makes of a tile of SIDE columns: SIDE / 2 rows of 32 columns ----

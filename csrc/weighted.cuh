@@ -33,31 +33,35 @@ class WeightedBlock {
 
   // Tiles `first` to `end` of Q's columns
   __device__ void run(int64_t first, int64_t end) {
-    const int64_t depths = max<int64_t>(1, ceil_div(p_.q.count, kDepth)), steps = (end - first) * depths;
-    const auto load = [&](int64_t step) {
-      if (step < steps)
-        load_rows<N, kDepth, kRowBytes / 16, kThreads>(stage(step), p_.q, p_.whole_q, step % depths * kDepth,
-                                                       (first + step / depths) * SIDE, p_.q.width);
+    int64_t depth = 0, tile = first;  // that are loaded next
+    const auto load = [&](int slot) {
+      if (tile < end)
+        load_rows<N, kDepth, kRowBytes / 16, kThreads>(stage(slot), p_.q, p_.whole_q, depth, tile * SIDE, p_.q.width);
       copy_async_commit();
+      depth += kDepth;
+      if (depth >= p_.q.count) depth = 0, ++tile;
     };
-    for (int step = 0; step < kStages - 1; ++step) load(step);
+    for (int slot = 0; slot < kStages - 1; ++slot) load(slot);
     row_facts<kTypeOf<N> == DType::f16>(p_, row_, SIDE, facts_);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t k = step % depths * kDepth;
-      copy_async_wait<kStages - 2>();
-      __syncthreads();  // this stage is there, and nobody reads the one that is loaded next, nor the weights
-      load(step + kStages - 1);
-      if (k % resident_ == 0 && (step == 0 || p_.q.count > resident_)) {
-        load_weights<N, SIDE, kThreads>(p_, row_, k, resident_, facts_, weights(0), weights(1));
-        __syncthreads();
+    int slot = 0;
+    for (int64_t of = first; of < end; ++of) {
+      for (int64_t k = 0; k == 0 || k < p_.q.count; k += kDepth) {
+        copy_async_wait<kStages - 2>();
+        __syncthreads();  // this stage is there, and nobody reads the one that is loaded next, nor the weights
+        load(slot ? slot - 1 : kStages - 1);
+        if (k % resident_ == 0 && (p_.q.count > resident_ || of == first)) {
+          load_weights<N, SIDE, kThreads>(p_, row_, k, resident_, facts_, weights(0), weights(1));
+          __syncthreads();
+        }
+        multiply_stage(stage(slot), static_cast<int>(k % resident_));
+        slot = slot + 1 < kStages ? slot + 1 : 0;
       }
-      multiply_stage(stage(step), static_cast<int>(k % resident_));
-      if (k + kDepth >= p_.q.count) finish((first + step / depths) * SIDE);
+      finish(of * SIDE);
     }
   }
 
  private:
-  __device__ Tile stage(int64_t step) const { return {stages_ + step % kStages * kStageBytes, kRowBytes}; }
+  __device__ Tile stage(int slot) const { return {stages_ + slot * kStageBytes, kRowBytes}; }
   // The upper parts of W and the rest; of fp32 there is the number itself.
   __device__ Tile weights(int part) const {
     const int bytes = resident_ * int(sizeof(N));
@@ -97,7 +101,7 @@ class WeightedBlock {
   __device__ void multiply_float(const Tile& q, int k, int depth, S& sum) {
     const auto word = [&](int row, int n) {
       const int column = part_.column + 8 * n + part_.group;
-      return *reinterpret_cast<const unsigned*>(q.at(row + part_.member, column / 4) + column % 4 * 4);
+      return *reinterpret_cast<const unsigned*>(q.at(part_.member + row % 8, column / 4, row / 8 * 8) + column % 4 * 4);
     };
     const Operand<N, 2> columns[4] = {
         Operand<N, 2>(word(depth, 0), word(depth + 4, 0)), Operand<N, 2>(word(depth, 1), word(depth + 4, 1)),
@@ -184,7 +188,7 @@ void start_weighted(WeightedTable<float>& table, cudaStream_t stream) {
     Weighted<float>& p = table.items[i];
     most = max(most, p.q.count);
     p.whole_q = in_whole_chunks<N>(p.q);
-    p.whole_own = in_whole_chunks<N>(p.own) && p.own.width % kPerChunk<N> == 0;
+    p.whole_own = in_whole_chunks<N>(p.own);
     p.whole_w = p.column_stride == 1 && p.row_stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.w) % 16 == 0;
   }
   set_blocks(table, SIDE, Block::kResident == 1 ? kMultiprocessors : 2 * kMultiprocessors);
