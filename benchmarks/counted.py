@@ -11,8 +11,8 @@ blocks works on alone, and 3 us: a bound from below.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -31,8 +31,9 @@ from kdkernels.ops import native_build
 from . import bench_angular_margin, bench_energy, bench_gram, bench_softmax_kl, launched, published
 from .bench_gram import BF16, RESNET8X4
 from .cases import Case, Inputs, feature_case
+from .instructions import UNITS, Loop
 from .launched import Work
-from .sass import UNITS, Kernel, Loop, kernels, occupancy
+from .sass import Kernel, kernels
 
 
 def cosines(rows: int, width: int, dtype: torch.dtype) -> Case:
@@ -55,18 +56,18 @@ def cosines(rows: int, width: int, dtype: torch.dtype) -> Case:
 
 
 LARGE = ("resnet50", (256, 2048, 7, 7))
-stages = partial(feature_case, name="resnet8x4, 3 stages", students=RESNET8X4)
+stages = partial(feature_case, students=RESNET8X4)
 CASES: list[Case] = [
     *bench_softmax_kl.CASES,
     bench_softmax_kl.case("kd", 8192, 32000, BF16),
     *bench_gram.CASES,
-    stages("gram", ours=kdkernels.sp_loss, published_loss=published.sp),
+    stages("gram", "sp resnet8x4, 3 stages", ours=kdkernels.sp_loss, published_loss=published.sp),
     *(cosines(256, 512, dtype) for dtype in (torch.float32, BF16)),
     *bench_energy.CASES,
     bench_energy.case(*LARGE, dtype=BF16),
     *bench_angular_margin.CASES,
     bench_angular_margin.case(*LARGE, dtype=BF16),
-    stages("angular_margin", ours=kdkernels.amd_loss, published_loss=published.amd),
+    stages("angular_margin", "amd resnet8x4, 3 stages", ours=kdkernels.amd_loss, published_loss=published.amd),
 ]
 # An H100 SXM at the clock that it holds under load; bytes and clocks per second.
 MULTIPROCESSORS, CLOCK = 132, 1.7e9
@@ -111,6 +112,14 @@ class Launch(NamedTuple):
     @property
     def occupancy(self) -> float:
         return occupancy(self.kernel.registers, self.threads, self.shared)
+
+
+def occupancy(registers: int, threads: int, shared: int) -> float:
+    """Share of a multiprocessor's 64 warps that can be resident, sm_90."""
+    warps = -(-threads // 32)
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
+    by_shared = 227 * 1024 // (shared + 1024)
+    return min(by_registers, by_shared, 64 // warps, 32) * warps / 64
 
 
 def launch(work: Work, kernel: Kernel, threads: int, shared: int) -> Launch:
@@ -189,21 +198,16 @@ def of_native(cases: list[Case]) -> list[list[Launch]]:
 # ---- what Triton makes of its kernels
 
 
-def of_triton(cases: list[Case], only: str) -> list[list[Launch]]:
-    command = [sys.executable, "-m", "benchmarks.counted", "--interpreted", "--only", only]
+def of_triton(cases: list[Case]) -> list[list[Launch]]:
+    command = [sys.executable, "-m", "benchmarks.launched", *(case.label for case in cases)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
-    works = [[_work(x) for x in of_case] for of_case in json.loads(said)]
+    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    works: list[list[Work]] = pickle.loads(said)
     found = []
     for case, of_case in zip(cases, works, strict=True):
         compiled = _compile(case)
         found.append([launch(w, *c) for w, c in zip(of_case, compiled, strict=True)])
     return found
-
-
-def _work(values: list[Any]) -> Work:
-    *rest, places = values
-    return Work(*rest, {tuple(place): n for place, n in places})
 
 
 def _compile(case: Case) -> list[tuple[Kernel, int, int]]:
@@ -249,28 +253,21 @@ def _disassembled(cubin: bytes) -> Kernel:
     return kernel
 
 
+WAYS: dict[str, Callable[[list[Case]], list[list[Launch]]]] = {"native": of_native, "triton": of_triton}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases of this op, or whose label contains this: to the screen")
-    parser.add_argument(
-        "--backend", choices=["native", "triton"], action="append", help="default: both; of some native"
-    )
-    parser.add_argument("--interpreted", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--backend", choices=list(WAYS), action="append", help="default: both; of some native")
     options = parser.parse_args()
     cases = [case for case in CASES if options.only == case.group] or [c for c in CASES if options.only in c.label]
     if not cases:
         parser.error(f"{options.only!r} is no op and in no case's label: {', '.join(c.label for c in CASES)}")
-    if options.interpreted:
-        print(json.dumps([[[*w[:-1], list(w.bytes_at.items())] for w in ws] for ws in launched.interpreted(cases)]))
-        return
-    ways: dict[str, Callable[[], list[list[Launch]]]] = {
-        "native": lambda: of_native(cases),
-        "triton": lambda: of_triton(cases, options.only),
-    }
     from .render_counted import report, text
 
-    names = options.backend or (["native"] if options.only else list(ways))
-    found = {name: way() for name, way in ways.items() if name in names}
+    names = options.backend or (["native"] if options.only else list(WAYS))
+    found = {name: WAYS[name](cases) for name in names}
     if options.only:
         print("\n".join(text(case, name, of[i]) for i, case in enumerate(cases) for name, of in found.items()))
     else:

@@ -14,8 +14,8 @@ from .ops import backend
 
 TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib")
 # GPU kernels whose cost is known: from a GPU's clock, or from their machine code (python -m benchmarks.counted)
-MEASURED: tuple[str, ...] = ()
-COUNTED = ("softmax_kl", "gram", "energy", "angular_margin")
+MEASURED: dict[str, tuple[str, ...]] = {"native": (), "triton": ()}
+COUNTED = dict.fromkeys(MEASURED, ("softmax_kl", "gram", "energy", "angular_margin"))
 VARIABLES = (backend.VARIABLE, "KDKERNELS_JIT", "KDKERNELS_ISA", "XDG_CACHE_HOME", "TRITON_INTERPRET")
 
 
@@ -52,7 +52,11 @@ def report() -> Iterator[str]:
     yield f"requested backend: {backend.requested()}"
     yield "\nGPU kernels' speed:"
     for op in backend.OPS:
-        yield f"  {op:14s} {'measured' if op in MEASURED else 'counted, not measured' if op in COUNTED else 'neither'}"
+        for name in MEASURED:
+            known = (
+                "measured" if op in MEASURED[name] else "counted, not measured" if op in COUNTED[name] else "neither"
+            )
+            yield f"  {op:14s} {name:7s} {known}"
     for device in _devices():
         yield f"\non {device.type}:"
         for op in (*backend.OPS, *backend.CPU_OPS):

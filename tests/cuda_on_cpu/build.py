@@ -34,6 +34,8 @@ MODES = {
     "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", *_FRAMES, "-fsanitize=thread,bounds,alignment"],
 }
 _WRAPPED = (
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
     "aoti_torch_device_type_cuda",
     "aoti_torch_empty_strided",
     "aoti_torch_get_data_ptr",

@@ -13,6 +13,7 @@ namespace cuda_on_cpu {
 
 LaunchRecord* launch = nullptr;
 unsigned sample = 0;
+bool held = false;
 
 namespace {
 
@@ -117,6 +118,7 @@ void* shared_variable(const void* tag, size_t bytes, size_t alignment) {
 
 void run(const char* name, const void* kernel, const Configuration& c, void (*body)(const void*), const void* parameters,
          size_t bytes) {
+  if (held) return;
   if (records.size() == kMostRecords) records.pop_front();
   records.push_back({name, c.grid, c.block, c.shared});
   launch = &records.back();
@@ -182,4 +184,5 @@ extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launch
   return text.c_str();
 }
 
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_hold(int on) { cuda_on_cpu::held = on; }
 extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_sample(unsigned blocks) { cuda_on_cpu::sample = blocks; }

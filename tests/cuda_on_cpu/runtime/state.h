@@ -47,6 +47,7 @@ extern Thread* running;  // null outside of kernels
 extern LaunchRecord* launch;
 extern bool reverse;     // blocks, warps and lanes from the last to the first
 extern unsigned sample;  // run so many blocks of each launch, and count: nothing is checked, no result is right; 0: all
+extern bool held;        // launches do nothing: for what they take of the host's time
 // Runs the kernel's body in every thread of the block; false if it failed.
 bool run_block(const dim3& block, void (*body)(const void*), const void* parameters);
 // Ends the kernel that runs; the launch's status tells why. `pc`: the instruction whose source line to name.
