@@ -93,8 +93,8 @@ class TensorLoop {
 #pragma unroll
     for (int chunk = 0; chunk < 8; chunk += 2) {
       unsigned right[2][4], left[4];
-      load_16_columns(right[0], b, part_.column, chunk);
-      load_16_columns(right[1], b, part_.column + 16, chunk);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) load_16_columns(right[i], b, part_.column + 16 * i, chunk);
       const Operand<N, 2> columns[4] = {
           Operand<N, 2>(right[0][0], right[0][1]), Operand<N, 2>(right[0][2], right[0][3]),
           Operand<N, 2>(right[1][0], right[1][1]), Operand<N, 2>(right[1][2], right[1][3])};

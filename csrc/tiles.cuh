@@ -150,10 +150,15 @@ __device__ inline void multiply(float (&d)[4], const Operand<float, 4>& a, const
 
 // Two neighbouring chunks of 16 rows, `row` and `chunk` being multiples of 16 and 2, as the operand a: words 0 and 1 of
 // a lane are of the first chunk, of the upper and the lower eight rows, words 2 and 3 of the second
-template <bool TRANSPOSED = false>
 __device__ inline void load_16_rows(unsigned (&words)[4], const Tile& tile, int row, int chunk) {
   const int lane = threadIdx.x % 32;
-  load_matrices<4, TRANSPOSED>(words, tile.at(lane % 16, chunk ^ lane / 16, row));
+  load_matrices<4, false>(words, tile.at(lane % 16, chunk ^ lane / 16, row));
+}
+
+// The same of columns that lie along the rows, as two operands b: words 0 and 1 are of the first chunk's eight columns
+__device__ inline void load_16_transposed(unsigned (&words)[4], const Tile& tile, int row, int chunk) {
+  const int lane = threadIdx.x % 32;
+  load_matrices<4, true>(words, tile.at(lane % 16, chunk ^ lane / 16, row));
 }
 
 // The same as two operands b: words 0 and 1 are of both chunks of the upper eight rows, words 2 and 3 of the lower ones

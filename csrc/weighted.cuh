@@ -82,8 +82,8 @@ class WeightedBlock {
   template <typename S>
   __device__ void multiply_half(const Tile& q, int k, int depth, S& sum) {
     unsigned right[2][4], x[4];
-    load_16_rows<true>(right[0], q, depth, part_.column / 8);
-    load_16_rows<true>(right[1], q, depth, part_.column / 8 + 2);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) load_16_transposed(right[i], q, depth, part_.column / 8 + 2 * i);
     const Operand<N, 2> columns[4] = {Operand<N, 2>(right[0][0], right[0][1]), Operand<N, 2>(right[0][2], right[0][3]),
                                       Operand<N, 2>(right[1][0], right[1][1]), Operand<N, 2>(right[1][2], right[1][3])};
 #pragma unroll
