@@ -42,7 +42,7 @@ class WeightedBlock {
       if (depth >= p_.q.count) depth = 0, ++tile;
     };
     for (int slot = 0; slot < kStages - 1; ++slot) load(slot);
-    row_facts<kTypeOf<N> == DType::f16>(p_, row_, SIDE, facts_);
+    row_facts<kTypeOf<N> == DType::f16, SIDE, kThreads>(p_, row_, facts_);
     int slot = 0;
     for (int64_t of = first; of < end; ++of) {
       for (int64_t k = 0; k == 0 || k < p_.q.count; k += kDepth) {

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   const int64_t row = block % rows * kPlainSide, column = block / rows * kPlainSide;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
   double sum[4][4] = {};
-  row_facts<false>(p, row, kPlainSide, facts);
+  row_facts<false, kPlainSide, kPlainThreads>(p, row, facts);
   for (int64_t k = 0; k < p.q.count; k += kPlainDepth) {
     __syncthreads();
 #pragma unroll
@@ -60,15 +60,16 @@ inline void weighted(WeightedTable<double>& table, cudaStream_t stream) {
 
 inline void weighted(WeightedTable<float>& table, cudaStream_t stream) {
   Rows rows[2 * kTables];
-  int64_t most = 0;
+  int64_t tiles = 0;
   for (int i = 0; i < table.count; ++i) {
     rows[2 * i] = table.items[i].q;
     rows[2 * i + 1] = table.items[i].own;
-    most = max(most, table.items[i].own.count);
+    const Rows& own = table.items[i].own;
+    if (own.count > 64) tiles += ceil_div(own.count, 128) * ceil_div(own.width, 128);
   }
   const auto with_side = [&](auto number) {
     using N = decltype(number);
-    most > 64 ? start_weighted<N, 128>(table, stream) : start_weighted<N, 64>(table, stream);
+    tiles >= kMultiprocessors ? start_weighted<N, 128>(table, stream) : start_weighted<N, 64>(table, stream);
   };
   const DType type = common_type(rows, 2 * table.count);
   if (type == DType::bf16) return with_side(__nv_bfloat16());

@@ -36,32 +36,54 @@ __device__ inline float scale_of(float largest) {
   return __uint_as_float(static_cast<unsigned>(min(max(267 - exponent, 1), 253)) << 23);
 }
 
-// What `rows` rows from `first` on need to know, a warp per row
 template <bool SCALED, typename T>
-__device__ void row_facts(const Weighted<T>& p, int64_t first, int rows, RowFacts<T>* facts) {
-  const int lane = threadIdx.x % 32;
-  const T factor = p.factor ? *p.factor : T(1);
-  for (int row = threadIdx.x / 32; row < rows; row += blockDim.x / 32) {
+__device__ inline RowFacts<T> fact_of(const Weighted<T>& p, int64_t i, T largest, double inner) {
+  RowFacts<T> f{1, p.factor ? *p.factor : T(1), 0, 1};
+  if constexpr (SCALED) f.scale = scale_of(largest);
+  if constexpr (SCALED) f.back /= f.scale;
+  if (p.inverse && i < p.own.count) {
+    f.inverse = p.inverse[i];
+    f.along = along_row(inner, f.inverse);
+  }
+  return f;
+}
+
+// What SIDE rows from `first` on need to know. A warp per row where its numbers lie together, else a thread of each
+// warp that has the row: then those of 32 rows do.
+template <bool SCALED, int SIDE, int THREADS, typename T>
+__device__ void row_facts(const Weighted<T>& p, int64_t first, RowFacts<T>* facts) {
+  __shared__ double inner_of[THREADS];
+  __shared__ T largest_of[THREADS];
+  const bool along = p.column_stride == 1;
+  const int thread = threadIdx.x, step = along ? 32 : THREADS / SIDE;
+  for (int row = along ? thread / 32 : thread % SIDE; row < SIDE; row += along ? THREADS / 32 : SIDE) {
     const int64_t i = first + row;
     T largest = 0;
     double inner = 0;
     if ((SCALED || p.inverse) && i < p.own.count)
-      for (int64_t k = lane; k < p.q.count; k += 32) {
+      for (int64_t k = along ? thread % 32 : thread / SIDE; k < p.q.count; k += step) {
         if constexpr (SCALED) largest = Max()(largest, fabsf(p.weight(i, k)));
         if (p.inverse) inner += static_cast<double>(p.w[p.at(i, k)]) * static_cast<double>(p.similarity[p.at(i, k)]);
       }
-    if constexpr (SCALED) largest = reduce_lanes(largest, 32, Max());
-    if (p.inverse) inner = reduce_lanes(inner, 32, Add());
-    if (lane) continue;
-    RowFacts<T> f{1, factor, 0, 1};
-    if constexpr (SCALED) f.scale = scale_of(largest);
-    if constexpr (SCALED) f.back = factor / f.scale;
-    if (p.inverse && i < p.own.count) {
-      f.inverse = p.inverse[i];
-      f.along = along_row(inner, f.inverse);
+    if (along) {
+      if constexpr (SCALED) largest = reduce_lanes(largest, 32, Max());
+      if (p.inverse) inner = reduce_lanes(inner, 32, Add());
+      if (thread % 32 == 0) facts[row] = fact_of<SCALED>(p, i, largest, inner);
+    } else {
+      inner_of[thread] = inner;
+      largest_of[thread] = largest;
     }
-    facts[row] = f;
   }
+  if (along) return;
+  __syncthreads();
+  if (thread >= SIDE) return;
+  double inner = 0;
+  T largest = 0;
+  for (int at = thread; at < THREADS; at += SIDE) {
+    inner += inner_of[at];
+    largest = Max()(largest, largest_of[at]);
+  }
+  facts[thread] = fact_of<SCALED>(p, first + thread, largest, inner);
 }
 
 // `resident` columns of W from k on into shared memory, of SIDE rows; half precision as its upper part and the rest

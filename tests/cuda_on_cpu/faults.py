@@ -120,7 +120,7 @@ FAULTS = [
     Fault("rows in the wrong order", "tiles.cuh", "tile.at(lane % 8, chunk ^ lane / 8 % 2, row", "tile.at(lane % 8, chunk, row", "sp"),
     Fault("a tile beyond its stage", "tiles.cuh", "(chunk ^ order) * 16", "(chunk + order) * 16", "sp"),
     Fault("tf32 alone", "tiles.cuh", "  mma_tf32(d, a.rest, b.upper, d);\n", "", "sp"),
-    Fault("copies of unaligned rows", "tiles.cuh", "q.stride % kPerChunk<N> == 0 &&", "true &&", "odd cosine"),
+    Fault("copies of unaligned rows", "tiles.cuh", "q.stride % kPerChunk<N> == 0 &&\n         q.width % kPerChunk<N> == 0;", "true;", "odd cosine"),
     Fault("all splits write one product", "products.cuh", "block / tiles * n * pitch", "0", "sp"),
     Fault("no mirror image", "products.cuh", "if (r < pitch && c < r && c < n) out", "if (false) out", "sp"),
     Fault("no padding", "products.cuh", "if (r < pitch && c < r && c < n) out", "if (r < n && c < r && c < n) out", "sp"),
