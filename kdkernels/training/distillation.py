@@ -62,6 +62,8 @@ class Distillation(nn.Module):
         adapt: names of adapters that may bridge a pair of features: "map" makes a map of tokens, "pool" averages the
             larger map to the size of the smaller, "conv" gives the student's features the teacher's width (1 x 1; its
             parameters train with the student, and it needs ``example``).
+        augment: a module that changes a batch of images, as ``training.data.augment.CropFlip``; in training mode both
+            networks see what it returns.
         example: a batch of images on the models' device. A method with heads ("mlkd", "corsd") runs it once to learn
             how wide the features are; without it their widths are read off the models' layers.
 
@@ -88,6 +90,7 @@ class Distillation(nn.Module):
         adapt: str | Sequence[str] = (),
         output: Output | None = None,
         teacher_output: Output | None = None,
+        augment: nn.Module | None = None,
         example: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -100,6 +103,7 @@ class Distillation(nn.Module):
         self.output, self.teacher_output = output, output if teacher_output is None else teacher_output
         self.adapt = check_adapters(adapt)
         self.adapters = nn.ModuleList()
+        self.augment = augment
         student_names, teacher_names = self._choose(*pair_layers(layers, teacher_layers))
         self._student_taps = FeatureTaps(student, student_names)
         self._teacher_taps: FeatureTaps | None = None
@@ -243,6 +247,7 @@ class Distillation(nn.Module):
                 "does by itself"
             )
         if self.training:
+            images = images if self.augment is None else self.augment(images)
             return self.method.prepare(images, target, target_neg)
         return Batch(images, target, target_neg=target_neg)
 

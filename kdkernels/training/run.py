@@ -4,119 +4,81 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from inspect import signature
-from typing import Any
+from dataclasses import replace
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
-from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_model
-from torch.utils.data import DataLoader
 
-from . import data, runs
-from .distillation import Distillation
+from . import plots, record, runs
 from .loop import fit
-from .methods import METHODS, Method, make_method
-from .models import ConvNet, small_student, small_teacher
-
-TEACHER = "teacher"  # the folder of a teacher that was trained for a run
+from .methods import METHODS
+from .methods.spelling import Spelling, options_of, parse
+from .progress import shown
+from .setting import TEACHER, Setting, check_folders
 
 
 def train(args: argparse.Namespace) -> None:
     """Train a teacher unless one is given, then the student; print its accuracy and where its files are."""
-    console = Console(quiet=not PartialState(cpu=not torch.accelerator.is_available()).is_main_process)
-    method = _method(args.method, args.weight)
+    spelling = spelt(args.method, args.weight)
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    for folder in (args.output, args.output / TEACHER):
-        if not args.resume and (folder == args.output or (method.needs_teacher and args.teacher is None)):
-            runs.check_free(folder, args.overwrite)
-    split = data.load(args.data)
-    dataset = data.labelled_subset(split.train, args.per_class, args.seed) if args.per_class else split.train
-    train_loader = data.loader(dataset, args.batch_size, train=True, triplets=method.triplets)
-    test_loader = data.loader(split.test, 1000, train=False)
-    set_seed(args.seed)
-    _rehearse(_method(args.method, args.weight), split, train_loader)
+    if not args.resume:
+        check_folders(args, spelling.method())
+    setting = Setting(args)
+    teacher = setting.rehearse(spelling, args.seed)
+    console = setting.console
     args.output.mkdir(parents=True, exist_ok=True)
-    teacher = _teacher(args, split, console) if method.needs_teacher else None
+    if not console.quiet:
+        record.write(args.output, args)
+    if teacher is not None and args.teacher is None:
+        teacher, _ = setting.train_teacher(args.output / TEACHER, args.seed, args.resume)
 
     set_seed(args.seed)
-    student = small_student(split.channels, split.classes)
-    history = fit(
-        Distillation(teacher, student, method),
-        train_loader,
-        test_loader,
-        epochs=args.epochs,
-        lr=args.lr,
-        accumulate=args.accumulate,
-        mixed_precision=args.mixed_precision,
-        output=args.output,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        seed=args.seed,
-    )
+    student, method = setting.student(), spelling.method()
+    with shown(console, args.method, args.epochs) as callbacks:
+        history = fit(
+            setting.distillation(teacher, student, method, **spelling.pairs),
+            setting.train_loader(method, args.seed),
+            setting.test_loader(),
+            epochs=args.epochs,
+            lr=args.lr,
+            accumulate=args.accumulate,
+            mixed_precision=args.mixed_precision,
+            output=args.output,
+            overwrite=args.overwrite,
+            resume=args.resume,
+            callbacks=callbacks,
+            progress=False,
+            seed=args.seed,
+        )
+    if not console.quiet:
+        runs.write_whole(args.output / "curves.png", lambda path: plots.plot_run(args.method, history, path))
     best = max(row["test_accuracy"] for row in history)
     console.print(
         f"{args.method}: {history[-1]['test_accuracy']:.1f} % at the end, {best:.1f} % at best; "
-        f"{history[-1]['step']:.0f} steps; metrics and checkpoints in {args.output}"
+        f"{history[-1]['step']:.0f} steps; metrics and checkpoints in {args.output}",
+        soft_wrap=True,
     )
 
 
-def _rehearse(method: Method, split: data.Split, loader: DataLoader[Any]) -> None:
-    """One batch through untrained networks: what the method refuses, it refuses before a teacher is trained."""
-    teacher = small_teacher(split.channels, split.classes) if method.needs_teacher else None
-    Distillation(teacher, small_student(split.channels, split.classes), method)(*next(iter(loader)))
-
-
-def _method(names: str, weights: Sequence[str]) -> Method:
-    """The method, or several joined by +, with the weights that were given as "300" or "sp=300"."""
-    options: dict[str, dict[str, float]] = {name: {} for name in names.split("+")}
-    for text in weights:
-        name, _, number = text.rpartition("=")
+def spelt(text: str, weights: Sequence[str]) -> Spelling:
+    """The method, or several joined by +, with the weights that were given as "300" or "sp=300" besides."""
+    spelling = parse(text)
+    if spelling.lr is not None:
+        raise ValueError(f"--method {text}: the learning rate is --lr here")
+    options = {name: dict(given) for name, given in spelling.parts}
+    for weight in weights:
+        name, _, number = weight.rpartition("=")
         if not name and len(options) > 1:
-            raise ValueError(
-                f"--weight {text}: say of which of {', '.join(options)} it is, as {next(iter(options))}={text}"
-            )
-        name = name or names
-        if name in METHODS and "weight" not in signature(METHODS[name]).parameters:
-            takers = [n for n, method in METHODS.items() if "weight" in signature(method).parameters]
+            first = next(iter(options))
+            raise ValueError(f"--weight {weight}: say of which of {', '.join(options)} it is, as {first}={weight}")
+        name = name or spelling.parts[0][0]
+        if name in METHODS and "weight" not in options_of(name):
+            takers = [n for n in METHODS if "weight" in options_of(n)]
             raise ValueError(f"--weight belongs to the methods {', '.join(takers)}, got {name!r}")
         if name not in options:
-            raise ValueError(f"--weight {text}: {name!r} is not among the methods {names}")
+            raise ValueError(f"--weight {weight}: {name!r} is not among the methods {text}")
         try:
             options[name]["weight"] = float(number)
         except ValueError:
-            raise ValueError(f"--weight must be a number or method=number, got {text!r}") from None
-    if len(options) < len(names.split("+")):
-        raise ValueError(f"--method names a method twice, got {names!r}")
-    return make_method(names, **options[names]) if len(options) == 1 else make_method(list(options.items()))
-
-
-def _teacher(args: argparse.Namespace, split: data.Split, console: Console) -> ConvNet:
-    set_seed(args.seed)
-    teacher = small_teacher(split.channels, split.classes)
-    if args.teacher is not None:
-        if not args.teacher.is_file():
-            raise ValueError(f"--teacher {args.teacher} does not exist")
-        try:
-            load_model(teacher, str(args.teacher))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of one line per layer
-            raise ValueError(f"--teacher {args.teacher} holds no teacher for this data: {reason}") from None
-        return teacher
-    folder = args.output / TEACHER
-    loaders = data.loader(split.train, 64, train=True), data.loader(split.test, 1000, train=False)
-    history = fit(
-        Distillation(None, teacher, "alone"),
-        *loaders,
-        epochs=args.teacher_epochs,
-        lr=0.05,
-        output=folder,
-        overwrite=args.overwrite,
-        resume=args.resume,
-        seed=args.seed,
-    )
-    console.print(f"teacher: {history[-1]['test_accuracy']:.1f} %, kept in {folder / 'last.safetensors'}")
-    return teacher
+            raise ValueError(f"--weight must be a number or method=number, got {weight!r}") from None
+    return replace(spelling, parts=list(options.items()))
