@@ -194,7 +194,7 @@ void start_weighted(WeightedTable<float>& table, cudaStream_t stream) {
   set_blocks(table, SIDE, Block::kResident == 1 ? kMultiprocessors : 2 * kMultiprocessors);
   if (table.first_block[table.count] == 0) return;
   table.resident = static_cast<int>(min<int64_t>(256, max<int64_t>(64, round_up(most, 64))));
-  while (table.resident > 64 && Block::shared(table.resident) > most_shared()) table.resident = table.resident / 2;
+  while (table.resident > 64 && Block::shared(table.resident) > most_shared()) table.resident -= 64;
   const int bytes = Block::shared(table.resident);
   allow_shared(weighted_kernel<N, SIDE>, bytes);
   weighted_kernel<N, SIDE><<<table.first_block[table.count], Block::kThreads, bytes, stream>>>(table);
