@@ -1,82 +1,129 @@
-// Products and cosines of rows, for gram.cu.
+// Products and cosines of rows on CUDA, one launch forward and one backward. Forward a block makes a tile of a part of
+// the columns, and the squares of the tile's rows with it; of a tile's blocks the last one adds up the parts in their
+// order.
 #pragma once
 
-#include "products.cuh"
+#include "weighted_plain.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
 
-// A block per row of a, then of b: its squared norm, or 1 / max(|row|, 1e-8)
+// ---- forward ----
+
 template <typename T>
-__global__ void square_kernel(const Rows a, const Rows b, bool inverse, T* out_a, T* out_b) {
-  __shared__ double shared[32];
-  const bool second = blockIdx.x >= a.count;
-  const Rows& q = second ? b : a;
-  const int64_t i = second ? blockIdx.x - a.count : blockIdx.x;
+struct PairTable {
+  Factors rows;
+  int64_t columns, splits;
+  T* parts;           // [tiles, splits, (side + 2) * side]: products, squares of a's rows and of b's
+  unsigned* arrived;  // [tiles], 0
+  T *of_a, *of_b, *out;
+  bool cosines;  // else out, of_a and of_b are products and squares as they are
+};
+
+template <typename T>
+__device__ double sum_of_parts(const T* first, int64_t size, int64_t splits) {
   double sum = 0;
-  for (int64_t k = threadIdx.x; k < q.width; k += blockDim.x) {
-    const double v = static_cast<double>(element<T>(q.type, q.data, i * q.stride + k));
-    sum += v * v;
+#pragma unroll 4
+  for (int64_t s = 0; s < splits; ++s) sum += static_cast<double>(__ldcg(first + s * size));
+  return sum;
+}
+
+// By one block: what the tile's parts add up to.
+template <typename T, int SIDE>
+__device__ void finish_tile(const PairTable<T>& x, const T* parts, const Part& part) {
+  constexpr int64_t kSize = (SIDE + 2) * SIDE;
+  __shared__ double of_row[2 * SIDE];
+  const int64_t n = x.rows.a.count, m = x.rows.b.count;
+  for (int i = threadIdx.x; i < 2 * SIDE; i += blockDim.x) {
+    const double square = sum_of_parts(parts + SIDE * SIDE + i, kSize, x.splits);
+    const T value = static_cast<T>(x.cosines ? inverse_norm(square) : square);
+    of_row[i] = static_cast<double>(value);
+    if (i < SIDE && part.column == 0 && part.row + i < n) x.of_a[part.row + i] = value;
+    if (i >= SIDE && part.row == 0 && part.column + i - SIDE < m) x.of_b[part.column + i - SIDE] = value;
   }
-  sum = reduce_block(sum, shared, 0.0, Add());
-  if (threadIdx.x == 0) (second ? out_b : out_a)[i] = static_cast<T>(inverse ? inverse_norm(sum) : sum);
+  __syncthreads();
+  for (int at = threadIdx.x; at < SIDE * SIDE; at += blockDim.x) {
+    const int row = at / SIDE, column = at % SIDE;
+    if (part.row + row >= n || part.column + column >= m) continue;
+    double value = sum_of_parts(parts + at, kSize, x.splits);
+    if (x.cosines) value *= of_row[row] * of_row[SIDE + column];
+    x.out[(part.row + row) * m + part.column + column] = static_cast<T>(value);
+  }
 }
 
-// The splits summed, and times the inverse norms unless these are null
+template <typename Loop>
+__global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
+    pair_kernel(const __grid_constant__ PairTable<typename Loop::Sum> x) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ bool last;
+  using T = typename Loop::Sum;
+  constexpr int kSide = Loop::kSide;
+  constexpr int64_t kSize = (kSide + 2) * kSide;
+  const int64_t tiles = tiles_of(x.rows, kSide), tile = blockIdx.x % tiles, split = blockIdx.x / tiles;
+  Part part = corner(x.rows, tile, kSide);
+  part.begin = split * x.columns;
+  part.end = min(x.rows.a.width, part.begin + x.columns);
+  Loop loop;
+  loop.template run<true>(x.rows, part, shared);
+  T *parts = x.parts + tile * x.splits * kSize, *mine = parts + split * kSize;
+  loop.each([&](int row, int column, T first, T second) {
+    mine[row * kSide + column] = first;
+    mine[row * kSide + column + 1] = second;
+  });
+  loop.each_square([&](bool of_b, int row, T square) { mine[kSide * kSide + (of_b ? kSide : 0) + row] = square; });
+  if (x.splits > 1) {
+    const unsigned blocks = static_cast<unsigned>(x.splits);
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicInc(x.arrived + tile, blocks - 1) == blocks - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+  } else {
+    __syncthreads();
+  }
+  finish_tile<T, kSide>(x, parts, part);
+}
+
+// Tiles, parts and scratch memory of a pair of matrices.
+struct PairLayout {
+  int64_t side, tiles, columns, splits;
+  PairLayout(const Rows& a, const Rows& b, bool fp64) {
+    const Factors p{a, b, false, false};
+    side = !fp64 && tiles_of(p, 128) >= kMultiprocessors ? 128 : 64;
+    tiles = tiles_of(p, side);
+    columns = part_columns(tiles * a.width, (side == 128 ? 1 : 2) * kMultiprocessors, 64);
+    columns = max(columns, round_up(ceil_div(a.width, 32), 64));  // one block adds up a tile's parts
+    splits = max<int64_t>(1, ceil_div(a.width, columns));
+  }
+  int64_t numbers() const { return tiles * splits * (side + 2) * side; }
+  int64_t bytes(int64_t size) const { return numbers() * size + 4 * tiles; }
+};
+
 template <typename T>
-__global__ void product_sum_kernel(const T* partial, int splits, int64_t n, int64_t m, const T* inverse_a,
-                                   const T* inverse_b, T* out) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= n * m) return;
-  double value = product_at(partial, n * m, splits, at);
-  if (inverse_a) value *= double(inverse_a[at / m]) * double(inverse_b[at % m]);
-  out[at] = static_cast<T>(value);
+void row_products(const Rows& a, const Rows& b, bool cosines, void* workspace, void* of_a, void* of_b, void* out,
+                  cudaStream_t stream) {
+  if (a.count + b.count == 0) return;
+  const PairLayout layout(a, b, sizeof(T) == 8);
+  T* const parts = static_cast<T*>(workspace);
+  unsigned* const arrived = reinterpret_cast<unsigned*>(parts + layout.numbers());
+  if (layout.splits > 1) check(cudaMemsetAsync(arrived, 0, 4 * layout.tiles, stream), "gram counters");
+  const Rows both[] = {a, b};
+  with_loop(common_type(both, 2), sizeof(T) == 8, layout.side == 128, [&](auto choice) {
+    using Loop = typename decltype(choice)::Loop;
+    if constexpr (sizeof(T) == sizeof(typename Loop::Sum)) {
+      const bool whole = in_whole_chunks<typename Loop::Number>(a) && in_whole_chunks<typename Loop::Number>(b);
+      const PairTable<T> table{{a, b, false, whole},  layout.columns,        layout.splits,        parts,  arrived,
+                               static_cast<T*>(of_a), static_cast<T*>(of_b), static_cast<T*>(out), cosines};
+      allow_shared(pair_kernel<Loop>, Loop::kShared);
+      pair_kernel<Loop><<<layout.tiles * layout.splits, Loop::kThreads, Loop::kShared, stream>>>(table);
+      check_launch("gram products of rows");
+    }
+  });
 }
 
-inline int product_splits(const Rows& a, const Rows& b) { return splits_for(tiles_of({a, b, false, 0}), a.width); }
-
-template <typename T>
-void start_row_products(const Rows& a, const Rows& b, bool cosines, void* workspace, void* of_a, void* of_b, void* out,
-                        cudaStream_t stream) {
-  const int64_t n = a.count, m = b.count;
-  if (n + m == 0) return;
-  T *row_a = static_cast<T*>(of_a), *row_b = static_cast<T*>(of_b), *partial = static_cast<T*>(workspace);
-  square_kernel<T><<<n + m, kRowThreads, 0, stream>>>(a, b, cosines, row_a, row_b);
-  check_launch("gram squares");
-  if (n * m == 0) return;
-  ProductTable table{};
-  table.count = 1;
-  table.splits = product_splits(a, b);
-  table.items[0] = {a, b, false, 0};
-  start_products(table, partial, stream);
-  product_sum_kernel<T><<<ceil_div(n * m, kThreads), kThreads, 0, stream>>>(
-      partial, table.splits, n, m, cosines ? row_a : nullptr, cosines ? row_b : nullptr, static_cast<T*>(out));
-  check_launch("gram product sum");
-}
-
-template <typename T>
-void products(const Products& x, cudaStream_t stream) {
-  start_row_products<T>(x.a, x.b, false, x.workspace, x.squares_a, x.squares_b, x.products, stream);
-}
-
-template <typename T>
-void cosine_forward(const CosineForward& x, cudaStream_t stream) {
-  start_row_products<T>(x.a, x.b, true, x.workspace, x.inverse_a, x.inverse_b, x.similarity, stream);
-}
-
-// A block per row, then per column, of dS * S: its sum
-template <typename T>
-__global__ void inner_kernel(const T* grad, const T* similarity, int64_t n, int64_t m, double* inner) {
-  __shared__ double shared[32];
-  const bool column = blockIdx.x >= n;
-  const int64_t first = column ? blockIdx.x - n : blockIdx.x * m, step = column ? m : 1, count = column ? n : m;
-  double sum = 0;
-  for (int64_t k = threadIdx.x; k < count; k += blockDim.x)
-    sum += double(grad[first + k * step]) * double(similarity[first + k * step]);
-  sum = reduce_block(sum, shared, 0.0, Add());
-  if (threadIdx.x == 0) inner[blockIdx.x] = sum;
-}
+// ---- backward ----
 
 template <typename T>
 const T* numbers(const void* data) {
@@ -85,26 +132,20 @@ const T* numbers(const void* data) {
 
 template <typename T>
 void cosine_backward(const CosineBackward& x, cudaStream_t stream) {
-  const int64_t n = x.a.count, m = x.b.count;
-  if (n + m == 0) return;
-  double* inner = static_cast<double*>(x.workspace);
-  inner_kernel<T><<<n + m, kRowThreads, 0, stream>>>(numbers<T>(x.grad), numbers<T>(x.similarity), n, m, inner);
-  check_launch("cosine inner products");
   WeightedTable<T> table{};
   table.count = 2;
   Weighted<T>&a = table.items[0], &b = table.items[1];
   a.w = b.w = numbers<T>(x.grad);
-  a.row_stride = b.column_stride = m;
+  a.similarity = b.similarity = numbers<T>(x.similarity);
+  a.row_stride = b.column_stride = x.b.count;
   a.column_stride = b.row_stride = 1;
   a.own = b.q = x.a;
   b.own = a.q = x.b;
   a.inverse = b.column_scale = numbers<T>(x.inverse_a);
   b.inverse = a.column_scale = numbers<T>(x.inverse_b);
-  a.inner = inner;
-  b.inner = inner + n;
   a.out = x.grad_a;
   b.out = x.grad_b;
-  start_weighted(table, stream);
+  weighted(table, stream);
 }
 
 }  // namespace

@@ -37,7 +37,6 @@ int64_t workspace(const SpForward&);
 int64_t workspace(const SpFromGrams&);
 int64_t workspace(const Products&);
 int64_t workspace(const CosineForward&);
-int64_t workspace(const CosineBackward&);
 int64_t workspace(const Energies&);
 int64_t workspace(const AttentionForward&);
 int64_t workspace(const AngularMarginForward&);

@@ -1,11 +1,14 @@
-// gram on CUDA. The Gram matrices of a training batch are few output tiles from many columns, so the columns are split:
-//   product     a block per (matrix, 64 x 64 tile, split): partial inner products, of a symmetric matrix the lower half
-//   row         a block per row: sums the splits, normalises, forms the loss and H
-//   symmetrise  H + H^T
-//   sum         the rows' losses in a fixed order
-//   weighted    backward: W Q in 64 x 64 tiles, for all layers in one launch
+// gram on CUDA, all layers in one launch per step. A block sees one part of the work; what needs all parts is done by
+// the next launch, or by the block that comes last.
+//   Grams   products (products.cuh): parts of Q Q^T;  sum: the parts added up
+//   SP      products;  sp_loss (sp_loss.cuh): rows added up and normalised, the loss, the gradient matrix W
+//           backward: weighted (weighted.cuh), W Q
+//   cosine  pair (cosine.cuh): parts of A B^T and the rows' squares, the last block of a tile finishes it
+//           backward: weighted, for both sides
+#include <vector>
+
 #include "cosine.cuh"
-#include "products.cuh"
+#include "sp_loss.cuh"
 
 namespace kd {
 namespace cuda {
@@ -13,178 +16,108 @@ namespace {
 
 // ---- Gram matrices ----
 
-// What the products of the Gram matrices leave: T [matrices, splits, batch, batch], the lower half of each.
-struct Partial {
-  int64_t matrices, size;
-  int splits;
-  Partial(const Rows* features, int64_t count, int64_t batch) : matrices(count), size(batch * batch) {
-    int64_t tiles = 0, width = 1;
-    for (int64_t i = 0; i < count; ++i) {
-      tiles += tiles_of({features[i], features[i], true, 0});
-      width = max(width, features[i].width);
-    }
-    splits = splits_for(tiles, width);
-  }
-  int64_t numbers() const { return matrices * splits * size; }
+// A block per row of the matrices of a launch: its parts, added up in their order
+template <typename T>
+struct GramTable {
+  Parts<T> parts[kTables];
 };
 
 template <typename T>
-void start_grams(const Rows* features, const Partial& layout, T* partial, cudaStream_t stream) {
-  for (int64_t begin = 0; begin < layout.matrices; begin += kTables) {
-    ProductTable table{};
-    table.splits = layout.splits;
-    table.count = static_cast<int>(min(kTables, layout.matrices - begin));
-    for (int i = 0; i < table.count; ++i) {
-      const Rows& q = features[begin + i];
-      table.items[i] = {q, q, true, (begin + i) * layout.splits * layout.size};
-    }
-    start_products(table, partial, stream);
+__global__ void gram_sum_kernel(const __grid_constant__ GramTable<T> table, int64_t n, T* grams) {
+  const Parts<T>& p = table.parts[blockIdx.x / n];
+  const T* from = p.data + blockIdx.x % n * p.pitch;
+  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
+    double sum = 0;
+#pragma unroll 4
+    for (int64_t s = 0; s < p.splits; ++s) sum += static_cast<double>(from[s * n * p.pitch + j]);
+    grams[blockIdx.x * n + j] = static_cast<T>(sum);
   }
-}
-
-// Row i of one matrix, by a block: the splits summed. The lower half is all there is.
-template <typename T>
-__device__ void gram_row(const T* partial, int64_t n, int splits, int64_t i, T* k) {
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x)
-    k[j] = static_cast<T>(product_at(partial, n * n, splits, j <= i ? i * n + j : j * n + i));
-}
-
-// A block per (matrix, row).
-template <typename T>
-__global__ void gram_kernel(const T* partial, int64_t n, int splits, T* grams) {
-  const int64_t matrix = blockIdx.x / n, i = blockIdx.x % n;
-  gram_row(partial + matrix * splits * n * n, n, splits, i, grams + (matrix * n + i) * n);
 }
 
 template <typename T>
 void grams(const Grams& x, cudaStream_t stream) {
-  const Partial layout(x.features, x.count, x.batch);
   if (x.count * x.batch == 0) return;
-  T* partial = static_cast<T*>(x.workspace);
-  start_grams(x.features, layout, partial, stream);
-  gram_kernel<T>
-      <<<x.count * x.batch, kRowThreads, 0, stream>>>(partial, x.batch, layout.splits, static_cast<T*>(x.grams));
-  check_launch("gram");
+  const Partials layout(x.features, x.count, x.batch, x.fp64);
+  std::vector<Parts<T>> parts(x.count);
+  start_products(x.features, x.count, layout, static_cast<T*>(x.workspace), nullptr, 0, stream,
+                 [&](int64_t i, const Parts<T>& p) { parts[i] = p; });
+  for (int64_t begin = 0; begin < x.count; begin += kTables) {
+    GramTable<T> table{};
+    const int64_t count = min(kTables, x.count - begin);
+    for (int64_t i = 0; i < count; ++i) table.parts[i] = parts[begin + i];
+    gram_sum_kernel<T>
+        <<<count * x.batch, 256, 0, stream>>>(table, x.batch, static_cast<T*>(x.grams) + begin * x.batch * x.batch);
+    check_launch("gram sum");
+  }
 }
 
 // ---- similarity-preserving loss ----
 
-struct SpConstants {
-  double scales[kTables];  // of this launch's layers
-  SpOptions options;       // its own scales are on the host
-  int64_t first_layer, layers, batch;
-  int splits;
+// Scratch memory of the loss: 8-byte losses of the rows and counters; T H [layers, batch, batch]
+template <typename T>
+struct LossScratch {
+  int64_t rows, counts, words, numbers;
+  explicit LossScratch(const SpLoss& x)
+      : rows(x.layers * x.batch),
+        counts(x.layers + 1),
+        words(round_up(rows + counts, 2)),
+        numbers(round_up(rows * x.batch, 4)) {}
+  int64_t bytes() const { return 8 * words + numbers * int64_t(sizeof(T)); }
+  double* losses(const SpLoss& x) const { return static_cast<double*>(x.workspace); }
+  unsigned long long* counters(const SpLoss& x) const {
+    return reinterpret_cast<unsigned long long*>(losses(x) + rows);
+  }
+  T* h(const SpLoss& x) const { return reinterpret_cast<T*>(losses(x) + words); }
 };
 
-// ||K_i||, by way of K / max |K|: squares of large features overflow
-template <typename T>
-__device__ double row_norm(const T* k, int64_t n, bool l1, double* shared) {
-  double top = 0, sum = 0;
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) top = Max()(top, fabs(double(k[j])));
-  top = reduce_block(top, shared, 0.0, Max());
-  if (top == 0) top = 1;
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const double v = fabs(double(k[j]));
-    sum += l1 ? v : v / top * (v / top);
+// k(i): where K, or the parts of it, are of student i, and of teacher i - layers
+template <typename T, typename K>
+void start_loss(const SpLoss& x, const K& k, cudaStream_t stream) {
+  if (x.layers * x.batch == 0) {
+    check(cudaMemsetAsync(x.loss, 0, (x.per_layer ? x.layers : 1) * sizeof(T), stream), "gram loss");
+    return;
   }
-  sum = reduce_block(sum, shared, 0.0, Add());
-  return l1 ? sum : sqrt(sum) * top;
-}
-
-// A block per (layer, row). Every column belongs to one thread throughout. `partial` is null where K is there already.
-template <typename T>
-__global__ void sp_row_kernel(const __grid_constant__ SpConstants c, const T* partial, T* grams, T* h, double* losses) {
-  __shared__ double shared[32];
-  const int64_t n = c.batch, size = n * n, i = blockIdx.x % n;
-  const int64_t layer = c.first_layer + blockIdx.x / n, teacher = c.layers + layer;
-  const double scale = c.scales[blockIdx.x / n];
-  T *k_s = grams + layer * size + i * n, *k_t = grams + teacher * size + i * n;
-  if (partial) {
-    gram_row(partial + layer * c.splits * size, n, c.splits, i, k_s);
-    gram_row(partial + teacher * c.splits * size, n, c.splits, i, k_t);
-  }
-  const RowNorm s(row_norm(k_s, n, c.options.l1, shared), c.options.eps);
-  const RowNorm t(row_norm(k_t, n, c.options.l1, shared), c.options.eps);
-  double loss = 0, inner = 0;
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const double g = k_s[j] / s.divisor, difference = g - k_t[j] / t.divisor;
-    loss += difference * difference;
-    inner += 2 * scale * difference * g;
-  }
-  loss = reduce_block(loss, shared, 0.0, Add());
-  inner = reduce_block(inner, shared, 0.0, Add());
-  if (threadIdx.x == 0) losses[layer * n + i] = scale * loss;
-  if (!h) return;
-  const ThroughRowNorm through(s, inner, c.options);
-  for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
-    const double r = 2 * scale * (k_s[j] / s.divisor - k_t[j] / t.divisor);
-    h[layer * size + i * n + j] = static_cast<T>(through(r, k_s[j]));
-  }
-}
-
-template <typename T>
-__global__ void sp_symmetrise_kernel(const T* h, int64_t n, int64_t total, T* gradient_matrix) {
-  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= total) return;
-  const int64_t layer = at / (n * n), i = at / n % n, j = at % n;
-  gradient_matrix[at] = h[at] + h[layer * n * n + j * n + i];
-}
-
-// A block per number of the loss: the sum of `count` rows' losses.
-template <typename T>
-__global__ void sp_sum_kernel(const double* losses, int64_t count, T* out) {
-  __shared__ double shared[32];
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += losses[blockIdx.x * count + i];
-  sum = reduce_block(sum, shared, 0.0, Add());
-  if (threadIdx.x == 0) out[blockIdx.x] = static_cast<T>(sum);
-}
-
-// The second half's scratch: double losses [layers, batch], T H [layers, batch, batch].
-inline int64_t loss_bytes(const SpLoss& x) {
-  return 8 * x.layers * x.batch + x.layers * x.batch * x.batch * (x.fp64 ? 8 : 4);
-}
-
-// From the raw K, or from the partial products of it: then K is written to `grams`.
-template <typename T>
-void start_loss(const SpLoss& x, const T* partial, int splits, T* grams, void* scratch, cudaStream_t stream) {
-  double* losses = static_cast<double*>(scratch);
-  const int64_t rows = x.layers * x.batch;
-  T* h = x.gradient_matrix ? reinterpret_cast<T*>(losses + rows) : nullptr;
-  if (x.batch > 0)
-    for (int64_t begin = 0; begin < x.layers; begin += kTables) {
-      SpConstants c{{}, x, begin, x.layers, x.batch, splits};
-      const int64_t count = min(kTables, x.layers - begin);
-      for (int64_t i = 0; i < count; ++i) c.scales[i] = x.scales[begin + i];
-      sp_row_kernel<T><<<count * x.batch, kRowThreads, 0, stream>>>(c, partial, grams, h, losses);
-      check_launch("gram row");
+  const LossScratch<T> scratch(x);
+  for (int64_t begin = 0; begin < x.layers; begin += kTables) {
+    SpTable<T> table{};
+    table.options = x;
+    table.first_layer = begin;
+    table.layers = x.layers;
+    table.batch = x.batch;
+    table.h = x.gradient_matrix ? scratch.h(x) : nullptr;
+    table.gradient_matrix = static_cast<T*>(x.gradient_matrix);
+    table.losses = scratch.losses(x);
+    table.counters = scratch.counters(x);
+    table.loss = static_cast<T*>(x.loss);
+    const int64_t count = min(kTables, x.layers - begin);
+    for (int64_t i = 0; i < count; ++i) {
+      table.student[i] = k(begin + i);
+      table.teacher[i] = k(x.layers + begin + i);
+      table.scales[i] = x.scales[begin + i];
     }
-  if (h && rows > 0) {
-    const int64_t total = rows * x.batch;
-    sp_symmetrise_kernel<T>
-        <<<ceil_div(total, kThreads), kThreads, 0, stream>>>(h, x.batch, total, static_cast<T*>(x.gradient_matrix));
-    check_launch("gram gradient matrix");
+    const int64_t groups = ceil_div(x.batch, rows_of_group(x.batch));
+    sp_loss_kernel<T><<<count * groups, kRowThreads, 0, stream>>>(table);
+    check_launch("gram loss");
   }
-  if (x.per_layer && x.layers == 0) return;
-  sp_sum_kernel<T><<<x.per_layer ? x.layers : 1, kThreads, 0, stream>>>(losses, x.per_layer ? x.batch : rows,
-                                                                        static_cast<T*>(x.loss));
-  check_launch("gram sum");
 }
 
-// The workspace: what start_loss needs, K [2 layers, batch, batch], the partial products.
 template <typename T>
 void sp_forward(const SpForward& x, cudaStream_t stream) {
-  const Partial layout(x.features, 2 * x.layers, x.batch);
-  T* grams = reinterpret_cast<T*>(static_cast<char*>(x.workspace) + loss_bytes(x));
-  T* partial = grams + 2 * x.layers * x.batch * x.batch;
-  start_grams(x.features, layout, partial, stream);
-  start_loss<T>(x, partial, layout.splits, grams, x.workspace, stream);
+  const Partials layout(x.features, 2 * x.layers, x.batch, x.fp64);
+  const LossScratch<T> scratch(x);
+  std::vector<Parts<T>> parts(2 * x.layers);
+  if (x.batch)
+    start_products(x.features, 2 * x.layers, layout, scratch.h(x) + scratch.numbers, scratch.counters(x),
+                   scratch.counts, stream, [&](int64_t i, const Parts<T>& p) { parts[i] = p; });
+  start_loss<T>(x, [&](int64_t i) { return parts[i]; }, stream);
 }
 
 template <typename T>
 void sp_from_grams(const SpFromGrams& x, cudaStream_t stream) {
-  T* grams = static_cast<T*>(const_cast<void*>(x.grams));  // not written to, as nothing partial is given
-  start_loss<T>(x, nullptr, 0, grams, x.workspace, stream);
+  const LossScratch<T> scratch(x);
+  check(cudaMemsetAsync(scratch.counters(x), 0, 8 * scratch.counts, stream), "gram counters");
+  T* const grams = static_cast<T*>(const_cast<void*>(x.grams));  // of one part each, so that none is written to
+  start_loss<T>(x, [&](int64_t i) { return Parts<T>{grams + i * x.batch * x.batch, x.batch, 1}; }, stream);
 }
 
 template <typename T>
@@ -202,57 +135,65 @@ void sp_backward(const SpBackward& x, cudaStream_t stream) {
       item.q = item.own = x.student[layer];
       item.out = x.out[layer];
     }
-    start_weighted(table, stream);
+    weighted(table, stream);
   }
+}
+
+// ---- what the bindings call ----
+
+// A call of f with a number of the call's precision
+template <typename C, typename F>
+auto in_precision(const C& x, const F& f) {
+  return x.fp64 ? f(double()) : f(float());
 }
 
 }  // namespace
 
-int64_t workspace(const Grams& x) { return Partial(x.features, x.count, x.batch).numbers() * (x.fp64 ? 8 : 4); }
+int64_t workspace(const Grams& x) { return Partials(x.features, x.count, x.batch, x.fp64).numbers * (x.fp64 ? 8 : 4); }
 
 int64_t workspace(const SpForward& x) {
-  const Partial layout(x.features, 2 * x.layers, x.batch);
-  return loss_bytes(x) + (layout.matrices * layout.size + layout.numbers()) * (x.fp64 ? 8 : 4);
+  const int64_t parts = Partials(x.features, 2 * x.layers, x.batch, x.fp64).numbers;
+  return in_precision(x, [&](auto t) { return LossScratch<decltype(t)>(x).bytes() + parts * int64_t(sizeof(t)); });
 }
 
-int64_t workspace(const SpFromGrams& x) { return loss_bytes(x); }
-
-int64_t workspace(const Products& x) {
-  return int64_t(product_splits(x.a, x.b)) * x.a.count * x.b.count * (x.fp64 ? 8 : 4);
+int64_t workspace(const SpFromGrams& x) {
+  return in_precision(x, [&](auto t) { return LossScratch<decltype(t)>(x).bytes(); });
 }
 
-int64_t workspace(const CosineForward& x) {
-  return int64_t(product_splits(x.a, x.b)) * x.a.count * x.b.count * (x.fp64 ? 8 : 4);
-}
+int64_t workspace(const Products& x) { return PairLayout(x.a, x.b, x.fp64).bytes(x.fp64 ? 8 : 4); }
 
-int64_t workspace(const CosineBackward& x) { return 8 * (x.a.count + x.b.count); }
+int64_t workspace(const CosineForward& x) { return PairLayout(x.a, x.b, x.fp64).bytes(x.fp64 ? 8 : 4); }
 
 void compute(const Grams& x, const Launch& launch) {
-  x.fp64 ? grams<double>(x, launch.stream()) : grams<float>(x, launch.stream());
+  in_precision(x, [&](auto t) { grams<decltype(t)>(x, launch.stream()); });
 }
 
 void compute(const SpForward& x, const Launch& launch) {
-  x.fp64 ? sp_forward<double>(x, launch.stream()) : sp_forward<float>(x, launch.stream());
+  in_precision(x, [&](auto t) { sp_forward<decltype(t)>(x, launch.stream()); });
 }
 
 void compute(const SpFromGrams& x, const Launch& launch) {
-  x.fp64 ? sp_from_grams<double>(x, launch.stream()) : sp_from_grams<float>(x, launch.stream());
+  in_precision(x, [&](auto t) { sp_from_grams<decltype(t)>(x, launch.stream()); });
 }
 
 void compute(const SpBackward& x, const Launch& launch) {
-  x.fp64 ? sp_backward<double>(x, launch.stream()) : sp_backward<float>(x, launch.stream());
+  in_precision(x, [&](auto t) { sp_backward<decltype(t)>(x, launch.stream()); });
 }
 
 void compute(const Products& x, const Launch& launch) {
-  x.fp64 ? products<double>(x, launch.stream()) : products<float>(x, launch.stream());
+  in_precision(x, [&](auto t) {
+    row_products<decltype(t)>(x.a, x.b, false, x.workspace, x.squares_a, x.squares_b, x.products, launch.stream());
+  });
 }
 
 void compute(const CosineForward& x, const Launch& launch) {
-  x.fp64 ? cosine_forward<double>(x, launch.stream()) : cosine_forward<float>(x, launch.stream());
+  in_precision(x, [&](auto t) {
+    row_products<decltype(t)>(x.a, x.b, true, x.workspace, x.inverse_a, x.inverse_b, x.similarity, launch.stream());
+  });
 }
 
 void compute(const CosineBackward& x, const Launch& launch) {
-  x.fp64 ? cosine_backward<double>(x, launch.stream()) : cosine_backward<float>(x, launch.stream());
+  in_precision(x, [&](auto t) { cosine_backward<decltype(t)>(x, launch.stream()); });
 }
 
 }  // namespace cuda

@@ -1,32 +1,49 @@
-// The two matrix products of gram.cu: inner products of rows (A B^T, or half of A A^T) and weighted sums of rows (W Q).
+// Gram matrices on CUDA, up to sixteen in a launch. Those of a training batch are few output tiles from many columns,
+// so the columns are split until the blocks fill the GPU: each makes one tile of one part, and leaves it to the next
+// launch to add up the parts in their order.
 #pragma once
 
-#include "arithmetic.h"
 #include "cuda.h"
+#include "product_loops.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
 
 constexpr int64_t kTables = 16;  // matrices or layers of a launch; their table is passed by value
-constexpr int kTile = 64, kDepth = 16, kThreads = 256;  // each thread makes 4 x 4 of a tile's numbers
-constexpr int kRowThreads = 128;                        // of a block for a row
-// Eight per multiprocessor of an H100: a constant, so that sums do not depend on the GPU.
-constexpr int kWantedBlocks = 1056;
+// Of an H100: a constant, so that sums do not depend on the GPU.
+constexpr int64_t kMultiprocessors = 132;
 
-// ---- inner products of rows ----
+// A number type for a launch: that of all the rows, or float if they differ.
+inline DType common_type(const Rows* rows, int64_t count) {
+  for (int64_t i = 1; i < count; ++i)
+    if (rows[i].type != rows[0].type) return DType::f32;
+  return count ? rows[0].type : DType::f32;
+}
 
-struct Factors {
-  Rows a, b;
-  bool symmetric;
-  int64_t partial;  // where the [splits, a.count, b.count] partial products start
+template <typename L>
+struct Choice {
+  using Loop = L;
 };
 
-struct ProductTable {
-  Factors items[kTables];
-  int64_t first_block[kTables + 1];
-  int count, splits;
-};
+// Calls f with the main loop for these rows: on tensor cores, in tiles of 128 for many rows, or in fp64.
+template <typename F>
+void with_loop(DType type, bool fp64, bool large, const F& f) {
+  const auto with_side = [&](auto number) {
+    using N = decltype(number);
+    large ? f(Choice<TensorLoop<N, 128>>()) : f(Choice<TensorLoop<N, 64>>());
+  };
+  if (fp64) return f(Choice<PlainLoop>());
+  if (type == DType::bf16) return with_side(__nv_bfloat16());
+  type == DType::f16 ? with_side(__half()) : with_side(float());
+}
+
+// Above 48 KB a kernel has to ask for its shared memory.
+template <typename Kernel>
+void allow_shared(Kernel* kernel, int bytes) {
+  if (bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "shared memory");
+}
 
 template <typename Table>
 __device__ inline int item_of(const Table& table, int64_t block) {
@@ -35,181 +52,138 @@ __device__ inline int item_of(const Table& table, int64_t block) {
   return i;
 }
 
-__host__ __device__ inline int64_t tiles_of(const Factors& p) {
-  const int64_t rows = ceil_div(p.a.count, kTile), columns = ceil_div(p.b.count, kTile);
-  return p.symmetric ? rows * (rows + 1) / 2 : rows * columns;
+// There is a tile for the squares of a's rows even if b has none, and the other way round.
+__host__ __device__ inline int64_t columns_of_tiles(const Factors& p, int64_t side) {
+  return max<int64_t>(1, ceil_div(p.b.count, side));
 }
 
-template <typename T>
-__device__ inline T entry(const Rows& q, int64_t row, int64_t column, int64_t end) {
-  return row < q.count && column < end ? element<T>(q.type, q.data, row * q.stride + column) : T(0);
+__host__ __device__ inline int64_t tiles_of(const Factors& p, int64_t side) {
+  const int64_t rows = max<int64_t>(1, ceil_div(p.a.count, side));
+  return p.symmetric ? rows * (rows + 1) / 2 : rows * columns_of_tiles(p, side);
 }
 
+// The upper left corner of a tile; of a symmetric product row r has r + 1 tiles.
+__device__ inline Part corner(const Factors& p, int64_t tile, int64_t side) {
+  Part part{};
+  if (p.symmetric) {
+    while (tile > part.row) tile -= ++part.row;
+    part.column = tile;
+  } else {
+    const int64_t columns = columns_of_tiles(p, side);
+    part.row = tile / columns;
+    part.column = tile % columns;
+  }
+  part.row *= side;
+  part.column *= side;
+  return part;
+}
+
+// How many columns a part has, `work` being those of all tiles together: so many that all parts run at once, 256 at
+// least, as each part is written and read again, and 8192 at most, as what two Grams differ by would drown in the
+// rounding of longer fp32 sums.
+inline int64_t part_columns(int64_t work, int64_t blocks, int64_t step) {
+  return round_up(min<int64_t>(8192, max<int64_t>(256, ceil_div(work, blocks))), step);
+}
+
+// ---- what the launch leaves: T [batch, pitch] of every part of every matrix ----
+
 template <typename T>
-__global__ void __launch_bounds__(kThreads) product_kernel(const __grid_constant__ ProductTable table, T* partial) {
-  __shared__ T tile_a[kDepth][kTile + 1], tile_b[kDepth][kTile + 1];
+struct Parts {
+  T* data;
+  int64_t pitch, splits;  // rows are a multiple of 16 bytes long
+};
+
+struct Partials {
+  int64_t batch, columns, numbers = 0;
+  bool large;
+  Partials(const Rows* features, int64_t count, int64_t batch, bool fp64) : batch(batch), large(batch > 64 && !fp64) {
+    const int64_t tiles =
+        tiles_of({{nullptr, DType::f32, batch, 0, 0}, {nullptr, DType::f32, batch, 0, 0}, true}, side());
+    int64_t work = 0;
+    for (int64_t i = 0; i < count; ++i) work += tiles * features[i].width;
+    columns = part_columns(work, (large ? 1 : 2) * kMultiprocessors, 64);
+    for (int64_t i = 0; i < count; ++i) numbers += splits(features[i]) * size();
+  }
+  int64_t side() const { return large ? 128 : 64; }
+  int64_t pitch() const { return round_up(batch, 4); }
+  int64_t size() const { return batch * pitch(); }
+  int64_t splits(const Rows& q) const { return max<int64_t>(1, ceil_div(q.width, columns)); }
+};
+
+template <typename T>
+struct ProductTable {
+  Factors items[kTables];
+  Parts<T> parts[kTables];
+  int64_t first_block[kTables + 1], columns;
+  unsigned long long* counters;  // of the next launch: they become 0
+  int count, counts;
+};
+
+// Two neighbours in row r, as far as they are in the lower half: there and, mirrored, in the upper one. What pads the
+// rows to 16 bytes is the mirror image of rows that are not there, which is 0.
+template <typename T>
+__device__ inline void store_lower(T* out, int64_t n, int64_t pitch, int64_t r, int64_t c, T first, T second) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T first, second;
+  };
+  if (r < n && c < r) *reinterpret_cast<Pair*>(out + r * pitch + c) = {first, second};
+  if (r < n && c == r) out[r * pitch + c] = first;
+  if (r < pitch && c < r && c < n) out[c * pitch + r] = first;
+  if (r < pitch && c + 1 < r && c + 1 < n) out[(c + 1) * pitch + r] = second;
+}
+
+// Neighbouring blocks have the same columns, which the second of them finds in L2.
+template <typename Loop>
+__global__ void __launch_bounds__(Loop::kThreads, Loop::kResident)
+    product_kernel(const __grid_constant__ ProductTable<typename Loop::Sum> table) {
+  extern __shared__ __align__(16) char shared[];
+  using T = typename Loop::Sum;
+  if (blockIdx.x == 0 && threadIdx.x < table.counts) table.counters[threadIdx.x] = 0;
   const int i = item_of(table, blockIdx.x);
   const Factors& p = table.items[i];
-  const int64_t block = blockIdx.x - table.first_block[i], split = block % table.splits;
-  int64_t tile = block / table.splits, row = 0, column = 0;
-  if (p.symmetric) {
-    while (tile > row) tile -= ++row;  // row r of the lower triangle has r + 1 tiles
-    column = tile;
-  } else {
-    const int64_t columns = ceil_div(p.b.count, kTile);
-    row = tile / columns;
-    column = tile % columns;
-  }
-  row *= kTile;
-  column *= kTile;
-  const int64_t step = ceil_div(ceil_div(p.a.width, table.splits), kDepth) * kDepth;
-  const int64_t begin = split * step, end = min(p.a.width, begin + step);
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;  // also the column and the row of what a thread reads
-  T sum[4][4] = {};
-  for (int64_t k = begin; k < end; k += kDepth) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      tile_a[x][y + 16 * r] = entry<T>(p.a, row + y + 16 * r, k + x, end);
-      tile_b[x][y + 16 * r] = entry<T>(p.b, column + y + 16 * r, k + x, end);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      T a[4], b[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        a[r] = tile_a[d][y + 16 * r];
-        b[r] = tile_b[d][x + 16 * r];
+  const int64_t block = blockIdx.x - table.first_block[i], tiles = tiles_of(p, Loop::kSide);
+  Part part = corner(p, block % tiles, Loop::kSide);
+  part.begin = block / tiles * table.columns;
+  part.end = min(p.a.width, part.begin + table.columns);
+  Loop loop;
+  loop.template run<false>(p, part, shared);
+  const int64_t n = p.a.count, pitch = table.parts[i].pitch;
+  T* out = table.parts[i].data + block / tiles * n * pitch;
+  loop.each([&](int row, int column, T first, T second) {
+    store_lower(out, n, pitch, part.row + row, part.column + column, first, second);
+  });
+}
+
+// `first` is where the partial products start; `counters` may be null. Afterwards parts(i) tells where those of matrix
+// i are.
+template <typename T, typename Use>
+void start_products(const Rows* features, int64_t count, const Partials& layout, T* first, unsigned long long* counters,
+                    int64_t counts, cudaStream_t stream, const Use& use) {
+  for (int64_t begin = 0; begin < count; begin += kTables) {
+    ProductTable<T> table{};
+    table.columns = layout.columns;
+    table.counters = counters;
+    table.counts = static_cast<int>(begin == 0 && counters ? counts : 0);
+    table.count = static_cast<int>(min(kTables, count - begin));
+    const DType type = common_type(features + begin, table.count);
+    with_loop(type, sizeof(T) == 8, layout.large, [&](auto choice) {
+      using Loop = typename decltype(choice)::Loop;
+      if constexpr (sizeof(T) == sizeof(typename Loop::Sum)) {
+        for (int i = 0; i < table.count; ++i) {
+          const Rows& q = features[begin + i];
+          table.items[i] = {q, q, true, in_whole_chunks<typename Loop::Number>(q)};
+          table.parts[i] = {first, layout.pitch(), layout.splits(q)};
+          use(begin + i, table.parts[i]);
+          first += layout.splits(q) * layout.size();
+          table.first_block[i + 1] = table.first_block[i] + tiles_of(table.items[i], Loop::kSide) * layout.splits(q);
+        }
+        if (table.first_block[table.count] == 0) return;
+        allow_shared(product_kernel<Loop>, Loop::kShared);
+        product_kernel<Loop><<<table.first_block[table.count], Loop::kThreads, Loop::kShared, stream>>>(table);
+        check_launch("gram product");
       }
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] += a[r] * b[c];
-    }
-    __syncthreads();
+    });
   }
-  T* out = partial + p.partial + split * p.a.count * p.b.count;
-#pragma unroll
-  for (int r = 0; r < 4; ++r)
-#pragma unroll
-    for (int c = 0; c < 4; ++c)
-      if (row + y + 16 * r < p.a.count && column + x + 16 * c < p.b.count)
-        out[(row + y + 16 * r) * p.b.count + column + x + 16 * c] = sum[r][c];
-}
-
-// How many parts the columns are cut into: enough blocks for a large GPU, of 128 columns at least, and of 4096 at most,
-// as what two Grams differ by would drown in the rounding of longer fp32 sums.
-inline int splits_for(int64_t tiles, int64_t width) {
-  const int64_t wanted = ceil_div(kWantedBlocks, max<int64_t>(tiles, 1)), room = ceil_div(width, 128);
-  const int64_t useful = max<int64_t>(1, min<int64_t>(min(wanted, room), 64));
-  return static_cast<int>(max(ceil_div(width, 4096), useful));
-}
-
-template <typename T>
-void start_products(ProductTable& table, T* partial, cudaStream_t stream) {
-  for (int i = 0; i < table.count; ++i)
-    table.first_block[i + 1] = table.first_block[i] + tiles_of(table.items[i]) * table.splits;
-  if (table.first_block[table.count] == 0) return;
-  product_kernel<T><<<table.first_block[table.count], kThreads, 0, stream>>>(table, partial);
-  check_launch("gram product");
-}
-
-// Entry (i, j) of a product: its splits, summed.
-template <typename T>
-__device__ inline double product_at(const T* partial, int64_t size, int splits, int64_t at) {
-  double sum = 0;
-  for (int k = 0; k < splits; ++k) sum += static_cast<double>(partial[k * size + at]);
-  return sum;
-}
-
-// ---- weighted sums of rows ----
-
-// out_i = sum_k W_ik q_k; with `inverse`, out_i = inverse_i (that - inner_i inverse_i own_i)
-template <typename T>
-struct Weighted {
-  const T* w;  // W_ik = w[i * row_stride + k * column_stride] (* column_scale[k]) (* *factor)
-  int64_t row_stride, column_stride;
-  const T *column_scale, *factor;
-  Rows q, own;
-  const T* inverse;
-  const double* inner;
-  void* out;  // dense rows of own's dtype
-};
-
-template <typename T>
-struct WeightedTable {
-  Weighted<T> items[kTables];
-  int64_t first_block[kTables + 1];
-  int count;
-};
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) weighted_kernel(const __grid_constant__ WeightedTable<T> table) {
-  __shared__ T tile_w[kDepth][kTile + 1], tile_q[kDepth][kTile];
-  const int i = item_of(table, blockIdx.x);
-  const Weighted<T>& p = table.items[i];
-  const int64_t block = blockIdx.x - table.first_block[i], rows = ceil_div(p.own.count, kTile);
-  const int64_t row = block % rows * kTile, column = block / rows * kTile;
-  const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  const T factor = p.factor ? *p.factor : T(1);
-  T sum[4][4] = {};
-  for (int64_t k = 0; k < p.q.count; k += kDepth) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const int64_t at = row + y + 16 * r;
-      T w = 0;
-      if (at < p.own.count && k + x < p.q.count) {
-        w = p.w[at * p.row_stride + (k + x) * p.column_stride] * factor;
-        if (p.column_scale) w *= p.column_scale[k + x];
-      }
-      tile_w[x][y + 16 * r] = w;
-      tile_q[y][x + 16 * r] = entry<T>(p.q, k + y, column + x + 16 * r, p.q.width);
-    }
-    __syncthreads();
-#pragma unroll
-    for (int d = 0; d < kDepth; ++d) {
-      T w[4], q[4];
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        w[r] = tile_w[d][y + 16 * r];
-        q[r] = tile_q[d][x + 16 * r];
-      }
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][c] += w[r] * q[c];
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    const int64_t at = row + y + 16 * r;
-    if (at >= p.own.count) continue;
-    T scale = 1, along = 0;
-    if (p.inverse) {
-      scale = p.inverse[at];
-      along = along_row(p.inner[at], scale);
-    }
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t to = column + x + 16 * c;
-      if (to >= p.own.width) continue;
-      T value = sum[r][c];
-      if (p.inverse) value = (value - along * element<T>(p.own.type, p.own.data, at * p.own.stride + to)) * scale;
-      store<T>(p.own.type, p.out, at * p.own.width + to, value);
-    }
-  }
-}
-
-template <typename T>
-void start_weighted(WeightedTable<T>& table, cudaStream_t stream) {
-  for (int i = 0; i < table.count; ++i) {
-    const Rows& own = table.items[i].own;
-    table.first_block[i + 1] = table.first_block[i] + ceil_div(own.count, kTile) * ceil_div(own.width, kTile);
-  }
-  if (table.first_block[table.count] == 0) return;
-  weighted_kernel<T><<<table.first_block[table.count], kThreads, 0, stream>>>(table);
-  check_launch("gram weighted sum");
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // The instructions that CUDA C++ has no name for: tensor-core products, fragments from shared memory, asynchronous
-// copies. No kernel uses them yet; the tests do. nvcc sees the PTX. The other branch says the same in C++ and is what
-// the tests run on a CPU: all lanes of the warp meet, and each finds its part of the others' registers by the PTX
-// manual's fragment layouts.
+// copies. nvcc sees the PTX. The other branch says the same in C++ and is what the tests run on a CPU: all lanes of the
+// warp meet, and each finds its part of the others' registers by the PTX manual's fragment layouts.
 //
 //   lane = 4 * group + member:  A (16 x k) rows group and group + 8;  B (k x 8) column group;  C, D (16 x 8) rows group
 //   and group + 8, columns 2 * member and 2 * member + 1;  of k, what the index functions below say
@@ -79,6 +78,14 @@ __device__ inline void load_matrices(unsigned (&r)[COUNT], const void* row) {
 __device__ inline void copy_async(void* shared, const void* global, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
+}
+// 16 bytes, or zeros.
+__device__ inline void copy_async_if(bool copy, void* shared, const void* global) {
+  asm volatile(
+      "{\n.reg .pred zeros;\nsetp.eq.u32 zeros, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, zeros;\n}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(static_cast<unsigned>(copy))
+      : "memory");
 }
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most GROUPS of the groups that this thread committed are still on their way.
@@ -161,6 +168,9 @@ inline void load_matrices(unsigned (&r)[COUNT], const void* row, CUDA_ON_CPU_SIT
 
 inline void copy_async(void* shared, const void* global, int bytes = 16) {
   cuda_on_cpu::copy_async(shared, global, static_cast<size_t>(bytes), 16);
+}
+inline void copy_async_if(bool copy, void* shared, const void* global) {
+  cuda_on_cpu::copy_async(shared, global, copy ? 16 : 0, 16);
 }
 inline void copy_async_commit() { cuda_on_cpu::commit_copies(); }
 template <int GROUPS>

@@ -89,9 +89,9 @@ class Most(NamedTuple):
 MOST = {
     "kd 64x100 float32": Most(3, 1.1, 11),
     "kd 4096x1000 bfloat16": Most(3, 1.1, 13),
-    "sp resnet8x4 64x256x8x8 bfloat16": Most(5, 1.8, 17),
-    "sp resnet8x4, 3 stages float32": Most(5, 1.2, 7.5),
-    "cosine 256x512 bfloat16": Most(5, 2.6, 47),
+    "sp resnet8x4 64x256x8x8 bfloat16": Most(3, 1.8, 17),
+    "sp resnet8x4, 3 stages float32": Most(3, 1.2, 7.5),
+    "cosine 256x512 bfloat16": Most(2, 2.6, 47),
     "at resnet8x4 64x256x8x8 bfloat16": Most(3, 1.1, 2.0),
     "amd resnet8x4 64x256x8x8 bfloat16": Most(3, 1.1, 2.0),
     "amd resnet8x4, 3 stages float32": Most(3, 1.1, 2.0),

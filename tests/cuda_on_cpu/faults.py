@@ -24,11 +24,11 @@ from kdkernels.ops.softmax_kl import Labels, Rows, Terms, native, softmax_kl
 from . import build, library
 
 
-def _sp(batch: int, width: int, layers: int = 1) -> None:
+def _sp(batch: int, width: int, layers: int = 1, dtype: torch.dtype = torch.float32) -> None:
     from checking import check_op
 
-    student = [torch.rand(batch, width) for _ in range(layers)]
-    teacher = [torch.rand(batch, width // 2) for _ in range(layers)]
+    student = [torch.rand(batch, width).to(dtype) for _ in range(layers)]
+    teacher = [torch.rand(batch, width // 2).to(dtype) for _ in range(layers)]
     options = SPOptions([1.0] * layers, reduction="sum", layer_reduction="none")
     check_op(
         lambda *x: sp_gram(LayerPairs(list(x[:layers]), list(x[layers:]), options)),
@@ -38,10 +38,10 @@ def _sp(batch: int, width: int, layers: int = 1) -> None:
     )
 
 
-def _cosine(dtype: torch.dtype) -> None:
+def _cosine(dtype: torch.dtype, width: int = 300) -> None:
     from checking import check_op
 
-    check_op(cosine_similarity, [torch.randn(5, 300, dtype=dtype), torch.randn(3, 300, dtype=dtype)])
+    check_op(cosine_similarity, [torch.randn(5, width, dtype=dtype), torch.randn(3, width, dtype=dtype)])
 
 
 def _softmax(rows: int, classes: int, lam: Tensor) -> None:
@@ -106,9 +106,11 @@ def _attention(channels: int = 3, layout: str = "contiguous", dtype: torch.dtype
 
 PROBES: dict[str, Callable[[], None]] = {
     "sp": partial(_sp, 5, 300),
-    "sp of two tiles": partial(_sp, 66, 20),
+    "sp in bf16": partial(_sp, 5, 320, dtype=torch.bfloat16),
+    "sp of two tiles": partial(_sp, 130, 20),
     "sp of two launches": partial(_sp, 2, 4, layers=17),
     "cosine": partial(_cosine, torch.float32),
+    "odd cosine": partial(_cosine, torch.float32, 301),
     "cosine in fp64": partial(_cosine, torch.float64),
     "narrow rows": partial(_softmax, 5, 11, torch.full((5,), 0.3)),
     "wide rows": partial(_softmax, 2, 2100, torch.tensor(0.3)),
@@ -135,27 +137,52 @@ class Fault(NamedTuple):
     probe: str
 
 
-_LOADED = "    __syncthreads();\n#pragma unroll\n    for (int d = 0; d < kDepth; ++d) {\n      T a[4], b[4];"
-_COSINE_BYTES = "workspace(const CosineForward& x) {\n  return "
+_STAGE = "      __syncthreads();  // this stage is there"
+_STAGE_BACK = "        __syncthreads();  // this stage is there"
+_ARRIVAL = "__threadfence();\n  __syncthreads();\n  if (threadIdx.x == 0) {\n    before"
+_LAST = "__threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0) last"
+_SWITCH = "copy_async_if(i < rows, tile.at(top, chunk, i), i < rows ? source : data)"
 FAULTS = [
-    Fault("no barrier behind the loads", "products.cuh", _LOADED, _LOADED.replace("__syncthreads();", ""), "sp"),
-    Fault("no barrier before the next loads", "products.cuh", "+= a[r] * b[c];\n    }\n    __syncthreads();", "+= a[r] * b[c];\n    }", "sp"),
-    Fault("shared index + 1", "products.cuh", "= tile_a[d][y + 16 * r];", "= tile_a[d][y + 16 * r + 1];", "sp"),
-    Fault("row mask dropped", "products.cuh", "row < q.count && column < end ?", "column < end ?", "sp"),
-    Fault("column mask dropped", "products.cuh", "row < q.count && column < end ?", "row < q.count ?", "cosine"),
-    Fault("output mask dropped", "products.cuh", "< p.a.count && column + x + 16 * c < p.b.count)", "< p.a.count)", "sp"),
-    Fault("gradient mask dropped", "products.cuh", "if (to >= p.own.width) continue;", "", "sp"),
-    Fault("strides swapped", "products.cuh", "at * p.row_stride + (k + x) * p.column_stride", "at * p.column_stride + (k + x) * p.row_stride", "cosine"),
-    Fault("accumulator without a start", "products.cuh", "T sum[4][4] = {};\n  for (int64_t k = begin", "T sum[4][4];\n  for (int64_t k = begin", "sp"),
-    Fault("all splits write one product", "products.cuh", "p.partial + split * p.a.count * p.b.count", "p.partial", "sp"),
-    Fault("two blocks write one sum", "cosine.cuh", "inner[blockIdx.x] = sum", "inner[blockIdx.x / 2] = sum", "cosine"),
-    Fault("product mask dropped", "cosine.cuh", "if (at >= n * m) return;", "", "cosine"),
-    Fault("the upper half is read", "gram.cu", "j <= i ? i * n + j : j * n + i", "i * n + j", "sp of two tiles"),
-    Fault("weights mask dropped", "gram.cu", "if (at >= total) return;", "", "sp"),
-    Fault("no room for the losses", "gram.cu", "return 8 * x.layers * x.batch + x.layers", "return x.layers", "sp"),
-    Fault("no room for the matrices", "gram.cu", "(layout.matrices * layout.size + layout.numbers())", "layout.numbers()", "sp"),
-    Fault("every launch has the first layers", "gram.cu", "layer = c.first_layer + blockIdx.x / n", "layer = blockIdx.x / n", "sp of two launches"),
-    Fault("no room for the splits", "gram.cu", f"{_COSINE_BYTES}int64_t(product_splits(x.a, x.b)) * ", _COSINE_BYTES, "cosine in fp64"),
+    Fault("no wait for the copies", "product_loops.cuh", "copy_async_wait<kStages - 2>();", "", "sp"),
+    Fault("a wait for one copy too few", "product_loops.cuh", "copy_async_wait<kStages - 2>();", "copy_async_wait<kStages - 1>();", "sp"),
+    Fault("no barrier between the stages", "product_loops.cuh", _STAGE, "//", "sp"),
+    Fault("the stage at hand is loaded", "product_loops.cuh", "load(slot ? slot - 1 : kStages - 1);\n      multiply", "load(slot);\n      multiply", "sp"),
+    Fault("row mask dropped", "tiles.cuh", _SWITCH, _SWITCH.replace("i < rows", "true"), "sp in bf16"),
+    Fault("row mask of single numbers dropped", "tiles.cuh", "i < rows ? gathered", "true ? gathered", "odd cosine"),
+    Fault("column mask dropped", "tiles.cuh", "column + i < end ? element", "true ? element", "odd cosine"),
+    Fault("rows in the wrong order", "tiles.cuh", "tile.at(lane % 8, chunk ^ lane / 8 % 2, row", "tile.at(lane % 8, chunk, row", "sp"),
+    Fault("a tile beyond its stage", "tiles.cuh", "(chunk ^ order) * 16", "(chunk + order) * 16", "sp"),
+    Fault("tf32 alone", "tiles.cuh", "  mma_tf32(d, a.rest, b.upper, d);\n", "", "sp"),
+    Fault("copies of unaligned rows", "tiles.cuh", "q.stride % kPerChunk<N> == 0 &&\n         q.width % kPerChunk<N> == 0;", "true;", "odd cosine"),
+    Fault("all splits write one product", "products.cuh", "block / tiles * n * pitch", "0", "sp"),
+    Fault("no mirror image", "products.cuh", "if (r < pitch && c < r && c < n) out", "if (false) out", "sp"),
+    Fault("no padding", "products.cuh", "if (r < pitch && c < r && c < n) out", "if (r < n && c < r && c < n) out", "sp"),
+    Fault("counters not reset", "products.cuh", "table.counters[threadIdx.x] = 0;", "{}", "sp"),
+    Fault("one counter not reset", "products.cuh", "threadIdx.x < table.counts", "threadIdx.x + 1 < table.counts", "sp"),
+    Fault("parts one before", "sp_loss.cuh", "to + s * n * pitch", "to + (s - 1) * n * pitch", "sp"),
+    Fault("no barrier behind the slices of parts", "sp_loss.cuh", "of_slice[threadIdx.x] = sum;\n    __syncthreads();", "of_slice[threadIdx.x] = sum;", "sp"),
+    Fault("arrival without a fence", "sp_loss.cuh", _ARRIVAL, _ARRIVAL.removeprefix("__threadfence();\n  "), "sp"),
+    Fault("arrival before the rest of the block", "sp_loss.cuh", _ARRIVAL, _ARRIVAL.replace("__syncthreads();", ""), "sp"),
+    Fault("groups that have not arrived", "sp_loss.cuh", "if (!own && !(arrived >> (j / group) & 1)) continue;", "", "sp"),
+    Fault("every launch has the first layers", "sp_loss.cuh", "layer = c.first_layer + item", "layer = item", "sp of two launches"),
+    Fault("no room for the losses", "gram.cu", "return 8 * words + numbers", "return numbers", "sp"),
+    Fault("no room for the parts", "gram.cu", " + parts * int64_t(sizeof(t))", "", "sp"),
+    Fault("no wait for the copies, backward", "weighted.cuh", "copy_async_wait<kStages - 2>();", "", "sp"),
+    Fault("no barrier between the stages, backward", "weighted.cuh", _STAGE_BACK, "//", "sp of two tiles"),
+    Fault("no barrier behind the weights", "weighted.cuh", "weights(1));\n          __syncthreads();", "weights(1));", "sp"),
+    Fault("sums of another lane", "weighted.cuh", "      __syncwarp();\n#pragma unroll\n      for (int at", "#pragma unroll\n      for (int at", "sp"),
+    Fault("one part of the weights for both", "weighted.cuh", "part * SIDE * bytes", "0 * SIDE * bytes", "sp in bf16"),
+    Fault("gradient mask dropped", "weights.cuh", "if (i >= p.own.count || column >= p.own.width) return;", "", "sp"),
+    Fault("weights mask dropped", "weights.cuh", "if (from + n < p.q.count) x[n]", "x[n]", "sp"),
+    Fault("strides swapped", "weights.cuh", "return i * row_stride + k * column_stride", "return i * column_stride + k * row_stride", "cosine"),
+    Fault("no barrier behind the loads", "product_loops.cuh", "      __syncthreads();\n#pragma unroll\n      for (int d", "#pragma unroll\n      for (int d", "cosine in fp64"),
+    Fault("shared index + 1", "product_loops.cuh", "a[r] = tile_a[d][y + 16 * r];", "a[r] = tile_a[d][y + 16 * r + 1];", "cosine in fp64"),
+    Fault("accumulator without a start", "product_loops.cuh", "double sum_[4][4] = {}", "double sum_[4][4]", "cosine in fp64"),
+    Fault("last block without a fence", "cosine.cuh", _LAST, _LAST.removeprefix("__threadfence();\n    "), "cosine"),
+    Fault("every block is the last", "cosine.cuh", "    if (!last) return;\n", "", "cosine"),
+    Fault("counters of tiles not reset", "cosine.cuh", 'check(cudaMemsetAsync(arrived, 0, 4 * layout.tiles, stream), "gram counters");', "{}", "cosine"),
+    Fault("product mask dropped", "cosine.cuh", "if (part.row + row >= n || part.column + column >= m) continue;", "", "cosine"),
+    Fault("no room for the splits", "cosine.cuh", "tiles * splits * (side + 2)", "tiles * (side + 2)", "cosine in fp64"),
     Fault("cosines without a workspace", "cuda.h", "int64_t workspace(const CosineForward&);\n", "", "cosine"),
     Fault("no workspace at all", "dispatch.h", "call.workspace = scratch.mutable_data_ptr();", "", "sp"),
     Fault("no barrier before shared is used again", "device.cuh", "  __syncthreads();  // whoever used `shared` before is done\n", "", "wide rows"),

@@ -92,6 +92,14 @@ def test_sums_over_many_columns_keep_their_digits() -> None:
     check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=100.0)
 
 
+@pytest.mark.parametrize(("batch", "width"), [(12, 4096), (70, 256)])
+def test_grams_that_nearly_agree_keep_their_digits(batch: int, width: int) -> None:
+    """A teacher a tenth away: what the Grams differ by is a thousandth of them."""
+    student = torch.rand(batch, width, device=DEVICE)
+    teacher = student + 0.1 * torch.rand(batch, width, device=DEVICE)
+    check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=100.0)
+
+
 def test_negative_features_and_a_mixed_pair_of_dtypes() -> None:
     student, teacher = torch.randn(12, 40, device=DEVICE), torch.randn(12, 30, device=DEVICE)
     check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student.half()], constants=[teacher], upstream=100.0)

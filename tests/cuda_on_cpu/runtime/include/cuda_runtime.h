@@ -62,6 +62,7 @@ inline float __frcp_rn(float x) { return 1 / x; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
@@ -158,6 +159,10 @@ inline T atomicExch(T* p, std::common_type_t<T> x) {
 template <typename T>
 inline T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> x) {
   return cuda_on_cpu_atomic(p, [=](T old) { return old == expected ? x : old; });
+}
+template <typename T>
+inline T atomicOr(T* p, std::common_type_t<T> x) {
+  return cuda_on_cpu_atomic(p, [=](T old) { return old | x; });
 }
 inline unsigned atomicInc(unsigned* p, unsigned last) {
   return cuda_on_cpu::arrived(cuda_on_cpu_atomic(p, [=](unsigned old) { return old >= last ? 0 : old + 1; }), last);

@@ -17,6 +17,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // those of an H100
   *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : static_cast<int>(cuda_on_cpu::kSharedOptIn);
   return cudaSuccess;
