@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +128,15 @@ def test_function_and_module_share_a_name() -> None:
         "assert kdkernels.sp_loss is sp_loss; assert float(kdkernels.sp_loss(x, x)) == 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_order_on_cuda_follows_from_the_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "backends.md").read_text()
+    rows = re.findall(r"^\|.*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", text, re.M)
+    assert len(rows) >= 8
+    longer = [(max(int(n_host), int(n_gpu)), max(int(t_host), int(t_gpu))) for n_host, t_host, n_gpu, t_gpu in rows]
+    first = "native" if all(native <= triton for native, triton in longer) else "triton"
+    assert backend.AUTO_ORDER["cuda"][0] == first
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
