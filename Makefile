@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test faults lint docs bench wheel clean
+.PHONY: demo test faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
@@ -23,6 +23,10 @@ test: .venv/installed
 # each seeded fault must be caught by the checks; two minutes
 faults: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m cuda_on_cpu.faults
+
+# trainings killed at ten counted moments and ten random times for each of four methods; four minutes
+killed: .venv/installed
+	$(BIN)/python tests/training/killed.py $$(mktemp -d) 10
 
 lint: .venv/installed
 	$(BIN)/ruff check .

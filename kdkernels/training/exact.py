@@ -14,6 +14,7 @@ from .distillation import Distillation, DistillationOutput
 from .methods import Batch, Outputs
 
 Columns = list[Tensor]
+LABELS = ("target", "target_mixed", "lam", "target_neg")
 
 
 def exact_step(
@@ -29,7 +30,7 @@ def exact_step(
     def forward(micro_batch: Sequence[Tensor]) -> Columns:
         with autocast():
             batch = distillation.batch(*micro_batch)
-            student, teacher = distillation.outputs(batch.images)
+            student, teacher = distillation.outputs(batch.images, batch.teacher)
         layouts[:] = [_Layout(student, teacher, batch)]
         return layouts[0].columns(student, teacher, batch)
 
@@ -48,7 +49,7 @@ class _Layout:
     def __init__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
         self.students = len(student.features)
         self.teachers = None if teacher is None else len(teacher.features)
-        self.labels = [name for name in Batch._fields[1:] if getattr(batch, name) is not None]
+        self.labels = [name for name in LABELS if getattr(batch, name) is not None]
 
     def columns(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Columns:
         columns = [student.logits, *student.features]

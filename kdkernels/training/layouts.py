@@ -2,9 +2,60 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 LAYOUTS = ("nc", "nchw", "nhwc", "nlc", "ncl")
+Size = tuple[int, int]  # height and width of the images that features are of
+SPECIAL = 8  # a class token, one for distillation, registers: no more of them than this stand before a map's tokens
+
+
+def image_size(images: Tensor) -> Size | None:
+    """Of (N, C, H, W) images; None for words and the like."""
+    return (images.shape[2], images.shape[3]) if images.dim() == 4 else None
+
+
+def channels_last(x: Tensor, size: Size | None) -> bool:
+    """Whether a map of such images can only be (N, H, W, C), as Swin's: by its sides, which are shaped as theirs."""
+    if x.dim() != 4:
+        return False
+    height, width = size or (1, 1)
+
+    def like(h: int, w: int) -> bool:  # of one stride, rounded alike
+        return abs(h * width - w * height) < max(height, width)
+
+    return like(x.shape[1], x.shape[2]) and not like(x.shape[2], x.shape[3])
+
+
+def check_map(x: Tensor, size: Size | None, whose: str, remedy: str) -> None:
+    """Refuse what only looks like a map (N, C, H, W), or does not even."""
+    if x.dim() == 4 and not channels_last(x, size):
+        return
+    found = {3: "tokens", 4: "maps with channels last"}.get(x.dim(), "no maps")
+    raise ValueError(f"{whose} must be maps (N, C, H, W), and {tuple(x.shape)} are {found}: {remedy}")
+
+
+def token_map(x: Tensor, size: Size | None) -> Tensor:
+    """(N, L, C) tokens of such images as a map (N, C, H, W), without the first ones, which are no part of it; maps with
+    channels last as (N, C, H, W); others as they are.
+
+    Raises:
+        ValueError: there is no map of L tokens that is shaped as the images are.
+    """
+    if x.dim() == 4:
+        return x.permute(0, 3, 1, 2) if channels_last(x, size) else x
+    if x.dim() != 3:
+        return x
+    tokens = x.shape[1]
+    for special in range(SPECIAL + 1 if size else 0):
+        height, width = size or (1, 1)
+        h = round(math.sqrt((tokens - special) * height / width)) if tokens > special else 0
+        w = (tokens - special) // h if h else 0
+        if h and h * w == tokens - special and h * width == w * height:
+            return x[:, special:].transpose(1, 2).unflatten(2, (h, w))
+    of = f"images of {size[0]} x {size[1]}" if size else "what is no image"
+    raise ValueError(f"adapt='map': the {tokens} tokens of {tuple(x.shape)} are no map of {of}: name other layers")
 
 
 def check_layout(layout: str | None, caller: str) -> None:
