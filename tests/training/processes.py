@@ -71,7 +71,7 @@ def loader(method: str, processes: int) -> DataLoader[Any]:
 
 
 def trained(
-    method: str, processes: int = 1, accelerator: Accelerator | None = None, test: bool = False
+    method: str, processes: int = 1, accelerator: Accelerator | None = None, **options: Any
 ) -> dict[str, Tensor]:
     """The student's and the heads' weights."""
     torch.manual_seed(0)
@@ -81,11 +81,10 @@ def trained(
         teacher if METHODS[method].needs_teacher else None, student, make_method(method, **OPTIONS.get(method, {}))
     )
     optimizer = torch.optim.SGD(module.parameters(), 0.02, momentum=0.9)
-    batches = loader(method, processes)
-    options: dict[str, Any] = {"epochs": EPOCHS, "optimizer": optimizer, "progress": False, "accelerator": accelerator}
+    options |= {"epochs": EPOCHS, "optimizer": optimizer, "progress": False, "accelerator": accelerator}
     options |= {"ema": 0.5, "clip_norm": 0.1} if method == "amd" else {}
     with mock.patch.object(stkd, "mixup", neighbours), mock.patch.object(alone, "mixup", neighbours):
-        fit(module, batches, batches if test else None, **options)
+        fit(module, loader(method, processes), **options)
     state = module.state_dict()
     assert all(isinstance(x, DTensor) == (accelerator is not None) for x in state.values())
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state.items()}
@@ -98,14 +97,16 @@ def sharded(method: str) -> dict[str, Tensor]:
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     for state in (accelerator.state, PartialState()):
         state.distributed_type = DistributedType.FSDP
-    return trained(method, 2, accelerator, test=True)
+    return trained(method, 2, accelerator, test_loader=loader(method, 2))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    ends = {method: trained(method, 2) for method in METHODS} if len(sys.argv) < 3 else {}
+    folder = Path(sys.argv[1])
+    ends = {method: trained(method, 2) for method in METHODS}
+    ends["sp cached"] = trained("sp", 2, teacher_cache=folder / "teacher")
     ends |= {f"{method} sharded": sharded(method) for method in SHARDED}
-    torch.save(ends, Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    torch.save(ends, folder / f"{dist.get_rank()}.pt")
     dist.barrier()  # no rank leaves while another still needs it
     sys.stdout.flush()
     os._exit(0)  # tearing gloo's threads down aborts a process that has done its work now and then

@@ -28,12 +28,13 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> list[Ends]:
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("method", [*METHODS, *(f"{method} sharded" for method in processes.SHARDED)])
+@pytest.mark.parametrize("method", [*METHODS, "sp cached", *(f"{method} sharded" for method in processes.SHARDED)])
 def test_two_processes_train_as_one(ends: list[Ends], method: str) -> None:
     expected = processes.trained(method.split()[0])
-    torch.manual_seed(0)
     for rank in (0, 1):
         actual = ends[rank][method]
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(actual[name], value.cpu(), rtol=1e-5, atol=1e-5, msg=f"{name} of rank {rank}")
+            torch.testing.assert_close(
+                actual[name], value.cpu(), rtol=1e-5, atol=1e-5, msg=lambda text, key=name: f"{key}: {text}"
+            )
