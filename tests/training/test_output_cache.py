@@ -101,7 +101,7 @@ class Stream(IterableDataset[Any]):
 @pytest.mark.parametrize(
     ("method", "data", "message"),
     [
-        ("kd", Noisy(0), "image 0 is another one each time it is read, as by augmentation: .*leave out teacher_cache"),
+        ("kd", Noisy(0), r"image 0 is another one each time it is read, as by augmentation: .*leave out teacher_cache"),
         ("kd", Noisy(60), r"image \d+ is not the one whose outputs are in .*augmentation"),
         ("stkd", None, "method STKD makes other images of each batch"),
         ("mlkd+kd", None, "method Mixed makes other images of each batch"),
@@ -122,10 +122,10 @@ def test_another_teacher_data_set_or_layer_is_refused(tmp_path: Path) -> None:
     train("kd", tmp_path)
     other = TensorDataset(dataset().tensors[0].flip(0), dataset().tensors[1])
     for options, message in (
-        ({"teacher": Counting(3)}, "a cache of other settings: weights '.*give another folder"),
+        ({"teacher": Counting(3)}, r"a cache of other settings: weights '.*give another folder"),
         ({"method": "sp"}, r"other settings: layers \[\] \(asked: \['net.stages.2'\]\), shapes \[\[4\]\]"),
         ({"data": TensorDataset(*(x[:9] for x in dataset().tensors))}, r"rows 22 \(asked: 9\)"),
-        ({"data": other}, "image 0 is not the one whose outputs are in .*the data changed"),
+        ({"data": other}, r"image 0 is not the one whose outputs are in .*the data changed"),
         ({"mixed_precision": "bf16"}, r"precision 'no' \(asked: 'bf16'\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_whole_shards_and_it_goes_on(tmp_path: Path) -> None:
 
     with (
         mock.patch.object(output_cache, "save_file", full),
-        pytest.raises(WriteError, match="shard-00002.safetensors cannot be written: No space left"),
+        pytest.raises(WriteError, match=r"shard-00002.safetensors cannot be written: No space left"),
     ):
         train("kd", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("shard*")) == [f"shard-0000{i}.safetensors" for i in (0, 1)]
