@@ -112,16 +112,17 @@ def tried(pair: Pair, student: nn.Module, teacher: nn.Module, method: str, remed
 
 def cell(pair: Pair, student: nn.Module, teacher: nn.Module, method: str) -> dict[str, Any]:
     """The remedy with which the method trains, or the error as it comes."""
-    first = ""
+    errors: list[str] = []
     for remedy in REMEDIES:
+        if not all(f"{option}=" in "".join(errors) for option in remedy):
+            continue  # nobody would think of it
         try:
             tried(pair, student, teacher, method, remedy)
         except Exception as error:  # what it is is the result
-            first = first or f"{type(error).__name__}: {error}"
+            errors.append(f"{type(error).__name__}: {error}")
             continue
-        told = all(f"{option}=" in first for option in remedy)
-        return {"with": remedy, "told": told, "error": first}
-    return {"with": None, "told": True, "error": first}
+        return {"with": remedy, "error": errors[:1]}
+    return {"with": None, "error": errors[:1]}
 
 
 def table(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -132,7 +133,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         if result["with"] == {}:
             return "✓"
         text = ", ".join(f"{k}={'images' if v is True else repr(v)}" for k, v in (result["with"] or {}).items())
-        text = f"`{text}`" if text else f"no: {result['error'].partition(': ')[2]}"
+        text = f"`{text}`" if text else f"no: {result['error'][0].partition(': ')[2]}"
         return notes.setdefault(text, chr(ord("a") + len(notes)))
 
     well = [m for m in METHODS if all(row[m]["with"] == {} for row in found.values())]
@@ -155,7 +156,7 @@ def main(path: Path, names: list[str]) -> None:
         found[full] = {}
         for method in METHODS:
             found[full][method] = result = cell(pair, student, teacher, method)
-            print(full, method, result["with"], "" if result["told"] else "NOT TOLD", result["error"][:300], flush=True)
+            print(full, method, result["with"], *result["error"], flush=True)
         path.write_text(json.dumps(found, indent=1, ensure_ascii=False))
 
 

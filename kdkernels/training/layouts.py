@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
 LAYOUTS = ("nc", "nchw", "nhwc", "nlc", "ncl")
+Layout = str | Sequence[str | None] | None  # of both networks' features, or a pair; None guesses where it is clear
 Size = tuple[int, int]  # height and width of the images that features are of
 SPECIAL = 8  # a class token, one for distillation, registers: no more of them than this stand before a map's tokens
 
@@ -58,9 +60,15 @@ def token_map(x: Tensor, size: Size | None) -> Tensor:
     raise ValueError(f"adapt='map': the {tokens} tokens of {tuple(x.shape)} are no map of {of}: name other layers")
 
 
-def check_layout(layout: str | None, caller: str) -> None:
-    if layout is not None and layout not in LAYOUTS:
-        raise ValueError(f"{caller}: layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+def layout_pair(layout: Layout, caller: str) -> tuple[str | None, ...]:
+    """The student's and the teacher's layout, where one is for both or a pair is given."""
+    pair = (layout, layout) if layout is None or isinstance(layout, str) else tuple(layout)
+    if len(pair) != 2:
+        raise ValueError(f"{caller}: layout must be one for both networks or a pair, got {layout!r}")
+    for each in pair:
+        if each is not None and each not in LAYOUTS:
+            raise ValueError(f"{caller}: layout must be one of {', '.join(map(repr, LAYOUTS))}, got {each!r}")
+    return pair
 
 
 def find_layout(x: Tensor, layout: str | None, caller: str) -> str:
@@ -70,13 +78,19 @@ def find_layout(x: Tensor, layout: str | None, caller: str) -> str:
         return "nc"
     if layout is not None:
         if x.dim() != len(layout):
-            raise ValueError(f"{caller}: layout={layout!r} has {len(layout)} axes, and the features are {shape}")
+            raise ValueError(
+                f"{caller}: layout={layout!r} has {len(layout)} axes, and the features are {shape}; of networks that "
+                "differ it is a pair, layout=(student's, teacher's)"
+            )
         return layout
     # a map that is square in its first two sizes and not in its last two is (N, H, W, C), as Swin's
     if x.dim() == 4 and not shape[1] == shape[2] != shape[3]:
         return "nchw"
     choices = {3: "'nlc' (tokens) or 'ncl'", 4: "'nchw' or 'nhwc'"}.get(x.dim(), "a layer of 2 to 4 axes")
-    raise ValueError(f"{caller}: which axis of the features {shape} holds the channels is not clear: layout={choices}")
+    raise ValueError(
+        f"{caller}: which axis of the features {shape} holds the channels is not clear: layout={choices}, or a pair of "
+        "layouts for student and teacher"
+    )
 
 
 def pooled(x: Tensor, layout: str | None = None, caller: str = "pooled") -> Tensor:

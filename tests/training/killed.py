@@ -126,8 +126,10 @@ def many_runs(folder: Path, deaths: int) -> None:
     draw = random.Random()
     for method in OPTIONS:
         whole = folder / method / "whole"
-        begin = time.perf_counter()
         assert not child(method, whole)
+        begin = time.perf_counter()
+        assert not child(method, folder / method / "again")
+        assert not unlike(whole, folder / method / "again")
         seconds, moments = time.perf_counter() - begin, int((whole / "moments.txt").read_text())
         for kind, n in ((kind, n) for kind in ("moment", "time") for n in range(deaths)):
             killed, died = folder / method / f"{kind}-{n}", 0

@@ -114,6 +114,8 @@ def test_tokens_are_refused_where_maps_are_needed(method: str) -> None:
     x, y = images()
     with pytest.raises(ValueError, match=r"the student's features .*\(\d, 16, 6\) are tokens: adapt=\['map', 'pool'\]"):
         Distillation(Net(6, 7), Tokens(), method)(x, y)
+    with pytest.raises(ValueError, match=r"\(\d, 16, 6\) are tokens: what is no image has no maps: take a method that"):
+        Distillation(Tokens(), Tokens(), method)(x.flatten(1), y)
 
 
 def test_corsd_refuses_tokens() -> None:
