@@ -53,7 +53,7 @@ def set_group(module: nn.Module, group: dist.ProcessGroup | None) -> None:
     """The group of all parts of a module that can have one; None for one process."""
     for part in module.modules():
         if hasattr(type(part), "group"):
-            part.group = group
+            setattr(part, "group", group)  # noqa: B010 (mypy takes a module's attributes for tensors)
 
 
 def _over_ranks(norm: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -157,17 +157,18 @@ class Distillation(nn.Module):
             raise ValueError(f"this {name} has heads for another Distillation already: make a new one for each")
         if self.adapt and self.teacher is None:
             raise ValueError(f"adapt={self.adapt} makes features like a teacher's, and method {name} has no teacher")
-        outputs, size = None, None if example is None else image_size(example)
+        outputs: tuple[Outputs, Outputs | None] | None = None
+        size = None if example is None else image_size(example)
         if example is not None and (self.method.needs_widths or "conv" in self.adapt):
             with eval_mode(self.student), torch.no_grad():
                 outputs = self._both(example)
         elif "conv" in self.adapt:
             raise ValueError("adapt='conv' depends on the features' widths: give a batch of images as example=...")
         elif self.method.needs_widths:
-            outputs = (
-                stated_outputs(self.student, self._student_taps.names, self.method),
-                self._teacher_taps and stated_outputs(self._teacher[0], self._teacher_taps.names, self.method),
-            )
+            own = stated_outputs(self.student, self._student_taps.names, self.method)
+            taps = self._teacher_taps
+            theirs = taps and self.teacher and stated_outputs(self.teacher, taps.names, self.method)
+            outputs = own, theirs or None
             self._stated_widths = self.method.widths(*outputs)
         if outputs is None:
             return

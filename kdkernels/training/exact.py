@@ -19,7 +19,7 @@ LABELS = ("target", "target_mixed", "lam", "target_neg")
 
 def exact_step(
     distillation: Distillation,
-    micro_batches: Sequence[Sequence[Tensor]],
+    micro_batches: Sequence[Sequence[Any]],
     backward: Callable[[Tensor], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> DistillationOutput:
@@ -27,7 +27,7 @@ def exact_step(
     layouts: list[_Layout] = []
     results: list[DistillationOutput] = []
 
-    def forward(micro_batch: Sequence[Tensor]) -> Columns:
+    def forward(micro_batch: Sequence[Any]) -> Columns:
         with autocast():
             batch = distillation.batch(*micro_batch)
             student, teacher = distillation.outputs(batch.images, batch.teacher)
@@ -67,5 +67,5 @@ class _Layout:
 
         student = take(self.students)
         teacher = None if self.teachers is None else take(self.teachers)
-        labels = dict(zip(self.labels, columns, strict=True))
-        return student, teacher, Batch(torch.empty(0), **labels)
+        labels: dict[str, Any] = dict(zip(self.labels, columns, strict=True))
+        return student, teacher, Batch(torch.empty(0), labels.pop("target"))._replace(**labels)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +14,11 @@ Size = tuple[int, int]  # height and width of the images that features are of
 SPECIAL = 8  # a class token, one for distillation, registers: no more of them than this stand before a map's tokens
 
 
-def image_size(images: Tensor) -> Size | None:
-    """Of (N, C, H, W) images; None for words and the like."""
-    return (images.shape[2], images.shape[3]) if images.dim() == 4 else None
+def image_size(images: Tensor | Mapping[str, Any]) -> Size | None:
+    """Of (N, C, H, W) images, alone or among a model's inputs; None for words and the like."""
+    inputs = images.values() if isinstance(images, Mapping) else [images]
+    sizes = [(x.shape[2], x.shape[3]) for x in inputs if isinstance(x, Tensor) and x.dim() == 4]
+    return sizes[0] if sizes else None
 
 
 def channels_last(x: Tensor, size: Size | None) -> bool:

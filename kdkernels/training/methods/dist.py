@@ -23,6 +23,12 @@ class DIST(Method):
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        options = {"temperature": self.temperature, "beta": self.beta, "gamma": self.gamma}
-        dist = dist_loss(student.logits, teacher.logits, **options, group=self.group)
+        dist = dist_loss(
+            student.logits,
+            teacher.logits,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            group=self.group,
+        )
         return {"ce": F.cross_entropy(student.logits, batch.target), "dist": self.weight * dist}
