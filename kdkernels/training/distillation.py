@@ -166,9 +166,9 @@ class Distillation(nn.Module):
             raise ValueError("adapt='conv' depends on the features' widths: give a batch of images as example=...")
         elif self.method.needs_widths:
             own = stated_outputs(self.student, self._student_taps.names, self.method)
-            taps = self._teacher_taps
-            theirs = taps and self.teacher and stated_outputs(self.teacher, taps.names, self.method)
-            outputs = own, theirs or None
+            outputs = own, None
+            if self.teacher is not None and self._teacher_taps is not None:
+                outputs = own, stated_outputs(self.teacher, self._teacher_taps.names, self.method)
             self._stated_widths = self.method.widths(*outputs)
         if outputs is None:
             return
