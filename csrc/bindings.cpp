@@ -18,24 +18,25 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace kd {
 namespace cuda {
 
-void check_status(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, "kdkernels: ", what, ": ", cudaGetErrorString(status));
-}
-
-Launch::Launch(int device) : device_(device) {
+Launch::Launch(int device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "kdkernels: this torch has no CUDA");
-  check_status(cudaGetDevice(&before_), "cudaGetDevice");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
-  if (before_ != device_) check_status(cudaSetDevice(device_), "cudaSetDevice");
+  DeviceGuardHandle guard = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device, &guard));
+  guard_ = guard;
 }
 
-Launch::~Launch() {
-  if (before_ != device_) (void)cudaSetDevice(before_);
-}
+Launch::~Launch() { (void)aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
 
 }  // namespace cuda
+
+int64_t cuda_status(int64_t device) {
+  const cuda::Launch launch(static_cast<int>(device));
+  return cuda::image_status();
+}
+
 }  // namespace kd
 #endif
 
@@ -131,7 +132,7 @@ void implement_on_cpu(StableLibrary& m) {
 STABLE_TORCH_LIBRARY(kdkernels_native, m) {
   define(m);
 #ifdef KD_CUDA
-  m.def("has_cuda() -> bool");  // never called: that it exists says that there are CUDA kernels
+  m.def("cuda_status(int device) -> int");  // that it exists says that there are CUDA kernels
 #endif
 }
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
@@ -140,4 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CPU, m) {
 }
 #ifdef KD_CUDA
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CUDA, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_native, CompositeExplicitAutograd, m) {
+  m.impl("cuda_status", kd::boxed<kd::cuda_status>);
+}
 #endif

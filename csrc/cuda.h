@@ -12,7 +12,7 @@
 namespace kd {
 namespace cuda {
 
-// The device of a call, current for its duration, and PyTorch's current stream on it.
+// The device of a call, current for its duration by PyTorch's own guard, and PyTorch's current stream on it.
 class Launch {
  public:
   explicit Launch(int device);
@@ -22,9 +22,12 @@ class Launch {
   cudaStream_t stream() const { return stream_; }
 
  private:
-  int device_ = 0, before_ = 0;
   cudaStream_t stream_ = nullptr;
+  void* guard_ = nullptr;
 };
+
+// cudaSuccess if the current device and its driver can run the kernels of this library, else what is wrong.
+int image_status();
 
 // Bytes of scratch memory that a call needs.
 inline int64_t workspace(const Call&) { return 0; }

@@ -97,14 +97,17 @@ void sample_backward(const MapBackward& x, const MapLayer& layer, int64_t index,
     const T* a = load<T>(layer.student.type, layer.student.data, at, width, scratch + n);
     T* const buffer = scratch + n + width;
     T* out = streamed ? buffer : destination<T>(layer.student.type, layer.out, at, buffer);
-    if (last) {
-      const T f = factor[i];
+    const auto multiply = [&](int64_t begin, int64_t end) {
+      const T f = last ? factor[i] : T(0);
+      if (last) {
 #pragma omp simd
-      for (int64_t k = 0; k < width; ++k) out[k] = f * a[k];
-    } else {
+        for (int64_t k = begin; k < end; ++k) out[k] = f * a[k];
+      } else {
 #pragma omp simd
-      for (int64_t k = 0; k < width; ++k) out[k] = factor[k] * a[k];
-    }
+        for (int64_t k = begin; k < end; ++k) out[k] = factor[k] * a[k];
+      }
+    };
+    in_blocks(width, multiply, a);
     if (streamed) stream(static_cast<T*>(layer.out) + at, out, bytes);
     else store<T>(layer.student.type, layer.out, at, width, out);
   }

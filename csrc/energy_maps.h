@@ -13,6 +13,7 @@ template <typename T>
 void energy_of_pixels(const Activation& a, int64_t first, int64_t pixels, T* r, T* buffer) {
   for (int64_t n = 0; n < pixels; ++n) {
     const T* x = load<T>(a.type, a.data, first + n * a.channels, a.channels, buffer);
+    look_ahead(x, a.channels * int64_t(sizeof(T)));
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < a.channels; ++c) sum += x[c] * x[c];
@@ -30,8 +31,11 @@ void energy_of_channels(const Activation& a, int64_t first, int64_t pixels, T* r
     for (; c + 2 <= a.channels; c += 2) {
       const T* x = load<T>(a.type, a.data, first + c * pixels + begin, n, buffer);
       const T* y = load<T>(a.type, a.data, first + (c + 1) * pixels + begin, n, buffer + kPixels);
+      const auto add = [&](int64_t from, int64_t to) {
 #pragma omp simd
-      for (int64_t k = 0; k < n; ++k) out[k] += x[k] * x[k] + y[k] * y[k];
+        for (int64_t k = from; k < to; ++k) out[k] += x[k] * x[k] + y[k] * y[k];
+      };
+      in_blocks(n, add, x, y);
     }
     if (c < a.channels) {
       const T* x = load<T>(a.type, a.data, first + c * pixels + begin, n, buffer);

@@ -146,7 +146,7 @@ template <int COUNT, bool TRANSPOSED>
 inline void load_matrices(unsigned (&r)[COUNT], const void* row, CUDA_ON_CPU_SITE) {
   const unsigned lane = cuda_on_cpu::lane(), group = lane / 4, member = lane % 4;
   if (lane < 8 * COUNT) cuda_on_cpu::check_row(row, 16);
-  cuda_on_cpu::exchange(0xffffffffu, row, site, [&](auto read) {
+  cuda_on_cpu::exchange(0xffffffffu, row, site, [&](auto read) __attribute__((no_sanitize("thread"))) {
     for (unsigned m = 0; m < COUNT; ++m) {
       unsigned short pair[2];
       for (unsigned i = 0; i < 2; ++i) {

@@ -35,9 +35,11 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="weight of the method's term; sp=300 of one of several",
     )
-    train.add_argument("--data", default="digits", help="'digits', or an .npz with x_train, y_train, x_test, y_test")
+    _data_and_models(train)
     train.add_argument("--per-class", type=_positive, help="labelled training images per class for the student")
-    train.add_argument("--teacher", type=Path, help="safetensors of a teacher trained before; default: train one")
+    train.add_argument(
+        "--teacher", type=Path, help="weights of a trained teacher (.safetensors, .pth), or 'pretrained'; or train one"
+    )
     train.add_argument("--teacher-epochs", type=_positive, default=26)
     train.add_argument("--epochs", type=_positive, default=100)
     train.add_argument("--batch-size", type=_positive, default=32)
@@ -65,6 +67,24 @@ def parser() -> argparse.ArgumentParser:
     teacher.add_argument("--rows-per-shard", type=_positive, default=1024)
     teacher.set_defaults(run=_teacher)
     return top
+
+
+def _data_and_models(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "--data", default="digits", help="digits, glyphs, hf:NAME, hf:FOLDER, or an .npz with x_train, y_train, ..."
+    )
+    train.add_argument("--image-size", type=_positive, help="of hf: data; default: the images' own, or 224")
+    train.add_argument("--label-column", help="of hf: data; default: label or fine_label")
+    train.add_argument("--streaming", action="store_true", help="hf: images are fetched as they are needed")
+    train.add_argument("--augment", help="none, crop, crop-flip or resized-crop-flip; default: the data set's usual")
+    train.add_argument("--workers", type=_count, help="processes that read images; default: as the data needs")
+    models = "a name such as resnet8x4, timm:NAME, torchvision:NAME, hf:NAME or module:callable"
+    train.add_argument("--model", help=f"the student: {models}")
+    train.add_argument("--teacher-model", help="the teacher, likewise")
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
 
 
 def _positive(text: str) -> int:

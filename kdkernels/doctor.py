@@ -13,6 +13,9 @@ from . import __version__
 from .ops import backend
 
 TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib")
+# GPU kernels whose cost is known: from a GPU's clock, or from their machine code (python -m benchmarks.counted)
+MEASURED: tuple[str, ...] = ()
+COUNTED = ("softmax_kl", "gram", "energy", "angular_margin")
 VARIABLES = (backend.VARIABLE, "KDKERNELS_JIT", "KDKERNELS_ISA", "XDG_CACHE_HOME", "TRITON_INTERPRET")
 
 
@@ -47,6 +50,9 @@ def report() -> Iterator[str]:
     missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
     yield "extra train: " + (f"missing {', '.join(missing)}" if missing else "installed")
     yield f"requested backend: {backend.requested()}"
+    yield "\nGPU kernels' speed:"
+    for op in backend.OPS:
+        yield f"  {op:14s} {'measured' if op in MEASURED else 'counted, not measured' if op in COUNTED else 'neither'}"
     for device in _devices():
         yield f"\non {device.type}:"
         for op in (*backend.OPS, *backend.CPU_OPS):

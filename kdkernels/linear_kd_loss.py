@@ -68,7 +68,7 @@ def linear_kd_loss(
         denominator: what "mean" divides by in place of the number of positions that count: a number or a tensor of one
             element, as transformers' ``num_items_in_batch``. Micro-batches with one denominator add up to one batch.
         vocab_size: columns from there on exist in neither head: padded vocabularies, or two of different padding.
-        chunk: tokens at a time. By default at most a quarter of all, and as many as need 1 GB of logits; on a CPU
+        chunk: tokens at a time. By default about a third of all, and as many as need 1 GB of logits; on a CPU
             64 MB, or as much as the weight takes in float32.
         group: a torch.distributed group over whose ranks the vocabulary is split, in rank order: every rank calls with
             the same hidden states and labels, and with its slice of both weights (or of the teacher's logits; a TopK is

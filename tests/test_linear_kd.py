@@ -269,6 +269,41 @@ def test_compiles(kind: str, reduction: str) -> None:
     check_compiled(lambda x: distil(kind, LABELS, ce_weight=0.3, reduction=reduction)(x, *rest), hidden)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_in_inference_mode(reduction: str) -> None:
+    """Eager and compiled, after a teacher without the mode too: always that teacher's numbers."""
+    tensors = heads(torch.float32)
+    tensors[0].requires_grad_()
+    with torch.inference_mode():
+        inference = [x * 1 for x in tensors[3:]]
+
+    def loss(hidden: Tensor, *rest: Tensor) -> Tensor:
+        return distil("head", LABELS, ce_weight=0.3, reduction=reduction)(hidden, *rest)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)  # AOTAutograd decides what is saved
+    expected = loss(*tensors)
+    upstream = torch.linspace(0.5, 2.0, expected.numel()).view_as(expected)
+    (gradient,) = torch.autograd.grad(expected, tensors[:1], upstream)
+    for function, teacher in ((loss, inference), (compiled, inference), (compiled, tensors[3:]), (compiled, inference)):
+        value = function(*tensors[:3], *teacher)
+        check_same([value, *torch.autograd.grad(value, tensors[:1], upstream)], [expected, gradient])
+
+
+def test_gradients_are_handed_on_in_the_last_backward_pass_alone() -> None:
+    """What is done to them after a pass that keeps the graph must not reach the next one."""
+    hidden, weight, bias, *teacher = heads()
+    inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+    loss = linear_kd_loss(Head(*inputs), Head(*teacher), LABELS, ce_weight=0.3)
+    loss.backward(retain_graph=True)
+    first = [x.grad.clone() for x in inputs]
+    for times in (1, 2):
+        for x in inputs:
+            x.grad.zero_()
+        loss.backward(retain_graph=times == 1)
+        check_same([x.grad for x in inputs], first)
+
+
 def test_opcheck() -> None:
     hidden, weight, bias, *rest = (x[:4] for x in heads(torch.float32))
     for reduction in ("mean", "none"):

@@ -219,7 +219,7 @@ def test_the_op_matrix_passes_from_the_wheel(wheel: tuple[Path, str], tmp_path: 
         # the library has CUDA code in it, and this torch may have none: it loads all the same
         process = start(
             tmp_path,
-            f"{check}; import torch; assert hasattr(torch.ops.kdkernels_native, 'has_cuda')",
+            f"{check}; import torch; assert hasattr(torch.ops.kdkernels_native, 'cuda_status')",
             PYTHONPATH=str(target),
             KDKERNELS_JIT="0",
         )

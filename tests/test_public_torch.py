@@ -1,4 +1,4 @@
-"""The package uses public names of PyTorch alone: none of its attributes and modules that begin with an underscore."""
+"""The package uses public names of PyTorch, none of its attributes and modules that begin with "_", but one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 
 import kdkernels
 
+# Whether a backward pass is the last one, so that gradients that are already there can be handed on instead of copied:
+# AOTAutograd asks the same. Without the name they are copied; test_linear_kd.py takes gradients once and twice.
+ALLOWED = {"torch._C._autograd", "torch._C"}
 SOURCES = sorted(Path(kdkernels.__file__).parent.rglob("*.py"))
 
 
@@ -45,7 +48,7 @@ def private_torch_names(source: str) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parents[1])))
 def test_no_private_name_of_torch(path: Path) -> None:
-    assert private_torch_names(path.read_text()) == set()
+    assert private_torch_names(path.read_text()) <= (ALLOWED if path.name == "library.py" else set())
 
 
 def test_private_names_would_be_found() -> None:

@@ -100,7 +100,7 @@ class Differentiable:
         backward            an op of (grad, *outputs, *kept) for the gradients of the first ``inputs`` arguments
         inputs              how many arguments, tensors or lists of them, get gradients
         keeps_loss          whether the first output is among the outputs that the backward pass gets
-        keeps_constants     whether ``keep`` takes tensors that get no gradients
+        keeps_constants     whether ``keep`` takes tensors that get no gradients, always or of a call with these args
     """
 
     def __init__(
@@ -115,16 +115,18 @@ class Differentiable:
         backward: Callable[..., Any],
         inputs: int = 1,
         keeps_loss: bool = False,
-        keeps_constants: bool = False,
+        keeps_constants: bool | Callable[[Sequence[Any]], bool] = False,
     ) -> None:
         first = 0 if keeps_loss else 1  # of the outputs that are kept
         signature = f"({schema(record)}, bool need_grad) -> ({outputs}"
         self._inputs = inputs
         self._node = _node(name, register(name, f"{signature})", body, fake), keep, backward, first)
         if keeps_constants:
-            body, fake, signature = _with_copies(body), _with_copies(fake), f"{signature}, Tensor[] copies"
+            needed = keeps_constants if callable(keeps_constants) else lambda args: True
+            body, fake = _with_copies(body, inputs, needed), _with_copies(fake, inputs, needed)
+            signature = f"{signature}, Tensor[] copies"
         self._traced = register(f"{name}_traced", f"{signature})", body, fake)
-        _register_traced_backward(name, keep, backward, first, inputs, keeps_constants)
+        _register_traced_backward(name, keep, backward, first, inputs, bool(keeps_constants))
 
     def __call__(self, record: tuple[Any, ...]) -> Tensor:
         inputs = record[0] if isinstance(record[0], list) else record[: self._inputs]
@@ -144,7 +146,7 @@ class Differentiable:
         return typing.cast(Tensor, self._node.apply(args, *inputs))
 
 
-def _with_copies(body: Callable[..., Any]) -> Callable[..., Any]:
+def _with_copies(body: Callable[..., Any], count: int, needed: Callable[[Sequence[Any]], bool]) -> Callable[..., Any]:
     """The body with copies of the constant tensors as one more output.
 
     A compiled graph saves its inputs as they are, which autograd refuses for tensors from torch.inference_mode(), and
@@ -152,16 +154,16 @@ def _with_copies(body: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def with_copies(*args: Any) -> tuple[Any, ...]:
-        need_grad = args[-1]
-        return *_several(body(*args)), [x.clone() for x in args[1:] if isinstance(x, Tensor) and need_grad]
+        constants = args[count:] if args[-1] and needed(args) else ()  # args[-1]: need_grad
+        return *_several(body(*args)), [x.clone() for x in constants if isinstance(x, Tensor)]
 
     return with_copies
 
 
-def _replaced(args: Sequence[Any], copies: Sequence[Tensor]) -> Sequence[Any]:
+def _replaced(args: Sequence[Any], count: int, copies: Sequence[Tensor]) -> Sequence[Any]:
     """The arguments with the constant tensors replaced by their copies, if there are any."""
     left = iter(copies)
-    return [args[0], *(next(left, x) if isinstance(x, Tensor) else x for x in args[1:])]
+    return [*args[:count], *(next(left, x) if isinstance(x, Tensor) else x for x in args[count:])]
 
 
 def _node(
@@ -198,7 +200,7 @@ def _register_traced_backward(
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:  # called by these names
         if keeps_constants:
             *output, copies = output
-            inputs = _replaced(inputs, copies)
+            inputs = _replaced(inputs, count, copies)
         _save(ctx, (*_several(output)[first:], *keep(inputs)))
         # a list of tensors wants a list of gradients, a list of numbers one None
         ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
@@ -215,6 +217,12 @@ def _register_traced_backward(
 def refuse_second_derivative(name: str) -> None:
     if torch.is_grad_enabled():  # autograd enables gradients in a backward pass only under create_graph=True
         raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward pass keeps what is saved, for another pass. No public name of PyTorch tells."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 def _several(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

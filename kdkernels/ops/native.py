@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,6 +28,12 @@ from .native_build import BuildError
 PACKAGE = Path(__file__).parents[1]
 INSTALLED = PACKAGE / "_native.abi3.so"
 FORBIDDEN = ("0", "false", "off", "no")  # values of KDKERNELS_JIT
+# what cudaFuncGetAttributes says of a kernel that cannot run
+CUDA_ERRORS = {
+    35: "its driver is older than the CUDA toolkit that they were built with",
+    209: "they are built for compute capability 8.0 and up",
+    222: "its driver is too old to compile their PTX",
+}
 LOCK_TIMEOUT = 300.0  # seconds to wait for another process that builds
 
 logger = logging.getLogger("kdkernels")
@@ -136,9 +143,29 @@ def supports(*tensors: Tensor) -> str | None:
             return f"there are no native kernels for {x.device.type}"
         if x.dtype not in FLOATING:
             return f"there are no native kernels for {x.dtype}"
-        if x.device.type == "cuda" and not hasattr(torch.ops.kdkernels_native, "has_cuda"):
-            return "the native library has no CUDA kernels: it was built without nvcc, or where no GPU was at hand"
+        if x.device.type == "cuda" and (reason := _cuda_reason(x.device)):
+            return reason
     return None
+
+
+@cache
+def _cuda_reason(device: torch.device) -> str | None:
+    """None if the library's CUDA kernels can run on this device, else the reason. Its driver is asked once."""
+    if not hasattr(torch.ops.kdkernels_native, "cuda_status"):
+        return "the native library has no CUDA kernels: it was built without nvcc, or where no GPU was at hand"
+    status = torch.ops.kdkernels_native.cuda_status(device.index)
+    if status == 0:
+        return None
+    name = CUDA_ERRORS.get(status, f"CUDA error {status}")
+    return f"the native CUDA kernels cannot run on {device}: {name}{_capability(device)}"
+
+
+def _capability(device: torch.device) -> str:
+    try:
+        major, minor = torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError):
+        return ""
+    return f" (its compute capability is {major}.{minor})"
 
 
 def supports_cpu(*tensors: Tensor) -> str | None:

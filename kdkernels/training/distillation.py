@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from ..ops.checks import compute_dtype
 from .adapters import check_adapters, check_maps, convolution, hint, pairs_alike
 from .layouts import Size, image_size
 from .methods import Batch, Method, Outputs, Part, make_method
+from .modes import eval_mode
 from .outputs import Output, read
 from .stages import Layers, fewer, pair_layers, stage_names
 from .taps import FeatureTaps, unwrap
@@ -30,18 +30,6 @@ class DistillationOutput(NamedTuple):
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every submodule is in the mode it had before, as some may be frozen."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Distillation(nn.Module):
@@ -64,6 +52,8 @@ class Distillation(nn.Module):
         adapt: names of adapters that may bridge a pair of features: "map" makes a map of tokens, "pool" averages the
             larger map to the size of the smaller, "conv" gives the student's features the teacher's width (1 x 1; its
             parameters train with the student, and it needs ``example``).
+        augment: a module that changes a batch of images, as ``training.data.augment.CropFlip``; in training mode both
+            networks see what it returns.
         example: a batch of images on the models' device. A method with heads ("mlkd", "corsd") runs it once to learn
             how wide the features are; without it their widths are read off the models' layers.
 
@@ -90,6 +80,7 @@ class Distillation(nn.Module):
         adapt: str | Sequence[str] = (),
         output: Output | None = None,
         teacher_output: Output | None = None,
+        augment: nn.Module | None = None,
         example: Tensor | None = None,
     ) -> None:
         super().__init__()
@@ -102,6 +93,7 @@ class Distillation(nn.Module):
         self.output, self.teacher_output = output, output if teacher_output is None else teacher_output
         self.adapt = check_adapters(adapt)
         self.adapters = nn.ModuleList()
+        self.augment = augment
         student_names, teacher_names = self._choose(*pair_layers(layers, teacher_layers))
         self._student_taps = FeatureTaps(student, student_names)
         self._teacher_taps: FeatureTaps | None = None
@@ -248,6 +240,7 @@ class Distillation(nn.Module):
                 "does by itself"
             )
         if self.training:
+            images = images if self.augment is None else self.augment(images)
             return self.method.prepare(images, target, target_neg)._replace(teacher=teacher)
         return Batch(images, target, target_neg=target_neg, teacher=teacher)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .checks import check_batch
-from .distillation import eval_mode
+from .modes import eval_mode
 from .outputs import Output, read
 
 Loader = DataLoader[tuple[Tensor, ...]]

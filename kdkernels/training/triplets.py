@@ -35,7 +35,7 @@ class TripletDataset(Dataset[Triplet]):
         generator: torch.Generator | None = None,
     ) -> None:
         if labels is None:
-            labels = _labels(dataset)
+            labels = labels_of(dataset)
         self.dataset, self.generator = dataset, generator
         self.labels = [int(y) for y in labels]
         if len(self.labels) != len(dataset):
@@ -82,11 +82,11 @@ class TripletDataset(Dataset[Triplet]):
         return *images, self.labels[index], self.labels[negative]
 
 
-def _labels(dataset: Any) -> Sequence[int] | Tensor:
+def labels_of(dataset: Any) -> Sequence[int] | Tensor:
     if isinstance(dataset, TensorDataset):
         return dataset.tensors[1]
     if isinstance(dataset, Subset):
-        whole = _labels(dataset.dataset)
+        whole = labels_of(dataset.dataset)
         return [int(whole[i]) for i in dataset.indices]
     if (targets := getattr(dataset, "targets", None)) is not None:
         return targets

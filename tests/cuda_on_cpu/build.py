@@ -34,6 +34,8 @@ MODES = {
     "checked": ["-O1", "-g1", "-ffp-contract=off", "-fno-tree-sra", *_FRAMES, "-fsanitize=thread,bounds,alignment"],
 }
 _WRAPPED = (
+    "aoti_torch_create_device_guard",
+    "aoti_torch_delete_device_guard",
     "aoti_torch_device_type_cuda",
     "aoti_torch_empty_strided",
     "aoti_torch_get_data_ptr",
@@ -69,7 +71,7 @@ def _runtime() -> dict[str, str]:
     return {str(path.relative_to(HERE / "runtime")): path.read_text() for path in files}
 
 
-def _digest(*parts: str) -> str:
+def digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -85,7 +87,7 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def _appear(output: Path, make: Callable[[Path], None]) -> Path:
+def appear(output: Path, make: Callable[[Path], None]) -> Path:
     """``output``, made unless it is there; whole or not at all, whoever else makes it at the same time."""
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -97,11 +99,11 @@ def _appear(output: Path, make: Callable[[Path], None]) -> Path:
 
 def _write(folder: Path, files: Mapping[str, str]) -> Path:
     for name, text in files.items():
-        _appear(folder / name, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
+        appear(folder / name, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
     return folder
 
 
-def _included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
+def included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
     """Those of the headers that a source includes, directly or not: only a change to them compiles it anew."""
     found: dict[str, str] = {}
     texts = [text]
@@ -114,10 +116,10 @@ def _included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
 
 def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str]) -> Path:
     compiler, version = _compiler()
-    headers = _included(text, headers)
+    headers = included(text, headers)
     own_headers = sorted((n, t) for n, t in _runtime().items() if n.endswith(".h"))
-    key = _digest(name, text, repr(sorted(headers.items())), repr(own_headers), repr(flags), version)
-    includes = _write(CACHE / f"headers-{_digest(repr(sorted(headers.items())))}", headers)
+    key = digest(name, text, repr(sorted(headers.items())), repr(own_headers), repr(flags), version)
+    includes = _write(CACHE / f"headers-{digest(repr(sorted(headers.items())))}", headers)
     runtime = HERE / "runtime"
     includes_flags = [f"-I{folder}" for folder in (includes, runtime / "include", runtime)]
 
@@ -129,7 +131,7 @@ def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str])
             _run(["objcopy", "--wildcard", f"--weaken-symbol={_KERNELS_OF_THE_CPU}", str(part)])
         source.unlink()
 
-    return _appear(CACHE / f"{name}-{key}.o", make)
+    return appear(CACHE / f"{name}-{key}.o", make)
 
 
 def _kernel_flags(mode: str) -> list[str]:
@@ -142,7 +144,7 @@ def _link(objects: list[Path], libraries: list[str], name: str) -> Path:
         wrap = [f"-Wl,--wrap={symbol}" for symbol in _WRAPPED] if libraries else []
         _run([_compiler()[0], "-shared", *map(str, objects), *wrap, "-Wl,-z,defs", *libraries, "-ldl", "-o", str(part)])
 
-    return _appear(CACHE / f"{name}-{_digest(*(o.name for o in objects), *libraries)}.so", make)
+    return appear(CACHE / f"{name}-{digest(*(o.name for o in objects), *libraries)}.so", make)
 
 
 Job = tuple[str, str, Mapping[str, str], list[str]]  # what _compile takes

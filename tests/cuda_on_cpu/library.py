@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Mapping
+import re
+import subprocess
+from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,9 +42,17 @@ def install(mode: str, files: Mapping[str, str] | None = None) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+Place = tuple[str, ...]  # "gram.cu:54", innermost first: the lines of csrc that led to an access
+
+
 class Launch(NamedTuple):
     """One kernel launch. The bytes of global memory are counted in the checked build alone, what is below them there
     after ``library.cuda_on_cpu_count(1)``: accesses of warps, 32-byte sectors, passes over the banks beyond the first.
+
+    After ``library.cuda_on_cpu_sample(n)`` as well only n blocks of each launch run, at any shape, unchecked and with
+    results that are not right; what they touched is counted by place too, shared memory included. Where the last block
+    of several goes on alone, the last one of the sample stands for it, if it is found by ``atomicInc(counter, n - 1)``:
+    ``last_bytes`` and ``last_sectors`` are what one such block does from the next barrier on.
     """
 
     kernel: str
@@ -57,16 +68,64 @@ class Launch(NamedTuple):
     sectors: int
     shared_requests: int
     bank_conflicts: int
+    blocks_run: int
+    sectors_once: int
+    last_sectors: int
+    kernel_with_types: str
+    bytes: dict[Place, int]
+    last_bytes: dict[Place, int]
 
 
 def launches(library: ctypes.CDLL) -> list[Launch]:
     """The launches since this was last asked, the latest 10,000 at most."""
     library.cuda_on_cpu_launches.restype = ctypes.c_char_p
+    lines = [line.split("\t") for line in library.cuda_on_cpu_launches().decode().splitlines()]
+    sources = _sources(library._name, {int(x) for line in lines for x in re.findall(r" (\d+)", "".join(line[-2:]))})
     found = []
-    for line in library.cuda_on_cpu_launches().decode().splitlines():
-        name, grid, block, *numbers = line.split("\t")
+    for name, grid, block, *numbers, address, paths, last_paths in lines:
         sizes = [tuple(map(int, text.split())) for text in (grid, block)]
-        found.append(Launch(name, *sizes, *map(int, numbers)))  # type: ignore[arg-type]
+        places = [_by_place(text, sources) for text in (paths, last_paths)]
+        found.append(Launch(name, *sizes, *map(int, numbers), _function(library._name, int(address)), *places))  # type: ignore[arg-type]
+    return found
+
+
+def _by_place(paths: str, sources: Mapping[int, Place]) -> dict[Place, int]:
+    places: dict[Place, int] = {}
+    for path in paths.split(";")[:-1]:
+        bytes_, *offsets = map(int, path.split())
+        place = sum((sources[offset] for offset in offsets), ())
+        places[place] = places.get(place, 0) + bytes_
+    return places
+
+
+@cache
+def _function(path: str, offset: int) -> str:
+    """forward_kernel<float, true> and the like, without namespaces and parameters."""
+    command = ["addr2line", "-f", "-C", "-e", path, hex(offset)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return plain_name(said.splitlines()[0])
+
+
+def plain_name(name: str) -> str:
+    """A demangled kernel's name with its template arguments alone."""
+    name = re.sub(r"^void |\w+::|\(anonymous namespace\)::", "", name)
+    depth = 0
+    for at, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:at].strip()
+    return name.strip()
+
+
+def _sources(path: str, offsets: Collection[int]) -> dict[int, Place]:
+    """Lines of csrc that instructions of the library came from, with what was inlined where."""
+    command = ["addr2line", "-a", "-i", "-e", path]
+    asked = "\n".join(map(hex, offsets))
+    said = subprocess.run(command, input=asked, capture_output=True, text=True, check=True).stdout if offsets else ""
+    found = {}
+    for part in re.split(r"^0x", said, flags=re.M)[1:]:
+        lines = re.findall(r"^(?:.*/)?(?:csrc|cuda_on_cpu)/([^/\s]+):(\d+)", part, re.M)
+        found[int(part.partition("\n")[0], 16)] = tuple(f"{file}:{line}" for file, line in lines)
     return found
 
 

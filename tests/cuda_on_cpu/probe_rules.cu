@@ -57,7 +57,7 @@ __global__ void last_block(int* out, int* parts, unsigned* arrived, int fenced) 
   parts[blockIdx.x * blockDim.x + threadIdx.x] = threadIdx.x;
   if (fenced) __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(arrived, 1) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = atomicInc(arrived, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   if (!last || threadIdx.x) return;
   int sum = 0;

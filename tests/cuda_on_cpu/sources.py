@@ -6,6 +6,7 @@ Line numbers stay, so that a fault found while a kernel runs names the line of c
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _TEMPLATE = r"(?:<(?:[^<>;{}]|<[^<>;{}]*>)*>)?"
 _TYPE = rf"(?:(?:const|volatile|unsigned|signed|long)\s+)*[\w:]+{_TEMPLATE}"
@@ -23,7 +24,7 @@ def _static(match: re.Match[str]) -> str:
     for variable in re.findall(r"(\w+)\s*((?:\[[^\]]*\]\s*)*)(?:,|$)", variables):
         name, dimensions = variable
         out.append(f"CUDA_ON_CPU_SHARED({kind.strip()}, {name}, {dimensions.strip()}, {alignment or 1});")
-    return " ".join(out) + "\n" * match[0].count("\n")
+    return " ".join(out)
 
 
 def _dynamic(match: re.Match[str]) -> str:
@@ -37,11 +38,26 @@ def _launch(match: re.Match[str]) -> str:
     return f'cuda_on_cpu::Launcher("{name}", &{kernel}, cuda_on_cpu::Configuration({configuration}))'
 
 
+def _constant(match: re.Match[str]) -> str:
+    kind, name = match.groups()
+    return f"const {kind}& {name}"  # one copy per launch, as on the GPU, and not one per thread
+
+
+def _replace(pattern: re.Pattern[str], by: Callable[[re.Match[str]], str], text: str) -> str:
+    """As many lines as before."""
+
+    def replaced(match: re.Match[str]) -> str:
+        new = by(match)
+        return new + "\n" * (match[0].count("\n") - new.count("\n"))
+
+    return pattern.sub(replaced, text)
+
+
 def to_cpp(text: str, path: str) -> str:
     """The source at ``path`` (as messages shall name it) as C++."""
     text = _UNROLL.sub("", text)
-    text = _DYNAMIC.sub(_dynamic, text)
-    text = _STATIC.sub(_static, text)
-    text = _CONSTANT.sub(r"const \1& \2", text)  # one copy per launch, as on the GPU, and not one per thread
-    text = _LAUNCH.sub(_launch, text)
+    text = _replace(_DYNAMIC, _dynamic, text)
+    text = _replace(_STATIC, _static, text)
+    text = _replace(_CONSTANT, _constant, text)
+    text = _replace(_LAUNCH, _launch, text)
     return f'#line 1 "{path}"\n{text}'

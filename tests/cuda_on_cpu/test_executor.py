@@ -132,6 +132,20 @@ def test_sectors_and_bank_conflicts(checked: Probe, stride: int, sectors: int, c
     assert launch.distinct_read == 128
 
 
+def test_the_last_block_of_a_sample(checked: Probe) -> None:
+    launches(checked.library)
+    checked.library.cuda_on_cpu_count(1)
+    checked.library.cuda_on_cpu_sample(3)
+    assert checked.run("run_last_block", numbers(1), numbers(6 * 32), numbers(1), 1, outputs=(0, 1, 2)) == ""
+    checked.library.cuda_on_cpu_sample(0)
+    checked.library.cuda_on_cpu_count(0)
+    (launch,) = launches(checked.library)
+    place, parts = max(launch.last_bytes.items(), key=lambda item: item[1])
+    assert parts == 6 * 32 * 4
+    assert launch.last_sectors == 6 * 32 + 1  # and the sum
+    assert launch.bytes[place] * 6 / launch.blocks_run == parts  # of the six blocks one comes last
+
+
 def test_a_vector_is_one_access(checked: Probe) -> None:
     source = torch.ones(136)
     source = source[-(source.data_ptr() // 4) % 8 :][:128]
@@ -147,14 +161,14 @@ def test_a_vector_is_one_access(checked: Probe) -> None:
 
 
 def test_sources_keep_their_lines() -> None:
-    text = "__global__ void f(const __grid_constant__ A<int, B<2>> a) {\n#pragma unroll 4\n"
+    text = "__global__ void f(const __grid_constant__ A<int,\n B<2>>\n a) {\n#pragma unroll 4\n"
     text += "  __shared__ T x[2][N + 1],\n      y;\n}\n"
     text += "void g() { n::f<T, true><<<ceil_div(a, b),\n 32, 0, stream>>>(a); }\n"
     lines = to_cpp(text, "f.cu").splitlines()
     assert lines[0] == '#line 1 "f.cu"'
-    assert lines[1] == "__global__ void f(const A<int, B<2>>& a) {"
-    assert lines[2] == ""
-    assert lines[3] == "  CUDA_ON_CPU_SHARED(T, x, [2][N + 1], 1); CUDA_ON_CPU_SHARED(T, y, , 1);"
-    assert lines[5] == "}"
-    assert lines[6].startswith('void g() { cuda_on_cpu::Launcher("f", &n::f<T, true>, cuda_on_cpu::Configuration(')
-    assert lines[7] == " 32, 0, stream))(a); }"
+    assert "".join(lines[1:4]) == "__global__ void f(const A<int, B<2>>& a) {"
+    assert lines[4] == ""
+    assert lines[5] == "  CUDA_ON_CPU_SHARED(T, x, [2][N + 1], 1); CUDA_ON_CPU_SHARED(T, y, , 1);"
+    assert lines[7] == "}"
+    assert lines[8].startswith('void g() { cuda_on_cpu::Launcher("f", &n::f<T, true>, cuda_on_cpu::Configuration(')
+    assert lines[9] == " 32, 0, stream))(a); }"

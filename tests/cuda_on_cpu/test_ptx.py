@@ -11,7 +11,7 @@ import torch
 from kdkernels.ops import native_build
 
 from . import build
-from .library import Probe
+from .library import Probe, launches
 
 SOURCE = Path(__file__).with_name("probe_ptx.cu")
 
@@ -56,6 +56,25 @@ def test_a_tile_through_asynchronous_copies(probe: Probe, width: int) -> None:
     torch.testing.assert_close(d, a.float() @ b.float().T, rtol=1e-5, atol=1e-5)
     message = probe.run("tile", a, b, width, d, 0, outputs=(3,))  # without the wait
     assert "never written" in message or d.isnan().any()
+
+
+def test_copies_and_fragments_are_counted() -> None:
+    reason = build.why_not()
+    if reason:
+        pytest.skip(reason)
+    probe, steps = Probe("checked", SOURCE), 4
+    launches(probe.library)
+    probe.library.cuda_on_cpu_count(1)
+    probe.library.cuda_on_cpu_sample(1)
+    a, b, d = torch.randn(16, 16 * steps).bfloat16(), torch.randn(8, 16 * steps).bfloat16(), torch.empty(16, 8)
+    assert probe.run("tile", a, b, 16 * steps, d, 1, outputs=(3,)) == ""
+    probe.library.cuda_on_cpu_sample(0)
+    probe.library.cuda_on_cpu_count(0)
+    (launch,) = launches(probe.library)
+    assert launch.global_requests == 2 * steps + 4  # 48 copies of a step by 32 lanes, and four stores
+    assert launch.shared_requests == 4 * steps  # the copies' other side, and two ldmatrix
+    assert launch.bank_conflicts == 6 * steps  # rows of 32 bytes: two of a matrix's eight in each bank
+    assert sum(launch.bytes.values()) == steps * (2 * 48 * 16 + 24 * 32) + 16 * 8 * 4
 
 
 def test_nvcc_accepts_the_ptx(tmp_path: Path) -> None:

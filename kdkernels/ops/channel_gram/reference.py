@@ -13,9 +13,10 @@ from torch import Tensor
 from ..checks import compute_dtype
 from .op import UNIT_EPS, GramPairs
 
-CACHED = 1 << 20  # numbers that a part's products may have for them to stay in the last cache
-Gradients = Callable[[], tuple[Tensor, ...]]
-# of X_s, Y_s, X_t, Y_t, some samples' (b, C, M): the values (b,), and what makes the gradients by X_s, or X_s and Y_s
+CACHED = 1 << 19  # numbers that a part's products may have for them to stay in the last cache
+# of a factor and where to: writes the factor times the gradient by X_s, or those by X_s and Y_s
+Gradients = Callable[..., object]
+# of X_s, Y_s, X_t, Y_t, some samples' (b, C, M): the values (b,), and what makes the gradients
 Distance = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Gradients]]
 
 
@@ -25,15 +26,15 @@ def forward(x: GramPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
     sizes = [s.numel() if need_grad else 0 for s in x.student]
     unscaled = like.new_empty(sum(sizes))
     targets = [g.view(s.shape) for s, g in zip(x.student, unscaled.split(sizes), strict=True)] if need_grad else []
-    target_pairs = x.pairs(targets) if need_grad else [()] * len(x.layer_weights)
+    target_pairs = x.pairs(targets) if need_grad else [None] * len(x.layer_weights)
     losses = like.new_empty(len(x.layer_weights), len(x.student[0]))
     pairs = zip(x.pairs(x.student), x.pairs(x.teacher), target_pairs, x.factors(), strict=True)
     for i, (student, teacher, target_pair, factor) in enumerate(pairs):
         for part in _parts(*student, *teacher):
             values, gradients = DISTANCES[x.kind](*(t[part].to(dtype) for t in (*student, *teacher)))
             losses[i, part] = values.mul_(factor)
-            for target, gradient in zip(target_pair, gradients() if need_grad else (), strict=False):
-                torch.mul(gradient, factor, out=target[part])
+            if target_pair is not None:
+                gradients(factor, *(t[part] for t in target_pair))
     total = losses if x.per_sample else losses.sum(1)
     return total if x.per_layer else total.sum(0), unscaled
 
@@ -62,11 +63,11 @@ def nst(x_s: Tensor, _: Tensor, x_t: Tensor, __: Tensor) -> tuple[Tensor, Gradie
     by = _by_pixels if 3 * pixels <= 5 * max(c_s, c_t) else _by_channels
     values, product = by(student, teacher)
 
-    def gradients() -> tuple[Tensor]:
-        pull = product().mul_(4 / (lengths * c_s**0.5))
+    def gradients(factor: float, to: Tensor, _: Tensor) -> None:
+        pull = product().mul_(4 * factor / (lengths * c_s**0.5))
         # what is along a row is lost in its normalisation, but for a row under the eps, whose norm is a constant
         inner = (pull * student).sum(2, keepdim=True).mul_(c_s).masked_fill_(norms < UNIT_EPS, 0)
-        return (pull.addcmul_(inner, student, value=-1),)
+        torch.addcmul(pull, inner, student, value=-1, out=to)
 
     return values, gradients
 
@@ -105,15 +106,15 @@ def ickd(x_s: Tensor, _: Tensor, x_t: Tensor, __: Tensor) -> tuple[Tensor, Gradi
     d = (k_s / length_s).addcdiv_(k_t, length_t, value=-1)
     rows = _norms(d).square_()
 
-    def gradients() -> tuple[Tensor]:
+    def gradients(factor: float, to: Tensor, _: Tensor) -> None:
         # <G_s, 2 D> is |D|^2 for unit rows; a row under the eps is shorter than 1, and its norm is a constant
         inner = rows + (norm_s / length_s).square() - (norm_t / length_t).square()
         inner.masked_fill_(norm_s < UNIT_EPS, 0)
         # H = a_i K_s - b_i K_t, and H + H^T without a transposition, as both K are symmetric
-        a = (2 * c - c * inner) / (length_s * length_s)
-        b = torch.full_like(a, 2 * c) / (length_s * length_t)  # not a reciprocal: equal networks have a = b
-        h = torch.add(a, a.mT, out=d).mul_(k_s).sub_(k_t.mul_(b + b.mT))
-        return (torch.bmm(h, x_s),)
+        a = (2 * c * factor - c * factor * inner) / (length_s * length_s)
+        b = torch.full_like(a, 2 * c * factor) / (length_s * length_t)  # not a reciprocal: equal networks have a = b
+        h = torch.add(a, a.mT, out=d).mul_(k_s).sub_(k_t.mul_(b + b.mT))  # no addcmul_: equal products cancel
+        torch.bmm(h, x_s, out=to)
 
     return c * rows.sum((1, 2)), gradients
 
@@ -123,9 +124,10 @@ def fsp(x_s: Tensor, y_s: Tensor, x_t: Tensor, y_t: Tensor) -> tuple[Tensor, Gra
     c, pixels = 1 / max(x_s.shape[1] * y_s.shape[1], 1), max(x_s.shape[2], 1)
     d = torch.bmm(x_s, y_s.mT).div_(pixels).sub_(torch.bmm(x_t, y_t.mT).div_(max(x_t.shape[2], 1)))
 
-    def gradients() -> tuple[Tensor, Tensor]:
-        pull = d * (2 * c / pixels)
-        return torch.bmm(pull, y_s), torch.bmm(pull.mT, x_s)
+    def gradients(factor: float, to_x: Tensor, to_y: Tensor) -> None:
+        pull = d * (2 * c * factor / pixels)
+        torch.bmm(pull, y_s, out=to_x)
+        torch.bmm(pull.mT, x_s, out=to_y)
 
     return c * d.square().sum((1, 2)), gradients
 

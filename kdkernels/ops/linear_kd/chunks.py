@@ -19,6 +19,7 @@ IGNORED = -100  # the label of rows that do not count, whatever the caller's is
 # Bytes of logits, and of what is made of them, at a time. Each chunk reads the weights and reads and writes the sums of
 # their gradient, which many rows make cheap. On a CPU it may be as much as the weights, beside which that is little.
 BUDGET_CPU, BUDGET_ACCELERATOR = 64 << 20, 1 << 30
+BLOCK = 64  # products are faster with whole blocks of rows
 
 
 class Tokens(NamedTuple):
@@ -54,14 +55,18 @@ class Tokens(NamedTuple):
 
 
 def chunk_size(x: LinearKD, columns: Columns) -> int:
-    """Tokens at a time: what the budget allows, and at most a quarter of all."""
+    """Tokens at a time: what the budget allows, and about a third of all; where they are many, by the block."""
     if x.options.chunk:
         return x.options.chunk
     matrices = 2 + (x.softcap != 0) + (x.teacher.ids is not None and x.terms.ce != 0)
     of_weight = x.weight.numel() * x.dtype.itemsize
     budget = max(BUDGET_CPU, of_weight) if x.hidden.is_cpu else BUDGET_ACCELERATOR
     rows = budget // max(matrices * columns.share * x.dtype.itemsize, 1)
-    return max(1, min(rows, -(-x.hidden.shape[0] // 4)))
+    tokens = x.hidden.shape[0]
+    third = -(-tokens // 3)
+    if tokens > 6 * BLOCK:  # so that a block more is less than half of all
+        third += -third % BLOCK
+    return max(1, min(rows - rows % BLOCK if rows > BLOCK else rows, third))
 
 
 def _nothing(x: LinearKD, columns: Columns) -> Gradients:
@@ -79,16 +84,13 @@ def _nothing(x: LinearKD, columns: Columns) -> Gradients:
     return Gradients(sums(hidden, x.hidden.shape[0]), sums(weight, columns.size), sums(bias, 0))
 
 
-def sweep(
-    x: LinearKD, tokens: Tokens, columns: Columns, gradients: Gradients | None, upstream: Tensor | None = None
-) -> Tensor:
-    """The rows' losses (N,); with ``gradients``, theirs times ``upstream`` (N,) are added to them."""
+def sweep(x: LinearKD, tokens: Tokens, columns: Columns, gradients: Gradients | None, upstream: Tensor) -> Tensor:
+    """The rows' losses (N,); with ``gradients``, theirs times ``upstream``, (N,) or one for all, are added to them."""
     n = x.hidden.shape[0]
     head = Linear(x.weight, x.bias, x.scale, x.softcap).narrow(columns.size)
     size = chunk_size(x, columns)
     buffers = [torch.empty(min(size, n), columns.size, dtype=x.dtype, device=x.hidden.device) for _ in range(2)]
     losses = torch.empty(n, dtype=x.dtype, device=x.hidden.device)
-    one = torch.ones((), dtype=x.dtype, device=x.hidden.device)
     for begin in range(0, n, size):
         rows = slice(begin, min(begin + size, n))
         part = tokens.narrow(rows)
@@ -96,7 +98,7 @@ def sweep(
         z, other = (b[: h.shape[0]] for b in buffers)
         z = logits(head, h, z)
         cap = slope(head, z) if gradients is not None else None
-        weight = None if gradients is None else one if upstream is None else upstream[rows]
+        weight = None if gradients is None else upstream[rows] if upstream.ndim else upstream
         losses[rows], g = _row_pass(x, rows, z, other, part, columns, weight)
         if gradients is not None and g is not None:
             gradients.add(head, h, g if cap is None else g.mul_(cap), begin)
@@ -139,17 +141,20 @@ def _teacher_logits(x: LinearKD, rows: slice, out: Tensor, tokens: Tokens, colum
 
 
 def forward(x: LinearKD, need_grad: bool, columns: Columns | None = None) -> tuple[Tensor, ...]:
-    """The loss, the gradients of the rows' sum (empty for "none" and where none is wanted), and the mean's factor."""
+    """The loss, its gradients (empty for "none" and where none is wanted), and what they are still to be scaled by."""
     columns = Columns.alone(x) if columns is None else columns
     tokens = Tokens.of(x)
     now = need_grad and x.options.reduction != "none"
     gradients = _nothing(x, columns) if now else None
-    losses = sweep(x, tokens, columns, gradients)
     scale = tokens.scale(x)
+    # A mean's gradients are scaled as they are made, but for fp16, in which products would lose what small rows are.
+    one = torch.ones_like(scale)
+    early, late = (one, scale) if x.hidden.dtype == torch.float16 else (scale, one)
+    losses = sweep(x, tokens, columns, gradients, early)
     loss = losses if x.options.reduction == "none" else losses.sum() * scale
     if x.hidden.is_cpu and math.isnan(losses.sum().item()):
         _check_values(x, tokens, columns)
-    return loss, *_outputs(x, gradients, columns), scale
+    return loss, *_outputs(x, gradients, columns), late
 
 
 def backward(grad: Tensor, x: LinearKD, columns: Columns | None = None) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SLICE = 1 << 22  # elements of the weights that are widened at a time: 16 MB
+SLICE = 1 << 21  # elements of the weights that a CPU takes at a time: 8 MB of fp32
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -35,10 +35,10 @@ def has_half_products(h: Tensor, weight: Tensor, out: Tensor) -> bool:
     return h.is_cuda and h.dtype == weight.dtype and h.dtype in HALF and out.dtype == torch.float32
 
 
-def _widened(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of the weights in ``dtype``, in slices if they are not in it already."""
+def _slices(weight: Tensor, dtype: torch.dtype, always: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of the weights in ``dtype``: all at once, or in slices if they are widened, or ``always``."""
     rows, width = weight.shape
-    step = max(1, rows if weight.dtype == dtype else SLICE // max(width, 1))
+    step = max(1, SLICE // max(width, 1) if always or weight.dtype != dtype else rows)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         yield part, weight[part].to(dtype)
@@ -50,7 +50,8 @@ def logits(head: Linear, h: Tensor, out: Tensor) -> Tensor:
         torch.mm(h, head.weight.t(), out_dtype=out.dtype, out=out)
     else:
         h = h.to(out.dtype)
-        for columns, weight in _widened(head.weight, out.dtype):
+        # few tokens' products are up to a seventh faster from slices of the weights; the gradients' are not
+        for columns, weight in _slices(head.weight, out.dtype, always=out.is_cpu):
             torch.mm(h, weight.t(), out=out[:, columns])
     if head.bias is not None:
         out.add_(head.bias)
@@ -91,7 +92,7 @@ class Gradients(NamedTuple):
                 torch.addmm(d_weight, g.t(), h, out_dtype=d_weight.dtype, beta=keep, out=d_weight)
             return
         if d_hidden is not None:
-            for part, weight in _widened(head.weight, g.dtype):
+            for part, weight in _slices(head.weight, g.dtype):
                 d_hidden.addmm_(g[:, part], weight, beta=float(part.start > 0))
         if d_weight is not None:
             d_weight.addmm_(g.t(), h.to(g.dtype), beta=keep)

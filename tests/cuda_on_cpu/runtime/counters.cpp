@@ -10,8 +10,13 @@ namespace cuda_on_cpu {
 namespace counters {
 
 bool counting = false;
+double weight = 1;
+bool last = false;
 
 namespace {
+
+double weight_from_barrier = 1;
+bool last_from_barrier = false;
 
 struct Lane {
   unsigned lane;
@@ -61,7 +66,21 @@ uint64_t conflicts_of(const Access& a) {
 
 }  // namespace
 
+namespace {
+
+// By the calls that led here, as an access in a helper belongs to whoever called it.
+void note_path(size_t bytes, const void* pc) {
+  std::vector<const void*> path;
+  for (auto frame = static_cast<void**>(__builtin_frame_address(0)); frame && path.size() < 24; frame = static_cast<void**>(*frame))
+    if (!path.empty() || frame[1] == pc) path.push_back(frame[1]);
+  launch->bytes[path] += weight * bytes;
+  if (last) launch->last_bytes[path] += bytes;
+}
+
+}  // namespace
+
 void note(uintptr_t address, size_t bytes, bool global, const void* pc) {
+  if (sample) note_path(bytes, pc);
   const unsigned number = running->number;
   Access& a = accesses[{number / kWarp, turns[number][pc]++, pc}];
   a.global = global;
@@ -72,15 +91,29 @@ void note(uintptr_t address, size_t bytes, bool global, const void* pc) {
 void settle() {
   for (const auto& [key, a] : accesses) {
     if (a.global) {
-      ++launch->global_requests;
-      launch->sectors += sectors_of(a);
+      const uint64_t sectors = sectors_of(a);
+      launch->global_requests += weight;
+      launch->sectors += weight * sectors;
+      if (last) launch->last_sectors += sectors;
     } else {
-      ++launch->shared_requests;
-      launch->bank_conflicts += conflicts_of(a);
+      launch->shared_requests += weight;
+      launch->bank_conflicts += weight * conflicts_of(a);
     }
   }
   accesses.clear();
   for (auto& of_thread : turns) of_thread.clear();
+  weight = weight_from_barrier;
+  last = last_from_barrier;
+}
+
+void begin_block() {
+  weight = weight_from_barrier = 1;
+  last = last_from_barrier = false;
+}
+
+void last_arrived(double w) {
+  weight_from_barrier = w;
+  last_from_barrier = true;
 }
 
 }  // namespace counters

@@ -79,6 +79,7 @@ void* shared_variable(const void* tag, size_t bytes, size_t alignment);
 void* dynamic_shared(size_t alignment);
 void fence();
 void note_atomic(const void* address, size_t bytes);  // before an atomic operation
+unsigned arrived(unsigned before, unsigned last);      // what atomicInc returns
 // cp.async: arrives at the wait, not before; until then the destination counts as never written
 void copy_async(void* shared, const void* global, size_t copied, size_t bytes);
 void commit_copies();

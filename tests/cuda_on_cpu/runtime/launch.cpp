@@ -1,4 +1,5 @@
 // Launches: what is valid, the blocks in turn, the shared memory of each, and a record for those who count.
+#include <dlfcn.h>
 #include <signal.h>
 #include <sys/mman.h>
 
@@ -11,13 +12,16 @@
 namespace cuda_on_cpu {
 
 LaunchRecord* launch = nullptr;
+unsigned sample = 0;
+bool held = false;
 
 namespace {
 
 constexpr size_t kArena = 512 << 10, kMostRecords = 10000;
 std::map<const void*, size_t> opted_in;
 size_t arena_used;
-bool first_block;
+bool first_block, last_of_sample;
+uint64_t sampled, all_blocks;
 struct SharedVariable {
   const void* tag;
   void* at;
@@ -81,6 +85,15 @@ const char* why_invalid(const Configuration& c, size_t bytes, const void* kernel
 
 }  // namespace
 
+// In a sample its last block stands for each that arrives last.
+unsigned arrived(unsigned before, unsigned last) {
+  if (!sample) return before;
+  const bool partial = sampled < all_blocks;
+  if (partial) before = last_of_sample ? last : 0;
+  if (before == last && last) counters::last_arrived(partial ? double(sampled) / (last + 1.0) : 1.0);
+  return before;
+}
+
 void opt_in(const void* kernel, size_t shared) { opted_in[kernel] = shared; }
 
 namespace {
@@ -105,9 +118,11 @@ void* shared_variable(const void* tag, size_t bytes, size_t alignment) {
 
 void run(const char* name, const void* kernel, const Configuration& c, void (*body)(const void*), const void* parameters,
          size_t bytes) {
+  if (held) return;
   if (records.size() == kMostRecords) records.pop_front();
   records.push_back({name, c.grid, c.block, c.shared});
   launch = &records.back();
+  launch->kernel = kernel;
   if (const char* reason = why_invalid(c, bytes, kernel)) return set_error(launch->name + ": " + reason);
   const CatchSegfaults guard;
   indices.block_size = c.block;
@@ -116,8 +131,12 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
   memory::begin_launch(parameters, bytes);
   const uint64_t blocks = uint64_t(c.grid.x) * c.grid.y * c.grid.z;
   bool going = true;
-  for (uint64_t b = 0; b < blocks && going; ++b) {
-    const uint64_t i = reverse ? blocks - 1 - b : b;
+  all_blocks = blocks;
+  sampled = sample ? std::min<uint64_t>(sample, blocks) : blocks;
+  for (uint64_t b = 0; b < sampled && going; ++b) {
+    const uint64_t at = (2 * b + 1) * blocks / (2 * sampled), i = reverse ? blocks - 1 - at : at;
+    last_of_sample = b + 1 == sampled;
+    ++launch->blocks_run;
     indices.block = {unsigned(i % c.grid.x), unsigned(i / c.grid.x % c.grid.y), unsigned(i / c.grid.x / c.grid.y)};
     memory::begin_block();
     shared_variables.clear();
@@ -132,17 +151,38 @@ void run(const char* name, const void* kernel, const Configuration& c, void (*bo
 }  // namespace cuda_on_cpu
 
 // What Python reads: see library.py.
+namespace {
+std::string rounded(double x) { return std::to_string(static_cast<uint64_t>(x + 0.5)); }
+std::string offset_of(const void* pc) {  // in the library
+  Dl_info info{};
+  return std::to_string(dladdr(pc, &info) ? static_cast<const char*>(pc) - static_cast<const char*>(info.dli_fbase) : 0);
+}
+}  // namespace
+
 extern "C" __attribute__((visibility("default"))) const char* cuda_on_cpu_launches() {
   static std::string text;
   const auto size = [](const dim3& d) { return std::to_string(d.x) + " " + std::to_string(d.y) + " " + std::to_string(d.z); };
   text.clear();
   for (const auto& r : cuda_on_cpu::records) {
     text += r.name + "\t" + size(r.grid) + "\t" + size(r.block);
-    for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read,
-                       r.distinct_written, r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts})
+    for (uint64_t n : {uint64_t(r.dynamic_shared), uint64_t(r.static_shared), r.read, r.written, r.distinct_read, r.distinct_written})
       text += "\t" + std::to_string(n);
+    for (double n : {r.global_requests, r.sectors, r.shared_requests, r.bank_conflicts, r.blocks_run, r.sectors_once, r.last_sectors})
+      text += "\t" + rounded(n);
+    text += "\t" + offset_of(r.kernel);
+    for (const auto* by_path : {&r.bytes, &r.last_bytes}) {
+      text += "\t";
+      for (const auto& [path, bytes] : *by_path) {
+        text += rounded(bytes);
+        for (const void* pc : path) text += " " + offset_of(static_cast<const char*>(pc) - 1);
+        text += ";";
+      }
+    }
     text += "\n";
   }
   cuda_on_cpu::records.clear();
   return text.c_str();
 }
+
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_hold(int on) { cuda_on_cpu::held = on; }
+extern "C" __attribute__((visibility("default"))) void cuda_on_cpu_sample(unsigned blocks) { cuda_on_cpu::sample = blocks; }

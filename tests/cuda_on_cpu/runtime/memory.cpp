@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <map>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "state.h"
 
@@ -49,6 +50,7 @@ const void* pc;  // of the access at hand
 bool fenced;                                                  // this block wrote nothing since its last __threadfence
 std::unordered_map<uintptr_t, std::vector<Intervals>> released;  // by an atomic's address
 std::vector<Intervals> acquired;
+std::unordered_set<uintptr_t> block_sectors;  // of a sample
 
 Page* page_of(uintptr_t a) {
   const uintptr_t number = a / kPage;
@@ -158,14 +160,15 @@ void next_interval() {
 
 void begin_block() {
   next_interval();
+  counters::begin_block();
   block_first = interval;
+  block_sectors.clear();
   fenced = false;
   acquired.clear();
 }
 
-
 void allow(const void* p, size_t bytes, unsigned rights) {
-  if (!checked || !bytes) return;
+  if (!checked || sample || !bytes) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
   for (uintptr_t a = begin & ~uintptr_t(1); a < end;) {
     Page* page = make_page(a);
@@ -184,12 +187,12 @@ void name_tensor(const void* begin, size_t bytes) {
 }
 
 void set_unwritten(const void* p, size_t bytes) {
-  for (uintptr_t a = reinterpret_cast<uintptr_t>(p), end = a + bytes; checked && a < end; a += 2)
+  for (uintptr_t a = reinterpret_cast<uintptr_t>(p), end = a + bytes; checked && !sample && a < end; a += 2)
     if (Cell* c = cell_of(a)) c->rights = c->rights & ~written;
 }
 
 void written_by_host(const void* p, size_t bytes, const char* call) {
-  for (uintptr_t a = reinterpret_cast<uintptr_t>(p), end = a + bytes; checked && a < end; a += 2) {
+  for (uintptr_t a = reinterpret_cast<uintptr_t>(p), end = a + bytes; checked && !sample && a < end; a += 2) {
     Cell* c = cell_of(a);
     if (!c || !(c->rights & writable)) return set_error(std::string(call) + ": write to " + (c && c->rights ? "an input" : describe(a)));
     c->rights = c->rights | written;
@@ -227,11 +230,24 @@ void write_cell(Cell& c, uintptr_t a, bool global, bool atomic) {
 
 }  // namespace
 
+// Distinct bytes as if the launch touched all of a tensor that it touched somewhere.
+void sampled(uintptr_t begin, size_t bytes, bool write) {
+  (write ? launch->written : launch->read) += bytes;
+  if (block_sectors.insert(begin / 32).second) launch->sectors_once += counters::weight;
+  auto tensor = tensors.upper_bound(begin);
+  if (tensor == tensors.begin() || !launch->touched.insert({(--tensor)->first, write}).second) return;
+  (write ? launch->distinct_written : launch->distinct_read) += tensor->second - tensor->first;
+}
+
 void access(uintptr_t begin, size_t bytes, bool write, bool atomic, const void* caller) {
   if (stacks.has(begin) || parameters.has(begin) || image.has(begin)) return;
   pc = caller;
   const bool global = !shared.has(begin);
   if (counters::counting) counters::note(begin, bytes, global, pc);
+  if (sample) {
+    if (global) sampled(begin, bytes, write);
+    return;
+  }
   for (uintptr_t a = begin & ~uintptr_t(1); a < begin + bytes;) {
     Page* page = page_of(a);
     if (!page) out_of_bounds(a, write);
@@ -251,6 +267,7 @@ void access(uintptr_t begin, size_t bytes, bool write, bool atomic, const void* 
 }
 
 void release_and_acquire(uintptr_t a) {
+  if (sample) return;
   std::vector<Intervals>& blocks = released[a];
   acquired = blocks;
   if (!acquired.empty() && acquired.back().first == block_first) acquired.pop_back();

@@ -43,7 +43,7 @@ void wait_copies(unsigned groups_in_flight) {
   auto& groups = running->copies;  // the last one is not committed yet
   while (groups.size() > size_t(groups_in_flight) + 1) {
     for (const Copy& c : groups.front()) {
-      touch(c.to, c.bytes, true, __builtin_return_address(0));
+      if (!sample) touch(c.to, c.bytes, true, __builtin_return_address(0));  // counted where it was asked for
       std::memset(c.to, 0, c.bytes);
       std::memcpy(c.to, c.from, c.copied);
     }

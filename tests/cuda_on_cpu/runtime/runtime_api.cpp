@@ -4,6 +4,9 @@
 
 using namespace cuda_on_cpu;
 
+static int status_of_images = 0;
+cudaError_t image_status() { return static_cast<cudaError_t>(status_of_images); }
+
 extern "C" {
 
 cudaError_t cudaPeekAtLastError() { return error().empty() ? cudaSuccess : cudaErrorLaunchFailure; }
@@ -38,6 +41,7 @@ PUBLIC void cuda_on_cpu_allow(void* p, size_t bytes, int output) {
   memory::name_tensor(p, bytes);
 }
 PUBLIC void cuda_on_cpu_forget() { memory::forget_tensors(); }
+PUBLIC void cuda_on_cpu_images(int status) { status_of_images = status; }
 PUBLIC void cuda_on_cpu_reverse(int on) { reverse = on; }
 
 }  // extern "C"

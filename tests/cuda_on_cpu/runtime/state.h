@@ -1,6 +1,8 @@
 // What the executor's own files share. Rewritten sources see execution.h alone.
 #pragma once
 
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -31,12 +33,21 @@ struct LaunchRecord {
   size_t dynamic_shared = 0, static_shared = 0;
   // counted in the checked build; distinct: each two bytes of global memory once per launch
   uint64_t read = 0, written = 0, distinct_read = 0, distinct_written = 0;
-  uint64_t global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
+  double global_requests = 0, sectors = 0, shared_requests = 0, bank_conflicts = 0;  // if asked for: it takes time
+  const void* kernel = nullptr;
+  // of a sample; once: each sector once per block
+  double blocks_run = 0, sectors_once = 0;
+  std::set<std::pair<uintptr_t, bool>> touched;  // tensors read, and written
+  using Bytes = std::map<std::vector<const void*>, double>;  // by the calls that led to an access, innermost first
+  Bytes bytes, last_bytes;  // last: of one block that arrived last, what it did from there on
+  double last_sectors = 0;
 };
 
 extern Thread* running;  // null outside of kernels
 extern LaunchRecord* launch;
 extern bool reverse;     // blocks, warps and lanes from the last to the first
+extern unsigned sample;  // run so many blocks of each launch, and count: nothing is checked, no result is right; 0: all
+extern bool held;        // launches do nothing: for what they take of the host's time
 // Runs the kernel's body in every thread of the block; false if it failed.
 bool run_block(const dim3& block, void (*body)(const void*), const void* parameters);
 // Ends the kernel that runs; the launch's status tells why. `pc`: the instruction whose source line to name.
@@ -69,6 +80,12 @@ namespace counters {
 extern bool counting;
 void note(uintptr_t address, size_t bytes, bool global, const void* pc);
 void settle();  // at a barrier: what follows belongs to new accesses
+void begin_block();
+// From the next barrier on the running block does what only the last one of several does, and in a sample stands for
+// `weight` times the blocks that it stood for before.
+void last_arrived(double weight);
+extern double weight;
+extern bool last;
 
 }  // namespace counters
 }  // namespace cuda_on_cpu

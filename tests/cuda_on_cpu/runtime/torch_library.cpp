@@ -61,7 +61,7 @@ void allow_tensor(AtenTensorHandle tensor, const void* data, unsigned rights) {
   }
   const size_t item = item_size(tensor);
   char* at = static_cast<char*>(const_cast<void*>(data));
-  allow_elements(at, dim, sizes, strides, item, rights);
+  if (!sample) allow_elements(at, dim, sizes, strides, item, rights);
   memory::name_tensor(at, span * item);
   keep(tensor);
 }
@@ -77,6 +77,12 @@ __attribute__((visibility("hidden"))) AOTITorchError aoti_torch_get_current_cuda
   return 0;
 }
 
+AOTITorchError __wrap_aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard) {
+  *guard = nullptr;
+  return 0;
+}
+AOTITorchError __wrap_aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+
 AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t type,
                                               int32_t device, int32_t index, AtenTensorHandle* out) {
   const AOTITorchError status = __real_aoti_torch_empty_strided(dim, sizes, strides, type, device, index, out);
@@ -84,7 +90,7 @@ AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dim, const int64_t* sizes
   if (status || __real_aoti_torch_get_data_ptr(*out, &data)) return status;
   int64_t bytes = 0;
   aoti_torch_get_storage_size(*out, &bytes);
-  if (data && bytes) std::memset(data, 0xff, bytes);  // NaN in every floating-point type
+  if (data && bytes && !sample && !held) std::memset(data, 0xff, bytes);  // NaN in every floating-point type
   allow_tensor(*out, data, memory::readable | memory::writable);
   return status;
 }

@@ -160,5 +160,5 @@ inline T atomicCAS(T* p, std::common_type_t<T> expected, std::common_type_t<T> x
   return cuda_on_cpu_atomic(p, [=](T old) { return old == expected ? x : old; });
 }
 inline unsigned atomicInc(unsigned* p, unsigned last) {
-  return cuda_on_cpu_atomic(p, [=](unsigned old) { return old >= last ? 0 : old + 1; });
+  return cuda_on_cpu::arrived(cuda_on_cpu_atomic(p, [=](unsigned old) { return old >= last ? 0 : old + 1; }), last);
 }

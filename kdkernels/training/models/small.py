@@ -30,7 +30,10 @@ class BasicBlock(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """(B, C, H, W) to (B, classes); the outputs of ``stages.0`` .. are the features to distil."""
+    """(B, C, H, W) to (B, classes); the outputs of ``stages.0`` .. are the features to distil.
+
+    ``stem``: channels of a convolution of stride 2 in front of the stages, 0 for none.
+    """
 
     def __init__(
         self,
@@ -39,14 +42,16 @@ class ConvNet(nn.Module):
         channels: Sequence[int],
         block: type[nn.Module] = ConvBlock,
         strides: Sequence[int] = (1, 2, 2),
+        stem: int = 0,
     ) -> None:
         super().__init__()
-        widths = [in_channels, *channels]
+        self.stem = ConvBlock(in_channels, stem, 2) if stem else nn.Identity()
+        widths = [stem or in_channels, *channels]
         self.stages = nn.Sequential(*(block(a, b, s) for a, b, s in zip(widths, channels, strides, strict=False)))
         self.fc = nn.Linear(channels[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.stages(x).mean((2, 3)))
+        return self.fc(self.stages(self.stem(x)).mean((2, 3)))
 
 
 def small_student(in_channels: int, classes: int) -> ConvNet:
@@ -57,3 +62,13 @@ def small_student(in_channels: int, classes: int) -> ConvNet:
 def small_teacher(in_channels: int, classes: int) -> ConvNet:
     """32, 64, 128 channels, one basic block per stage."""
     return ConvNet(in_channels, classes, (32, 64, 128), BasicBlock)
+
+
+def medium_student(in_channels: int, classes: int) -> ConvNet:
+    """16, 32, 64 channels, one convolution of stride 2 per stage: for images of about 32 x 32."""
+    return ConvNet(in_channels, classes, (16, 32, 64), strides=(2, 2, 2))
+
+
+def medium_teacher(in_channels: int, classes: int) -> ConvNet:
+    """A convolution of stride 2, then 24, 48, 96 channels, one basic block per stage; maps as medium_student's."""
+    return ConvNet(in_channels, classes, (24, 48, 96), BasicBlock, stem=24)

@@ -1,37 +1,70 @@
-"""Data sets: scikit-learn's digits, which come with the wheel, and .npz files."""
+"""Data sets: scikit-learn's digits, glyphs, .npz files, and whatever Hugging Face datasets loads."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from zipfile import is_zipfile
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from .triplets import triplet_loader
+from ..triplets import labels_of, triplet_loader
+
+TRAIN_GLYPHS, TEST_GLYPHS = 4000, 2000
 
 
 class Split(NamedTuple):
-    """Images (N, C, H, W) float32, standardised over the training set, and int64 labels (N,)."""
+    """Images (C, H, W) float32, standardised over the training set, and labels as whole numbers from 0 on.
 
-    train: TensorDataset
-    test: TensorDataset
+    augment: how its training images are usually augmented, a name in ``AUGMENTATIONS``. models: a student and a teacher
+    to start with. workers: processes that read it.
+    """
+
+    train: Any  # data sets of (image, label), each a TensorDataset where it fits into memory
+    test: Any
     channels: int
     classes: int
+    augment: str = "none"
+    models: tuple[str, str] = ("small_student", "small_teacher")
+    workers: int = 0
 
 
-def load(source: str) -> Split:
-    """ "digits", or the path of an .npz file with x_train, y_train, x_test, y_test; x is (N, H, W), (N, C, H, W) or
-    (N, H, W, C) with at most four channels, y holds one whole number from 0 on per image. Where both the second and
-    the last size could be the channels, they are the one that is 1 or 3, and where that is no answer it is an error."""
+def load(source: str, *, size: int | None = None, label: str | None = None, streaming: bool = False) -> Split:
+    """The training and test images of a data set.
+
+    Args:
+        source: "digits"; "glyphs"; "hf:NAME" or "hf:FOLDER", see ``data.hub``; or the path of an .npz file with
+            x_train, y_train, x_test, y_test. There x is (N, H, W), (N, C, H, W) or (N, H, W, C) with at most four
+            channels, y holds one whole number from 0 on per image. Where both the second and the last size could be
+            the channels, they are the one that is 1 or 3, and where that is no answer it is an error.
+        size, label, streaming: for "hf:": the images' height and width, the column of labels, and whether images are
+            fetched as they are needed.
+
+    Raises:
+        ValueError: a source that does not exist, or that does not hold what it should.
+    """
+    if source.startswith("hf:"):
+        from .hub import load_hub
+
+        return load_hub(source.removeprefix("hf:"), size=size, label=label, streaming=streaming)
+    if size is not None or label is not None or streaming:
+        raise ValueError(f"an image size, a label column and streaming belong to hf: data sets, got {source!r}")
     if source == "digits":
         return digits()
+    if source == "glyphs":
+        from .glyphs import glyphs
+
+        train, test = glyphs(TRAIN_GLYPHS, seed=0), glyphs(TEST_GLYPHS, seed=1)
+        return Split(train, test, 3, 100, models=("medium_student", "medium_teacher"))
     path = Path(source)
     if path.suffix != ".npz" or not is_zipfile(path):  # a cut or empty file is no zip file either
-        raise ValueError(f"data must be 'digits' or an existing and whole .npz file, got {source!r}")
+        raise ValueError(
+            f"data must be 'digits', 'glyphs', hf:NAME, hf:FOLDER or an existing and whole .npz file, got {source!r}"
+        )
     with np.load(path) as arrays:
         missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays.files)
         if missing:
@@ -49,9 +82,11 @@ def digits() -> Split:
     return _split(x[:1000], y[:1000], x[1000:], y[1000:])
 
 
-def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> TensorDataset:
+def labelled_subset(dataset: Any, per_class: int, seed: int) -> Any:
     """``per_class`` images of each class, drawn with that seed."""
-    images, target = dataset.tensors
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("so many images of each class cannot be drawn from a stream")
+    target = torch.as_tensor(labels_of(dataset))
     order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
     chosen = []
     for label in target.unique():
@@ -60,13 +95,19 @@ def labelled_subset(dataset: TensorDataset, per_class: int, seed: int) -> Tensor
             raise ValueError(f"class {int(label)} has {len(members)} images, {per_class} were asked for")
         chosen.append(members[:per_class])
     index = torch.cat(chosen)
-    return TensorDataset(images[index], target[index])
+    if isinstance(dataset, TensorDataset):
+        return TensorDataset(*(x[index] for x in dataset.tensors))
+    return Subset(dataset, index.tolist())
 
 
-def loader(dataset: TensorDataset, batch_size: int, *, train: bool, triplets: bool = False) -> DataLoader[Any]:
+def loader(
+    dataset: Dataset[Any], batch_size: int, *, train: bool, triplets: bool = False, workers: int = 0
+) -> DataLoader[Any]:
     """Batches of ``batch_size`` images; with ``triplets`` a third as many triplets, so as many images in a step."""
     # drop_last: relational losses mean something else on a rest of three images
-    images = DataLoader(dataset, batch_size, shuffle=train, drop_last=train and len(dataset) >= batch_size)
+    drop_last = train and len(cast(Sized, dataset)) >= batch_size
+    shuffle = train and not isinstance(dataset, IterableDataset)  # a stream shuffles itself
+    images = DataLoader(dataset, batch_size, shuffle, drop_last=drop_last, num_workers=workers)
     return triplet_loader(images) if triplets else images
 
 
