@@ -89,7 +89,8 @@ def _check(distillation: Distillation, loader: DataLoader[Any]) -> Tensor:
     distillation.train()
     images = batch[0].to(next(distillation.student.parameters()).device)
     if distillation.method.triplets or distillation.batch(images, *batch[1:]).images is not images:
-        raise ValueError(f"teacher_cache: method {name} makes other images of each batch: {LEAVE}")
+        who = f"method {name}" if distillation.augment is None else "augment="
+        raise ValueError(f"teacher_cache: {who} makes other images of each batch: {LEAVE}")
     return batch[0]
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from training_tools import images, network
 
 from kdkernels.training import Distillation, fit, output_cache
+from kdkernels.training.data.augment import CropFlip
 from kdkernels.training.runs import WriteError
 
 ROWS, BATCH = 22, 4
@@ -111,6 +112,12 @@ class Stream(IterableDataset[Any]):
 def test_images_that_are_not_fixed_are_refused(tmp_path: Path, method: str, data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(method, tmp_path, data)
+
+
+def test_an_augmentation_is_refused(tmp_path: Path) -> None:
+    module = Distillation(network(), network(), "kd", augment=CropFlip(1))
+    with pytest.raises(ValueError, match="augment= makes other images of each batch"):
+        fit(module, DataLoader(dataset(), BATCH), epochs=1, teacher_cache=tmp_path)
 
 
 def test_a_method_without_a_teacher_has_nothing_to_keep(tmp_path: Path) -> None:
