@@ -85,6 +85,7 @@ REMEDIES: list[dict[str, Any]] = [
     {"layout": "nhwc"},
     {"layout": "nlc", "example": True},
     {"layout": "nhwc", "example": True},
+    {"layout": ["nlc", "nchw"]},
     {"layout": ["nlc", "nchw"], "example": True},
     {"adapt": ["map", "pool"]},
     {"adapt": ["map", "pool"], "example": True},
