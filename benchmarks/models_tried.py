@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from kdkernels.training import METHODS, Distillation, fit, make_method
 
 IMAGES, CLASSES, SIZE = 8, 10, 64
+
+
+WHO, SHAPE = re.compile(r"^\w+: ([A-Z]+: )?"), re.compile(r"(?<=, and )\([\d, ]+\)")  # so that like errors are one note
 
 
 class Pair(NamedTuple):
@@ -134,7 +138,7 @@ def table(found: dict[str, dict[str, Any]]) -> list[str]:
         if result["with"] == {}:
             return "✓"
         text = ", ".join(f"{k}={'images' if v is True else repr(v)}" for k, v in (result["with"] or {}).items())
-        text = f"`{text}`" if text else f"no: {result['error'][0].partition(': ')[2]}"
+        text = f"`{text}`" if text else f"no: {re.sub(SHAPE, 'they', re.sub(WHO, '', result['error'][0]))}"
         return notes.setdefault(text, chr(ord("a") + len(notes)))
 
     well = [m for m in METHODS if all(row[m]["with"] == {} for row in found.values())]
@@ -149,7 +153,7 @@ def main(path: Path, names: list[str]) -> None:
     logging.getLogger("kdkernels").setLevel(logging.ERROR)
     found = json.loads(path.read_text()) if path.is_file() else {}
     if not names:
-        print("\n".join(table(found)))
+        print("\n".join(table({pair: found[pair] for pair in PAIRS if pair in found})))
     for name in names:
         full = next(pair for pair in PAIRS if pair.startswith(name))
         pair = PAIRS[full]
