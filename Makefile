@@ -1,11 +1,14 @@
 # make demo    distil a student on real images, print a table, draw a picture
 # make test    everything that CI checks but the linters;  make lint: the linters
+# make test-fast    what an edit is likely to break, in a minute
 # make docs    the documentation, into site/
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
+# tests with the same xdist_group share a worker, all others go to whichever is free
+PARALLEL := $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: demo test faults killed lint docs bench wheel clean
+.PHONY: demo test test-fast faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
@@ -14,11 +17,16 @@ demo: .venv/installed
 # on a CPU (tests/cuda_on_cpu), in place of the native ones, once as they are and once with every access checked
 OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.py angular_margin.py correlation.py) \
   tests/test_golden.py
+
 test: .venv/installed
-	$(PYTEST)
-	TRITON_INTERPRET=1 $(PYTEST) tests/ops tests/test_golden.py
-	KDKERNELS_TEST_CUDA=plain $(PYTEST) $(OPS) tests/test_losses.py
-	KDKERNELS_TEST_CUDA=checked $(PYTEST) $(OPS) -k "not compiled and not many_columns"
+	$(PARALLEL)
+	TRITON_INTERPRET=1 $(PARALLEL) tests/ops tests/test_golden.py
+	KDKERNELS_TEST_CUDA=plain $(PARALLEL) $(OPS) tests/test_losses.py
+	KDKERNELS_TEST_CUDA=checked $(PARALLEL) $(OPS) -k "not compiled and not many_columns"
+
+FAST := tests/ops $(addprefix tests/test_,golden.py losses.py errors.py map_losses.py relational_losses.py logit_losses.py)
+test-fast: .venv/installed
+	$(PARALLEL) $(FAST) -k "not compil and not opcheck and not float16"
 
 # each seeded fault must be caught by the checks; two minutes
 faults: .venv/installed
@@ -41,9 +49,12 @@ docs: .venv/installed
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.report
 
-# one wheel with the native kernels inside, for every torch from 2.11 on and every Python from 3.10 on
+# the sources, and one wheel with the native kernels inside, for every torch from 2.11 on and every Python from 3.10 on
 wheel: .venv/installed
-	KDKERNELS_BUILD_NATIVE=1 $(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[release]'
+	$(BIN)/python -m build -q --sdist --no-isolation
+	KDKERNELS_BUILD_NATIVE=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(BIN)/twine check --strict dist/*
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

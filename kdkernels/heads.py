@@ -75,7 +75,7 @@ def check_head(head: Head, who: str, caller: str) -> None:
                 f"{caller}: {who}'s hidden is on {hidden.device} and {name} on {x.device}; move one of them"
             )
     check_number(f"{caller}: {who}'s scale", scale)
-    if not math.isfinite(scale) or scale == 0:
+    if not -math.inf < scale < math.inf or scale == 0:  # math.isfinite takes no symbolic number
         raise ValueError(f"{caller}: {who}'s scale must be finite and not 0, got {scale}")
     if softcap is not None:
         check_positive(f"{caller}: {who}", softcap=softcap)

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests share checking.py
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the published formulas of benchmarks/
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import isolation
 from checking import backends_under_test
 from cuda_on_cpu import build
 from cuda_on_cpu import library as cuda_on_cpu
@@ -25,6 +26,11 @@ def pytest_sessionstart() -> None:
         cuda_on_cpu.install(mode)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first; pytest-xdist gives tests out in their order."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(params=backends_under_test())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every op test runs on each backend of this machine, asked for by name."""
@@ -35,3 +41,10 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _writes_nowhere_else() -> Iterator[None]:
+    isolation.found.clear()
+    yield
+    assert not isolation.found

@@ -34,7 +34,9 @@ def compiler() -> str:
 
 
 def start(cache: Path, code: str = PROBE, **environment: str) -> subprocess.Popen[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_") and k != "CXX"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_")}
+    if "PATH" in environment:  # it says what compilers there are
+        env.pop("CXX", None)
     env |= {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     return subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"

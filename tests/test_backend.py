@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,28 @@ def test_use_backend_nests_and_beats_the_environment(monkeypatch: pytest.MonkeyP
         sp_loss(X, X)
     with pytest.raises(ValueError, match="got 'cuda'"), kdkernels.use_backend("cuda"):
         pass
+
+
+def test_threads_choose_for_themselves() -> None:
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+
+        def seen() -> list[str]:
+            return [thread.submit(backend.requested).result() for thread in (first, second)]
+
+        before = backend.requested()
+        one, other = kdkernels.use_backend("reference"), kdkernels.use_backend("triton")
+        first.submit(one.__enter__).result()
+        assert seen() == ["reference", "reference"]  # who has chosen nothing follows, as autograd's threads must
+        second.submit(other.__enter__).result()
+        assert seen() == ["reference", "triton"]
+        with pytest.raises(kdkernels.BackendError, match="have chosen 'reference' and 'triton'"):
+            sp_loss(X, X)
+        with kdkernels.use_backend("native"):
+            assert backend.requested() == "native"
+        first.submit(one.__exit__, None, None, None).result()  # they leave in the order in which they came
+        assert seen() == ["triton", "triton"]
+        second.submit(other.__exit__, None, None, None).result()
+        assert seen() == [before, before]
 
 
 def test_importing_builds_nothing_and_imports_no_triton() -> None:

@@ -15,6 +15,8 @@ from torch._inductor.compile_fx import compile_fx
 import kdkernels
 from kdkernels import amd_loss, correlation_loss, kd_loss, sp_loss, stkd_loss
 
+pytestmark = pytest.mark.slow
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 CLASSES = 12
 

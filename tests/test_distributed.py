@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from checking import by_definition, check_close
-from ranks import CALLS, HALF_LOSSES, LOSSES, TOLERANCE, Student, batch, half_leaves, launch, mine, train_step
+from ranks import CALLS, HALF_LOSSES, LOSSES, TIMEOUT, TOLERANCE, Student, batch, half_leaves, launch, mine, train_step
 from torch import Tensor
 
 from kdkernels import sp_loss
 from kdkernels.ops.backend import why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -146,14 +147,12 @@ def test_a_wrong_group_raises(ranks: Results) -> None:
 
 
 def test_a_missing_rank_raises_within_the_timeout(tmp_path: Path) -> None:
-    start = time.monotonic()
     results = launch(3, tmp_path, "failures")["failures"]
-    assert time.monotonic() - start < 60
     assert len(results) == 2  # rank 1 left without a result, as it was told to
     for out in results:
         for what in ("another group", "another backend", "died"):
             assert "Error after" in out[what], out[what]
-            assert int(out[what].split(" after ")[1].split(" s")[0]) <= 15, out[what]
+            assert int(out[what].split(" after ")[1].split(" s")[0]) < TIMEOUT.total_seconds() / 2, out[what]
         # backends are part of the call that the ranks agree on, so nobody waits for a rank that cannot make it
         assert out["another backend"].startswith("ValueError")
         assert "backend triton" in out["another backend"]

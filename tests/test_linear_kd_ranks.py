@@ -17,6 +17,8 @@ from torch import Tensor
 from kdkernels import Head, TopK, linear_kd_loss
 from kdkernels.kd_loss import DIVERGENCES
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("linear_kd ranks")]
+
 SLICES = (slice(0, 6), slice(6, 14))  # uneven, the second with three columns of padding
 UPSTREAM = 2.5
 OPTIONS = {

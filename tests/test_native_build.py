@@ -17,6 +17,8 @@ from native_tools import PROBE, ROOT, compiler, copy_of_the_checkout, outcome, s
 
 from kdkernels.ops import native, native_build
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,6 +42,7 @@ def test_native_is_there_where_a_compiler_is() -> None:
         assert native.why_not() is None
 
 
+@pytest.mark.xdist_group("cache")
 def test_eight_processes_at_once_build_once(cache: Path) -> None:
     library = library_in(cache)
     for folder in (cache / "kdkernels", library.parent):
@@ -50,6 +53,7 @@ def test_eight_processes_at_once_build_once(cache: Path) -> None:
     assert "building" not in output
 
 
+@pytest.mark.xdist_group("cache")
 @pytest.mark.parametrize("content", [b"", b"made elsewhere"])
 def test_a_library_that_cannot_be_loaded_is_built_anew(cache: Path, content: bytes) -> None:
     library_in(cache).write_bytes(content)
@@ -157,21 +161,19 @@ def test_other_instruction_sets_give_the_same_numbers(isa: str, tmp_path: Path) 
     compiler()
     if native_build.all_isas().index(isa) > native_build.all_isas().index(native_build.host_isa()):
         pytest.skip(f"this machine has no {isa}")
-    run_op_tests(
-        tmp_path, [str(ROOT)], ["-k", "native and (meets or layers or each_term or golden or huge)"], KDKERNELS_ISA=isa
-    )
+    run_op_tests(tmp_path, [str(ROOT)], KDKERNELS_ISA=isa)
 
 
-def run_op_tests(folder: Path, path: list[str], arguments: list[str], **environment: str) -> str:
-    """The op tests on the native backend in a process of their own, with kdkernels from ``path``."""
+def run_op_tests(folder: Path, path: list[str], **environment: str) -> None:
+    """Every op's numbers on the native backend in a process of its own, with kdkernels from ``path``."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_")}
     env |= {"PYTHONPATH": os.pathsep.join(path), "XDG_CACHE_HOME": str(folder)} | environment
     tests = [str(ROOT / "tests" / "ops"), str(ROOT / "tests" / "test_golden.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *arguments]
+    chosen = "native and (meets or layers or each_term or golden or huge)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -191,17 +193,20 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return path, done.stdout + done.stderr
 
 
+@pytest.mark.xdist_group("wheel")
 def test_everything_compiles_without_warnings(wheel: tuple[Path, str]) -> None:
     said = [line for line in wheel[1].splitlines() if "warning" in line.lower() and ("csrc/" in line or "#" in line)]
     assert not said, "\n".join(said)
 
 
+@pytest.mark.xdist_group("wheel")
 def test_the_cuda_sources_are_in_the_wheel(wheel: tuple[Path, str]) -> None:
     if native_build.find_cuda() is None:
         pytest.skip("no nvcc: the CUDA sources cannot be compiled here")
     assert "building the native kernels for the CPU and CUDA" in wheel[1]
 
 
+@pytest.mark.xdist_group("wheel")
 def test_the_op_matrix_passes_from_the_wheel(wheel: tuple[Path, str], tmp_path: Path) -> None:
     assert wheel[0].name.endswith(".whl")
     assert "-cp310-abi3-" in wheel[0].name
@@ -225,7 +230,7 @@ def test_the_op_matrix_passes_from_the_wheel(wheel: tuple[Path, str], tmp_path: 
         )
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
-    run_op_tests(tmp_path, [str(target)], ["-k", "native"], KDKERNELS_JIT="0")
+    run_op_tests(tmp_path, [str(target)], KDKERNELS_JIT="0")
 
 
 def test_without_torch_the_wheel_is_pure_python_and_has_the_sources(tmp_path: Path) -> None:

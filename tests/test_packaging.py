@@ -6,13 +6,16 @@ import os
 import re
 import subprocess
 import sys
-import time
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 from native_tools import copy_of_the_checkout
+
+import kdkernels
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("package")]
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,14 +28,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = folder / "venv" / "bin" / "python"
     source = copy_of_the_checkout(folder / "source")
     environment = os.environ | {"PATH": str(python.parent)}
-    start = time.perf_counter()
     subprocess.run(
         [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)], check=True, env=environment
     )
-    seconds = time.perf_counter() - start
     (built,) = folder.glob("*.whl")
     assert built.name.endswith("-py3-none-any.whl"), "something was compiled"
-    assert seconds < 30
     return built
 
 
@@ -68,4 +68,4 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "kdkernels 0.1.0" in done.stdout
+    assert f"kdkernels {kdkernels.__version__}" in done.stdout

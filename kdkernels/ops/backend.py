@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -28,7 +29,7 @@ VARIABLE = "KDKERNELS_BACKEND"
 AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "reference"), "xpu": ("triton", "reference")}
 
 logger = logging.getLogger("kdkernels")
-_chosen: str | None = None  # set by use_backend; process-wide, because backward may run on another thread
+_choices: dict[object, tuple[int, str]] = {}  # those of use_backend in force: which thread chose what, innermost last
 
 
 class BackendError(RuntimeError):
@@ -43,26 +44,42 @@ def _check(name: str, source: str) -> str:
 
 def requested() -> str:
     """The backend in force: that of the innermost ``use_backend``, else KDKERNELS_BACKEND, else "auto"."""
-    if _chosen is not None:
-        return _chosen
+    if _choices and (chosen := _in_force()) is not None:
+        return chosen
     name = os.environ.get(VARIABLE)
     return _check(name, VARIABLE) if name else "auto"
+
+
+def _in_force() -> str | None:
+    """The calling thread's own choice. A thread without one, as autograd's are, follows those that have."""
+    innermost = dict(list(_choices.values()))
+    own = innermost.get(threading.get_ident())
+    if own is not None:
+        return own
+    names = sorted(set(innermost.values()))
+    if len(names) > 1:
+        raise BackendError(
+            f"this thread has chosen no backend, and other threads have chosen {' and '.join(map(repr, names))}: "
+            "let it call use_backend itself"
+        )
+    return names[0] if names else None  # the last of the others may just have left
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op on one backend: ``with kdkernels.use_backend("reference"): ...``.
 
-    ``name`` is "native", "triton", "reference" or "auto". The choice holds for the whole process, backward passes on
-    autograd's own threads included. An op that the backend cannot run raises ``BackendError`` with the reason; a name
-    that does not exist raises ValueError.
+    ``name`` is "native", "triton", "reference" or "auto". The choice holds for the calling thread, and for threads
+    that choose nothing themselves, such as autograd's own, which run backward passes on GPUs; while two threads have
+    chosen differently, such a thread raises ``BackendError``. An op that the backend cannot run raises ``BackendError``
+    with the reason; a name that does not exist raises ValueError.
     """
-    global _chosen
-    before, _chosen = _chosen, _check(name, "use_backend(name)")
+    this = object()
+    _choices[this] = threading.get_ident(), _check(name, "use_backend(name)")
     try:
         yield
     finally:
-        _chosen = before
+        del _choices[this]
 
 
 @cache

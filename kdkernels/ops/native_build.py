@@ -137,12 +137,14 @@ class Plan:
 
     def calls(self) -> list[tuple[str, list[str], list[str]]]:
         """What is made, what of and how, with paths in the build's folder: the objects, then the library."""
-        cxx = [self.compiler, *CXX_FLAGS, *([f"-DKD_ONLY={self.isas[0]}"] if len(self.isas) == 1 else [])]
+        cxx = [self.compiler, *CXX_FLAGS]
+        # the bindings alone know what is in the library, so that kernels are the same objects in all of them
         torch = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", f"-isystem{self.torch.root / 'include'}"]
+        if len(self.isas) == 1:
+            torch.append(f"-DKD_ONLY={self.isas[0]}")
         libraries = [f"-L{self.torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
         if self.cuda:
-            cxx.append("-DKD_CUDA")
-            torch.append(f"-isystem{self.cuda / 'include'}")
+            torch += ["-DKD_CUDA", f"-isystem{self.cuda / 'include'}"]
             # static: the library must load where there is no CUDA runtime, or another one
             libraries += [f"-L{self.cuda / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         calls: list[tuple[str, list[str], list[str]]] = []

@@ -11,6 +11,8 @@ from . import build
 from .library import Probe, launches
 from .sources import to_cpp
 
+pytestmark = pytest.mark.xdist_group("executor")
+
 SOURCE = Path(__file__).with_name("probe_rules.cu")
 LANES = torch.arange(64, dtype=torch.int32) % 32
 

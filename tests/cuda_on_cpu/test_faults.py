@@ -10,6 +10,8 @@ import pytest
 
 from . import build, faults
 
+pytestmark = pytest.mark.xdist_group("executor")
+
 FEW = ("no barrier behind the loads", "all splits write one product", "a map without a start", "workspace a row short")
 
 

@@ -13,6 +13,8 @@ from kdkernels.ops import native_build
 from . import build
 from .library import Probe, launches
 
+pytestmark = pytest.mark.xdist_group("executor")
+
 SOURCE = Path(__file__).with_name("probe_ptx.cu")
 
 

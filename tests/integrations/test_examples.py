@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kdkernels import stkd_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", METHODS)
 def test_plain_loop(method: str) -> None:

@@ -22,6 +22,8 @@ from kdkernels.training import Distillation, make_method
 from kdkernels.training.defaults import default_optimizer, default_scheduler
 from kdkernels.training.triplets import TripletDataset, collate_triplets
 
+pytestmark = pytest.mark.slow
+
 QUIET: dict[str, Any] = {"save_strategy": "no", "disable_tqdm": True, "logging_strategy": "no"}
 
 

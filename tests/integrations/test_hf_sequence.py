@@ -27,6 +27,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from kdkernels.integrations.hf import SequenceDistillationTrainer
 from kdkernels.training import SequenceCollator, SequenceDistillation, TeacherCache, write_teacher_cache
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sequences")]
+
 QUIET: dict[str, Any] = {"disable_tqdm": True, "report_to": [], "logging_steps": 1, "save_strategy": "no"}
 
 

@@ -18,6 +18,8 @@ from torch import nn
 from kdkernels.integrations.lightning import DistillationModule
 from kdkernels.training import Distillation, make_method
 
+pytestmark = pytest.mark.slow
+
 QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader
 
 from kdkernels.training import fit
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -19,6 +19,8 @@ from training_tools import network
 
 from kdkernels.training import METHODS, Distillation, sharding
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+
 Ends = dict[str, dict[str, Tensor]]
 
 

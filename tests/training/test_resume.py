@@ -25,6 +25,8 @@ from kdkernels.training import Callback, Distillation, checkpoints, fit, runs
 from kdkernels.training.checkpoints import CheckpointError
 from kdkernels.training.runs import WriteError
 
+pytestmark = pytest.mark.slow
+
 KILLED = Path(__file__).with_name("killed.py")
 METHODS = ("kd", "sp", "mlkd", "corsd")
 

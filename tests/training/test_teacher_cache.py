@@ -27,6 +27,8 @@ from kdkernels.training import (
     write_teacher_cache,
 )
 
+pytestmark = pytest.mark.xdist_group("teacher cache")
+
 FEW = ROWS[:12]
 SETTINGS: dict[str, Any] = {"top_k": 5, "rows_per_shard": 5, "batch_size": 3}
 
