@@ -6,11 +6,10 @@ The teacher is no submodule, so each process has all of it.
 from __future__ import annotations
 
 import logging
-import os
 
 import torch.distributed.fsdp as fsdp
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 
 from .distillation import Distillation
 
@@ -39,7 +38,7 @@ def check(accelerator: Accelerator, distillation: Distillation, saves: bool) -> 
                 f"{name} takes all micro-batches of a step as one batch, which is not possible with sharded weights: "
                 "accumulate=1 and more processes or larger batches, or DistributedDataParallel"
             )
-    elif accelerator.num_processes > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    elif accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         logger.warning("Accelerate shards on accelerators alone: here each process has all of the student")
 
 
