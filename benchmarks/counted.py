@@ -11,8 +11,8 @@ blocks works on alone, and 3 us: a bound from below.
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -198,21 +198,16 @@ def of_native(cases: list[Case]) -> list[list[Launch]]:
 # ---- what Triton makes of its kernels
 
 
-def of_triton(cases: list[Case], only: str) -> list[list[Launch]]:
-    command = [sys.executable, "-m", "benchmarks.counted", "--interpreted", "--only", only]
+def of_triton(cases: list[Case]) -> list[list[Launch]]:
+    command = [sys.executable, "-m", "benchmarks.launched", *(case.label for case in cases)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True).stdout
-    works = [[_work(x) for x in of_case] for of_case in json.loads(said)]
+    said = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    works: list[list[Work]] = pickle.loads(said)
     found = []
     for case, of_case in zip(cases, works, strict=True):
         compiled = _compile(case)
         found.append([launch(w, *c) for w, c in zip(of_case, compiled, strict=True)])
     return found
-
-
-def _work(values: list[Any]) -> Work:
-    *rest, places = values
-    return Work(*rest, {tuple(place): n for place, n in places})
 
 
 def _compile(case: Case) -> list[tuple[Kernel, int, int]]:
@@ -258,28 +253,21 @@ def _disassembled(cubin: bytes) -> Kernel:
     return kernel
 
 
+WAYS: dict[str, Callable[[list[Case]], list[list[Launch]]]] = {"native": of_native, "triton": of_triton}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases of this op, or whose label contains this: to the screen")
-    parser.add_argument(
-        "--backend", choices=["native", "triton"], action="append", help="default: both; of some native"
-    )
-    parser.add_argument("--interpreted", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--backend", choices=list(WAYS), action="append", help="default: both; of some native")
     options = parser.parse_args()
     cases = [case for case in CASES if options.only == case.group] or [c for c in CASES if options.only in c.label]
     if not cases:
         parser.error(f"{options.only!r} is no op and in no case's label: {', '.join(c.label for c in CASES)}")
-    if options.interpreted:
-        print(json.dumps([[[*w[:-1], list(w.bytes_at.items())] for w in ws] for ws in launched.interpreted(cases)]))
-        return
-    ways: dict[str, Callable[[], list[list[Launch]]]] = {
-        "native": lambda: of_native(cases),
-        "triton": lambda: of_triton(cases, options.only),
-    }
     from .render_counted import report, text
 
-    names = options.backend or (["native"] if options.only else list(ways))
-    found = {name: way() for name, way in ways.items() if name in names}
+    names = options.backend or (["native"] if options.only else list(WAYS))
+    found = {name: WAYS[name](cases) for name in names}
     if options.only:
         print("\n".join(text(case, name, of[i]) for i, case in enumerate(cases) for name, of in found.items()))
     else:

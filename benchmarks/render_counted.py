@@ -135,8 +135,13 @@ def text(case: Case, backend: str, launches: list[Launch]) -> str:
             f" | matched {100 * x.kernel.matched(x.work.bytes_at):.0f} %",
             f"    us {1e6 * x.time:.1f} | last block alone {1e6 * x.alone:.1f} | "
             + ", ".join(f"{unit} {us:.1f}" for us, unit in units if us >= 0.05),
-            f"    memory {x.traffic / 1e6:.2f} MB | {sectors:.1f} sectors a request"
-            f" | bank conflicts {conflicts / max(x.work.shared_requests, 1):.2f} an access",
+            f"    memory {x.traffic / 1e6:.2f} MB"
+            + (f" | {sectors:.1f} sectors a request" if x.work.requests else "")
+            + (
+                f" | bank conflicts {conflicts / x.work.shared_requests:.2f} an access"
+                if x.work.shared_requests
+                else ""
+            ),
         ]
         lines += [
             f"    loop {loop.passes * 32 / x.work.blocks / x.threads:.1f} passes a warp | loads {loads(loop) or '-'}"

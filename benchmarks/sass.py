@@ -102,7 +102,11 @@ class Kernel:
         for place, total in bytes_at.items():
             triton = bool(place) and ".py:" in place[0]  # its interpreter sees global memory alone
             of_loop = {
-                head: sum(i.touched for i in part if i.place == place and (i.name in GLOBAL or not triton))
+                head: sum(
+                    i.bytes if triton else i.touched
+                    for i in part
+                    if i.place == place and (i.name in GLOBAL or not triton)
+                )
                 for head, part in own.items()
             }
             heads = [head for head, n in of_loop.items() if n]

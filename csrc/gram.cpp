@@ -22,10 +22,10 @@ inline RowNorm row_norm(const K* k, int64_t n, const SpOptions& options) {
   double top = 0, sum = 0;
 #pragma omp simd reduction(max : top)
   for (int64_t j = 0; j < n; ++j) top = std::fabs(double(k[j])) > top ? std::fabs(double(k[j])) : top;
-  const double by = l1 || top == 0 ? 1 : 1 / top;  // NaN does not count in the maximum; it shows in the sum
+  const double by = l1 || top == 0 ? 1 : top;  // NaN does not count in the maximum; it shows in the sum
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += l1 ? std::fabs(double(k[j])) : (k[j] * by) * (k[j] * by);
-  return RowNorm(l1 ? sum : std::sqrt(sum) / by, options.eps);
+  for (int64_t j = 0; j < n; ++j) sum += l1 ? std::fabs(double(k[j])) : (k[j] / by) * (k[j] / by);
+  return RowNorm(l1 ? sum : std::sqrt(sum) * by, options.eps);  // of one number exactly itself
 }
 
 // A row of a layer's Gram matrices: returns ||G_t - G_s||^2 of it, and makes the row's gradient by K unless h is null.

@@ -51,7 +51,8 @@ def correlation_loss(
             process's rows.
 
     Returns:
-        float32 (float64 if an input is). B = 1 and an empty batch give 0. A row shorter than 1e-8 counts as 1e-8 long.
+        float32 (float64 if an input is). B = 1 and an empty batch give 0. A row shorter than 1e-8 counts as 1e-8 long:
+        the gradient of an all-zero row is about 1e8 / rows, more than float16 can hold.
         Memory is (V - 1) B x B numbers, where the published code takes d times that.
 
     Raises:

@@ -33,9 +33,7 @@ from .ops.checks import (
     check_weight,
     compute_dtype,
 )
-from .ops.softmax_kl import Labels, Rows, Terms, softmax_kl
-
-NONE_IGNORED = -(2**62)  # no label has this value, so that -100 is out of range like any other
+from .ops.softmax_kl import NO_LABEL, Labels, Rows, Terms, softmax_kl
 
 
 def corsd_loss(
@@ -120,13 +118,15 @@ def _classes(
     reduction: str,
 ) -> Tensor:
     """Cross entropy of all stages and KL of the shallow ones to the deepest, whose KL to itself is left out."""
+    if not detach_deepest:  # two ops give each row a gradient, and the sum is rounded, not they
+        logits = logits.to(compute_dtype(logits))
     shallow, deepest = logits[:-1], logits[-1]
     stages, batch, classes = shallow.shape
     half = None if other is None else torch.full((), 0.5, device=logits.device)
 
     def ce_and_kl(rows: Tensor, teacher: Tensor, repeats: int, terms: Terms) -> Tensor:
         mixed = None if other is None else other.repeat(repeats)
-        labels = Labels(target.repeat(repeats), mixed, half, ignore_index=NONE_IGNORED)
+        labels = Labels(target.repeat(repeats), mixed, half, ignore_index=NO_LABEL)
         loss = softmax_kl(Rows(rows, teacher.detach(), labels, terms, float(temperature), reduction))
         if reduction == "none":
             return loss.view(repeats, batch).sum(0)

@@ -12,20 +12,20 @@ import torch
 from . import __version__
 from .ops import backend
 
-TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib")
+TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib", "yaml")
 # GPU kernels whose cost is known: from a GPU's clock, or from their machine code (python -m benchmarks.counted)
-MEASURED: tuple[str, ...] = ()
-COUNTED = ("softmax_kl", "gram", "energy", "angular_margin")
+MEASURED: dict[str, tuple[str, ...]] = {"native": (), "triton": ()}
+COUNTED = dict.fromkeys(MEASURED, ("softmax_kl", "gram", "energy", "angular_margin"))
 VARIABLES = (backend.VARIABLE, "KDKERNELS_JIT", "KDKERNELS_ISA", "XDG_CACHE_HOME", "TRITON_INTERPRET")
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
     from importlib import metadata
 
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _devices() -> list[torch.device]:
@@ -40,7 +40,7 @@ def _devices() -> list[torch.device]:
 def report() -> Iterator[str]:
     """The lines that ``kdkernels doctor`` prints."""
     yield f"kdkernels {__version__}, Python {platform.python_version()}, {platform.platform()}"
-    packages = ", ".join(f"{name} {_version(name)}" for name in ("triton", "numpy"))
+    packages = ", ".join(f"{name} {version_of(name) or 'not installed'}" for name in ("triton", "numpy"))
     yield f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}, {packages}"
     for device in _devices():
         what = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
@@ -52,7 +52,11 @@ def report() -> Iterator[str]:
     yield f"requested backend: {backend.requested()}"
     yield "\nGPU kernels' speed:"
     for op in backend.OPS:
-        yield f"  {op:14s} {'measured' if op in MEASURED else 'counted, not measured' if op in COUNTED else 'neither'}"
+        for name in MEASURED:
+            known = (
+                "measured" if op in MEASURED[name] else "counted, not measured" if op in COUNTED[name] else "neither"
+            )
+            yield f"  {op:14s} {name:7s} {known}"
     for device in _devices():
         yield f"\non {device.type}:"
         for op in (*backend.OPS, *backend.CPU_OPS):

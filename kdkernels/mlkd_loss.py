@@ -23,7 +23,7 @@ from .alignment_loss import alignment_loss
 from .batch_norm import BatchNorm1d, set_group
 from .correlation_loss import check_views, correlation_loss
 from .distributed import group_of_many
-from .ops.checks import check_positive, check_reduction, check_rows, check_tensor, check_weight, compute_dtype
+from .ops.checks import HALF, check_positive, check_reduction, check_rows, check_tensor, check_weight, compute_dtype
 from .supervised_contrastive_loss import supervised_contrastive_loss
 
 Rows = Tensor | Sequence[Tensor]
@@ -47,7 +47,8 @@ def mlkd_loss(
 
     Args:
         student, teacher: (V B, d) features for all three terms, or three tensors each, for the alignment, the
-            correlation and the supervised term in this order. ``MLKDLoss`` owns the projections and calls this.
+            correlation and the supervised term in this order. ``MLKDLoss`` owns the projections and calls this. No
+            gradient flows to the teacher, but to the last of its three, which is an embedding that is trained.
         target: int64 labels, (B,) one per image or (V B,) one per row. None: no labels and no supervised term (our
             reading of a self-supervised teacher; leave out the task's cross entropy as well).
         views: V, see ``correlation_loss``.
@@ -73,7 +74,8 @@ def mlkd_loss(
     )
     check_positive(temperature=temperature, supervised_temperature=supervised_temperature)
     reduction = check_reduction(reduction, "mlkd_loss", per_sample=False)
-    students, teachers = _three(student, "student"), _three(teacher, "teacher")
+    students = _three(student, "student")
+    teachers = _three(teacher.detach() if isinstance(teacher, Tensor) else teacher, "teacher")
     check_rows(students[1], teachers[1], "mlkd_loss", same_width=False)
     check_views(views, students[1].shape[0], "mlkd_loss")
     if target is None and not correlation_weight and not alignment_weight:
@@ -111,7 +113,10 @@ def _target_of_rows(target: Tensor, rows: int, views: int) -> Tensor:
 
 
 def _three(rows: Rows, name: str) -> list[Tensor]:
-    three = [rows] * 3 if isinstance(rows, Tensor) else list(rows)
+    if isinstance(rows, Tensor):
+        # the terms' gradients are added before they are rounded to half precision
+        return [rows.to(torch.float32) if rows.dtype in HALF else rows] * 3
+    three = list(rows)
     if len(three) != 3:
         raise ValueError(f"mlkd_loss: {name} must be one tensor or three (alignment, correlation, supervised)")
     return three

@@ -53,6 +53,7 @@ def stkd_loss(
             shape, as other libraries' mixup makes.
         target_mixed, lam: the labels mixed in, and the weight of ``target``: a number, or a tensor of shape () or (N,).
             Give both or neither; ``mixup`` and ``cutmix`` make them. Without them: plain distillation with hard labels.
+            A tensor's value outside [0, 1] makes its row's loss and gradient NaN.
         temperature: T > 0.
         ce_weight, kd_weight: weights of the two terms, each on its own scale.
         decouple: (w_target, w_non_target) weights the KL over the labelled classes and the KL among the others
@@ -186,6 +187,7 @@ def _flatten_lam(lam: Tensor | float, logits: Tensor, positions: int) -> Tensor:
             f"stkd_loss: lam must be a number or a floating-point tensor of shape () or ({logits.shape[0]},), got "
             f"{lam.dtype} {tuple(lam.shape)}"
         )
+    lam = torch.where((lam >= 0) & (lam <= 1), lam, torch.nan)  # reading values would stall an accelerator
     if lam.dim() == 0 or logits.dim() == 2:
         return lam
     return lam[:, None].expand(-1, positions // max(len(lam), 1)).reshape(-1)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.counted import CASES, MEMORY, launch, occupancy
+from benchmarks.counted import CASES, MEMORY, WAYS, launch, occupancy
 from benchmarks.launched import Work
 from benchmarks.sass import Kernel
 from kdkernels import doctor
@@ -73,8 +73,9 @@ def test_occupancy(kind: tuple[int, int, int], share: float) -> None:
 
 
 def test_the_doctor_names_what_is_counted() -> None:
-    assert {case.group for case in CASES} == set(doctor.COUNTED)
-    assert set(doctor.COUNTED) <= set(backend.OPS)
+    assert doctor.COUNTED.keys() == doctor.MEASURED.keys() == WAYS.keys()
+    for ops in doctor.COUNTED.values():
+        assert {case.group for case in CASES} == set(ops) <= set(backend.OPS)
 
 
 class Most(NamedTuple):

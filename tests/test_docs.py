@@ -177,7 +177,7 @@ def test_every_environment_variable_is_in_the_table() -> None:
 
 def test_every_option_of_the_command_line_is_explained() -> None:
     (subparsers,) = (a for a in cli.parser()._actions if isinstance(a.choices, dict))
-    page = (ROOT / "docs/training.md").read_text()
+    page = (ROOT / "docs/command-line.md").read_text()
     for command, parser in subparsers.choices.items():
         assert f"kdkernels {command}" in page
         assert not set(re.findall(r"--[\w-]+", parser.format_help())) - {"--help"} - set(re.findall(r"--[\w-]+", page))

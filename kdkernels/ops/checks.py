@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+HALF = (torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 LAYER_REDUCTIONS = ("sum", "mean", "none")
 

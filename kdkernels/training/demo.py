@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from .methods import AMD, CORSD, KD, MLKD, SP, STKD, Alone, Method, Outputs
 from .models import ConvNet, small_student, small_teacher
 from .plots import plot_demo
 from .stages import stage_names
+from .statistics import Difference, mean_and_deviation, paired
 from .taps import FeatureTaps
 
 LABELLED = 10  # per class: few, so that a teacher has something to add
@@ -167,14 +168,11 @@ def _size(model: ConvNet) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1000:.1f} k"
 
 
-def spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def gain(result: Result, alone: Result) -> tuple[float, float]:
-    """The mean difference to the student alone over the same seeds, and its standard error."""
-    differences = [a - b for a, b in zip(result.accuracies, alone.accuracies, strict=True)]
-    return statistics.mean(differences), spread(differences) / len(differences) ** 0.5
+def gain(result: Result, alone: Result) -> Difference:
+    """The difference to the student alone over the same seeds."""
+    difference = paired(dict(enumerate(result.accuracies)), dict(enumerate(alone.accuracies)))
+    assert difference is not None
+    return difference
 
 
 HEADINGS = ("method", "loss", "test accuracy, %", "against alone", "loss, ms/step")
@@ -183,8 +181,7 @@ HEADINGS = ("method", "loss", "test accuracy, %", "against alone", "loss, ms/ste
 def _rows(results: list[Result]) -> list[list[str]]:
     rows = []
     for result in results:
-        mean, error = gain(result, results[0])
-        accuracy = f"{statistics.mean(result.accuracies):.1f} ± {spread(result.accuracies):.1f}"
-        against = "" if result is results[0] else f"{mean:+.1f} ({error:.1f})"
+        accuracy = mean_and_deviation(result.accuracies)
+        against = "" if result is results[0] else str(gain(result, results[0]))
         rows.append([result.name, result.what, accuracy, against, f"{result.loss_ms:.2f}"])
     return rows

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from .checks import FIRST_STEPS, check_batch, check_finite, name_what_drowns
@@ -70,7 +71,7 @@ def _plain(
         result = training.model(*group[0])
         window = rest if batch >= batches - rest else share
         accelerator.backward(result.loss * (share / window))  # which divides by share
-        values = _values(result, group, where)
+        values = _values(accelerator, result, group, where)
         _step(training)
     return result, values
 
@@ -86,19 +87,24 @@ def _exact(
         for parameter in distillation.parameters():
             if parameter.grad is not None:
                 parameter.grad = accelerator.reduce(parameter.grad, "mean")
-    values = _values(result, group, where)
+    values = _values(accelerator, result, group, where)
     accelerator.gradient_state._set_sync_gradients(True)  # else what accumulate() left decides on the step
     _step(training)
     return result, values
 
 
-def _values(result: DistillationOutput, group: list[Micro], where: str) -> dict[str, float]:
+def _values(accelerator: Accelerator, result: DistillationOutput, group: list[Micro], where: str) -> dict[str, float]:
     """Loss, terms and accuracy of a step as numbers; it is between backward pass and update, where waiting is cheap."""
     measured = {"loss": result.loss.detach(), **result.terms}
     target = torch.cat([batch[1] for batch in group])
     if len(result.logits) == len(target):
         measured["train_accuracy"] = 100 * (result.logits.argmax(-1) == target).float().mean()
     values = dict(zip(measured, torch.stack([x.float() for x in measured.values()]).tolist(), strict=True))
+    finite = all(map(math.isfinite, values.values()))
+    if accelerator.num_processes > 1:  # all of them stop, as the others would wait for one that does
+        everywhere = accelerator.reduce(torch.tensor(float(finite), device=accelerator.device), "mean").item() == 1
+        if finite and not everywhere:
+            raise FloatingPointError(f"the loss is not finite at {where} in another process")
     check_finite(values, where)
     return values
 

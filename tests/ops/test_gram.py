@@ -148,6 +148,19 @@ def test_a_batch_with_no_pairs_is_zero(batch: int) -> None:
     assert (gradients(loss, [student])[0] == 0).all()
 
 
+@pytest.mark.parametrize("row_norm", ["l2", "l1"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_row_is_like_itself_whatever_is_in_it(dtype: torch.dtype, row_norm: str) -> None:
+    """Its Gram matrix is one number, which normalised is 1 to the last bit."""
+    for _ in range(30):
+        student = features(1, 7, dtype=dtype).requires_grad_()
+        if refused(lambda s: sp_gram(s, s.detach(), scale=1.0), student):
+            return
+        loss = sp_gram(student, features(1, 5, dtype=dtype), scale=1.0, row_norm=row_norm)
+        assert loss.item() == 0
+        assert (gradients(loss, [student])[0] == 0).all()
+
+
 def test_no_features_is_zero() -> None:
     student = torch.zeros(3, 0, device=DEVICE, requires_grad=True)
     loss = sp_gram(student, torch.zeros(3, 0, device=DEVICE), scale=1.0)

@@ -22,6 +22,7 @@ from kdkernels.training import (
 )
 from kdkernels.training.demo import loss_of, loss_times, run_demo
 from kdkernels.training.models import small_student, small_teacher
+from kdkernels.training.run import spelt
 
 
 def test_digits_are_standardised_and_always_the_same() -> None:
@@ -116,7 +117,7 @@ def test_train_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "a" / "metrics.csv").is_file()
     assert cli.main([*common, "--method", "amd", "--teacher", str(teacher), "--output", str(tmp_path / "b")]) == 0
     assert cli.main([*common, "--method", "nothing"]) == 2
-    assert "'alone', 'kd'" in capsys.readouterr().err
+    assert "a method is one of alone, kd" in capsys.readouterr().err
     assert cli.main([*common, "--teacher", "missing.safetensors"]) == 2
 
 
@@ -155,7 +156,7 @@ def test_the_command_line_fails_in_one_line(
         (["--lr", "nan"], "argument --lr: must be a positive number, got 'nan'"),
         (["--per-class", "9999"], "9999 were asked for"),
         (["--method", "mlkd", "--data", "DATA"], "a quarter turn needs square images, got (9, 1, 5, 6)"),
-        (["--seed", "-1"], "Seed must be between 0 and 2**32 - 1"),
+        (["--seed", "-1"], "argument --seed: must be a whole number from 0 to 2**32 - 1"),
         (["--output", "DATA"], "File exists"),
     ],
 )
@@ -166,7 +167,8 @@ def test_options_are_checked_before_a_teacher_is_trained(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kdkernels.training.run.fit", mock.Mock(side_effect=AssertionError("it trains")))
+    for module in ("run", "setting"):
+        monkeypatch.setattr(f"kdkernels.training.{module}.fit", mock.Mock(side_effect=AssertionError("it trains")))
     path = saved(tmp_path / "set.npz")
     try:
         code = cli.main(["train", "--output", str(tmp_path / "out"), *(path if o == "DATA" else o for o in options)])
@@ -179,8 +181,7 @@ def test_options_are_checked_before_a_teacher_is_trained(
 def test_a_run_and_its_teacher_are_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ["train", "--epochs", "1", "--teacher-epochs", "1", "--per-class", "4", "--output", str(tmp_path)]
     assert cli.main(common) == 0
-    (tmp_path / "metrics.csv").unlink()
-    for path in tmp_path.glob("*.safetensors"):
+    for path in [tmp_path / "metrics.csv", *tmp_path.glob("*.safetensors")]:
         path.unlink()
     teacher = (tmp_path / "teacher" / "last.safetensors").read_bytes()
     assert cli.main([*common, "--seed", "1"]) == 2
@@ -202,12 +203,10 @@ def test_a_run_and_its_teacher_are_not_overwritten_unasked(tmp_path: Path, capsy
     ],
 )
 def test_weights_of_several_methods(method: str, weights: list[str], message: str) -> None:
-    from kdkernels.training.run import _method
-
-    assert [part.weight for part in _method("kd+sp", ["sp=300", "kd=0.5"]).methods] == [0.5, 300]
-    assert _method("sp", ["300"]).weight == _method("sp", ["sp=300"]).weight == 300
+    assert [part.weight for part in spelt("kd+sp", ["sp=300", "kd=0.5"]).method().methods] == [0.5, 300]
+    assert spelt("sp", ["300"]).method().weight == spelt("sp:weight=3", ["sp=300"]).method().weight == 300
     with pytest.raises(ValueError, match=re.escape(message)):
-        _method(method, weights)
+        spelt(method, weights)
 
 
 def test_a_mixture_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from ..checks import compute_dtype
 from ..library import Differentiable, build, register, schema
 
 STATS = 5  # saved numbers per row: two maxima and three log-sums
+NO_LABEL = -(2**62)  # an ignore_index that ignores nothing: -100 is out of range like any other
 STANDARD_EPS = 1e-7  # what standardize adds to a row's standard deviation
 
 
@@ -116,9 +117,8 @@ def _check_values(labels: Labels, classes: int) -> None:
             continue
         bad = label[(label != labels.ignore_index) & ((label < 0) | (label >= classes))]
         if bad.numel():
-            raise ValueError(
-                f"{name} has label {int(bad[0])}; valid are 0..{classes - 1}, and {labels.ignore_index} to ignore"
-            )
+            ignored = "" if labels.ignore_index == NO_LABEL else f", and {labels.ignore_index} to ignore"
+            raise ValueError(f"{name} has label {int(bad[0])}; valid are 0..{classes - 1}{ignored}")
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -148,7 +148,10 @@ def _callable(module: str, name: str, in_channels: int, classes: int) -> nn.Modu
     if not callable(make):
         raise ValueError(f"{module}:{name} must be a function or class that makes a network, got {make!r}")
     given = {"in_channels": in_channels, "classes": classes, "num_classes": classes}
-    parameters = signature(make).parameters.values()
+    try:
+        parameters = signature(make).parameters.values()
+    except ValueError:  # of a function that is not written in Python
+        raise ValueError(f"{module}:{name} makes no network") from None
     unknown = [p.name for p in parameters if p.default is p.empty and p.name not in given and p.kind not in _REST]
     if unknown:
         raise ValueError(f"{module}:{name} needs {', '.join(unknown)}, and is given in_channels, classes, num_classes")

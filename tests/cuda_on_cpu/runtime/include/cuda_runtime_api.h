@@ -16,6 +16,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
 }
 
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {  // those of an H100
   *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : static_cast<int>(cuda_on_cpu::kSharedOptIn);
   return cudaSuccess;
