@@ -100,7 +100,8 @@ def launching(launch: Callable[..., None]) -> Iterator[None]:
         "launch": launch,
         "processors": lambda device: 132,
         "device_reason": lambda *tensors: None,
-        "split_precision": lambda x: "ieee" if x.dtype == torch.float32 else "tf32x3",
+        "split_precision": lambda x: "tf32x3",
+        "matmul_precision": lambda *xs: "tf32x3" if any(x.dtype == torch.float32 for x in xs) else "ieee",
     }
     originals = {name: getattr(triton_common, name) for name in stand_ins}
     import kdkernels.ops.angular_margin.triton_kernels

@@ -1,47 +1,38 @@
-// angular_margin on CUDA: energies as in energy.cuh, then a block per sample for everything that happens on the small
-// maps, then the sum of the samples' losses. The backward pass is energy.cu's.
+// angular_margin on CUDA: energies as in energy.cu, then a block per sample for everything that happens on the small
+// maps, in four sweeps: r and its norm; G, u, w and their lengths; distances; gradient. Each ends in sums over the
+// block of all networks, branches and regions at once. The backward pass is energy.cu's.
 #include "angular_maps.cuh"
 
 namespace kd {
 namespace cuda {
 namespace {
 
-template <typename T>
-__global__ void sample_kernel(const __grid_constant__ Table table, const Scratch scratch, const Constants constants,
-                              T* kappa) {
-  __shared__ double shared[32];
-  const int i = layer_of(table, blockIdx.x);
-  const MapLayer& layer = table.layers[i];
-  const int64_t pixels = layer.height * layer.width, sample = blockIdx.x - table.first_block[i];
-  const int64_t offset = layer.offset + sample * pixels;
-  const Maps<T> maps(scratch, offset, pixels);
-  double norms[2], loss = 0;
-#pragma unroll
-  for (int network = 0; network < 2; ++network) {
-    norms[network] = energy_norm(maps.r[network], pixels, shared);
-    make_maps(constants, maps, network, norms[network]);
-  }
-  for (int64_t n = threadIdx.x; n < pixels; n += blockDim.x) maps.h[n] = 0;
-  for (int k = 0; pixels > 0 && k < regions(constants.local_weight); ++k) {
-    const Region a = region(k, layer.height, layer.width, constants.local_weight);
-    const double factor = region_factor(layer.factor, a);
-    for (int branch = 0; branch < 3; ++branch)
-      loss += compare(constants, layer, maps, a, branch, factor, norms[0], kappa != nullptr, shared);
-  }
-  if (threadIdx.x == 0) scratch.losses<T>()[(table.index + i) * layer.batch + sample] = loss;
-  if (kappa) make_kappa(maps, norms[0], shared, kappa + offset);
+template <typename T, bool kOnChip>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    angular_kernel(const __grid_constant__ Table table, const Samples<T> x,
+                   const __grid_constant__ Constants<T> constants) {
+  extern __shared__ double on_chip[];
+  __shared__ Board<T> board;
+  const Sample at(table, layer_of(table, blockIdx.x));
+  T* maps = kOnChip ? reinterpret_cast<T*>(on_chip) : x.scratch.maps + at.offset * kMaps;
+  AngularSample<T> sample(at, constants, maps, board);
+  sample.energies(x.scratch.sums);
+  sample.maps();
+  const double loss = sample.loss();
+  if (x.kappa) sample.gradient(x.kappa + at.offset);
+  finish(x, at, loss, board.block_sums);
 }
 
 template <typename T>
 void forward(const AngularMarginForward& x, cudaStream_t stream) {
-  const Scratch scratch{static_cast<char*>(x.workspace), pixels_of(x), kMaps};
-  const Constants constants{x.margin, x.sharpness, x.local_weight};
-  launch_energies(x, scratch.map<T>(0), scratch.map<T>(1), stream);
-  each_sample(x, [&](const Table& table, int64_t blocks) {
-    sample_kernel<T><<<blocks, kThreads, 0, stream>>>(table, scratch, constants, static_cast<T*>(x.kappa));
+  const Constants<T> constants(x);
+  const auto start = [&](const Table& table, const Samples<T>& of, int64_t blocks, int threads, int64_t bytes) {
+    ask_for_shared(angular_kernel<T, true>, bytes);
+    if (bytes) angular_kernel<T, true><<<blocks, threads, bytes, stream>>>(table, of, constants);
+    else angular_kernel<T, false><<<blocks, threads, 0, stream>>>(table, of, constants);
     check_launch("angular_margin");
-  });
-  launch_sums<T>(x, scratch.losses<T>(), stream);
+  };
+  forward_pass<T>(x, kMaps, stream, start);
 }
 
 }  // namespace

@@ -38,6 +38,7 @@ int64_t workspace(const SpFromGrams&);
 int64_t workspace(const Products&);
 int64_t workspace(const CosineForward&);
 int64_t workspace(const CosineBackward&);
+int64_t workspace(const Energies&);
 int64_t workspace(const AttentionForward&);
 int64_t workspace(const AngularMarginForward&);
 

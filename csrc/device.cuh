@@ -59,6 +59,22 @@ __device__ inline T log_1m(T y, T u) {
   return y < T(0.5) ? log1p(-y) : log(u);
 }
 
+__device__ inline float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+__device__ inline double fused(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// Divides by one number again and again: two fused multiply-adds round the product with its inverse as a division
+// would.
+template <typename T>
+struct Divisor {
+  T value, inverse;
+  Divisor() = default;
+  __device__ explicit Divisor(T value) : value(value), inverse(1 / value) {}
+  __device__ T divide(T x) const {
+    const T quotient = x * inverse;
+    return fused(fused(-quotient, value, x), inverse, quotient);
+  }
+};
+
 template <typename T>
 __device__ inline T infinity() {
   return static_cast<T>(__longlong_as_double(0x7ff0000000000000ll));

@@ -92,9 +92,9 @@ MOST = {
     "sp resnet8x4 64x256x8x8 bfloat16": Most(5, 1.8, 17),
     "sp resnet8x4, 3 stages float32": Most(5, 1.2, 7.5),
     "cosine 256x512 bfloat16": Most(5, 2.6, 47),
-    "at resnet8x4 64x256x8x8 bfloat16": Most(4, 1.1, 13),
-    "amd resnet8x4 64x256x8x8 bfloat16": Most(4, 1.1, 13),
-    "amd resnet8x4, 3 stages float32": Most(4, 1.1, 6.6),
+    "at resnet8x4 64x256x8x8 bfloat16": Most(3, 1.1, 2.0),
+    "amd resnet8x4 64x256x8x8 bfloat16": Most(3, 1.1, 2.0),
+    "amd resnet8x4, 3 stages float32": Most(3, 1.1, 2.0),
 }
 
 

@@ -109,7 +109,9 @@ def processors(device: torch.device) -> int:
 
 
 def matmul_precision(*tensors: Tensor) -> str:
-    """tf32 for fp32 operands only where PyTorch's own setting allows it."""
+    """For fp32 operands tf32 only where PyTorch's own setting allows it, else three products of it, which keep more
+    digits than one fp32 sum over as many columns (tests/ops/test_split_products.py).
+    """
     if any(t.dtype == torch.float32 for t in tensors):
         try:
             tf32 = torch.backends.cuda.matmul.allow_tf32
@@ -117,15 +119,17 @@ def matmul_precision(*tensors: Tensor) -> str:
             tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
         if tf32:
             return "tf32"
-    return "ieee"
+        return _three_products(tensors[0].device)
+    return "ieee"  # exact on tensor cores
 
 
 def split_precision(x: Tensor) -> str:
     """For fp32 times half: tf32 holds every half number, and three products of it hold the fp32 side's digits."""
-    if x.dtype == torch.float32:
-        return matmul_precision(x)
-    nvidia = x.device.type == "cuda" and torch.version.hip is None
-    return "tf32x3" if nvidia else "ieee"
+    return matmul_precision(x) if x.dtype == torch.float32 else _three_products(x.device)
+
+
+def _three_products(device: torch.device) -> str:
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:

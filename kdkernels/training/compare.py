@@ -92,6 +92,8 @@ def compare(args: argparse.Namespace) -> int:
     if teacher is not None and args.teacher is None:
         teacher, history = setting.train_teacher(args.output / TEACHER, 0, resume=True)
         taught = history[-1]["test_accuracy"]
+    elif teacher is not None:
+        taught = setting.accuracy(teacher)
     table = tables.Table(args, entries, taught)
     _Runs(setting, teacher, table).make()
     if main:

@@ -36,7 +36,9 @@ def plot_run(name: str, history: History, path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def plot_comparison(entries: Sequence[Entry], differences: Sequence[Difference | None], path: Path) -> None:
+def plot_comparison(
+    entries: Sequence[Entry], differences: Sequence[Difference | None], taught: float | None, path: Path
+) -> None:
     """Mean test accuracy against the step, and each difference to the student alone with two standard errors."""
     figure = Figure(figsize=(12, max(4.0, 1.2 + 0.26 * len(entries))), layout="constrained")
     curves, points = figure.subplots(1, 2, width_ratios=(5, 4))
@@ -47,6 +49,9 @@ def plot_comparison(entries: Sequence[Entry], differences: Sequence[Difference |
         mean, error = (0.0, 0.0) if difference is None else difference
         points.errorbar(mean, i, xerr=2 * error, fmt="o", color=colours(i % 20), capsize=2)
     curves.set(xlabel="step", ylabel="test accuracy, %", title="mean over the seeds")
+    if taught is not None:
+        curves.axhline(taught, color="black", linestyle="--", linewidth=1, label=f"teacher, {taught:.1f} %")
+        curves.legend(frameon=False, loc="lower right")
     points.set(xlabel="points against the best student alone, ± 2 standard errors")
     points.set_yticks(range(len(entries)), [f"{entry.name}  lr {entry.lr:g}" for entry in entries])
     points.invert_yaxis()

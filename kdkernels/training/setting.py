@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from . import data, runs
 from .data.augment import make_augmentation
 from .distillation import Distillation
+from .evaluation import evaluate
 from .loop import History, fit
 from .methods import Method
 from .methods.spelling import Spelling
@@ -124,6 +125,11 @@ class Setting:
         accuracy = history[-1]["test_accuracy"]
         self.console.print(f"teacher: {accuracy:.1f} %, kept in {folder / 'last.safetensors'}", soft_wrap=True)
         return model, history
+
+    def accuracy(self, teacher: nn.Module) -> float:
+        """On the test images, in percent."""
+        teacher.to(torch.accelerator.current_accelerator() or "cpu")
+        return evaluate(teacher, self.test_loader(), output=output_of(self.args.teacher_model))
 
 
 def main_console() -> Console:

@@ -114,7 +114,7 @@ class Table:
         if drawn:
             alone = [self.against(entry, "alone") for entry in drawn]
             path = self.args.output / "curves.png"
-            runs.write_whole(path, lambda part: plots.plot_comparison(drawn, alone, part))
+            runs.write_whole(path, lambda part: plots.plot_comparison(drawn, alone, self.taught, part))
 
 
 def _failure(entry: Entry) -> str:

@@ -57,10 +57,10 @@ def _softmax(rows: int, classes: int, lam: Tensor) -> None:
     )
 
 
-def _angular(height: int, width: int, layers: int = 1) -> None:
+def _angular(height: int, width: int, layers: int = 1, channels: int = 3) -> None:
     from checking import check_op
 
-    student = [torch.rand(2, 3, height, width) for _ in range(layers)]
+    student = [torch.rand(2, channels, height, width) for _ in range(layers)]
     teacher = [torch.rand(2, 5, height, width) for _ in range(layers)]
     options = {"layer_reduction": "none", "local_weight": 0.2}
     check_op(
@@ -70,13 +70,18 @@ def _angular(height: int, width: int, layers: int = 1) -> None:
     )
 
 
-def _attention() -> None:
+def _attention(channels: int = 3, layout: str = "contiguous", dtype: torch.dtype = torch.float32) -> None:
     from checking import check_op
 
+    def view(x: Tensor) -> Tensor:
+        if layout == "misaligned":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        return x.contiguous(memory_format=torch.channels_last) if layout == "channels_last" else x
+
     check_op(
-        lambda s, t: attention(AttentionPairs([s], [t], [1.0], absolute=True)),
-        [torch.rand(2, 3, 5, 7)],
-        constants=[torch.rand(2, 5, 5, 7)],
+        lambda s, t: attention(AttentionPairs([view(s)], [view(t)], [1.0], absolute=True)),
+        [torch.rand(2, channels, 5, 7, dtype=dtype)],
+        constants=[torch.rand(2, 2 * channels, 5, 7, dtype=dtype)],
     )
 
 
@@ -89,7 +94,13 @@ PROBES: dict[str, Callable[[], None]] = {
     "narrow rows": partial(_softmax, 5, 11, torch.full((5,), 0.3)),
     "wide rows": partial(_softmax, 2, 2100, torch.tensor(0.3)),
     "attention": _attention,
+    "wide maps": partial(_attention, 16, dtype=torch.bfloat16),
+    "misaligned": partial(_attention, 16, layout="misaligned"),
+    "channels_last": partial(_attention, 72, layout="channels_last"),
     "angular": partial(_angular, 5, 7),
+    "large maps": partial(_angular, 50, 45, channels=1),
+    "larger maps": partial(_angular, 66, 65, channels=1),
+    "channels in chunks": partial(_angular, 20, 20, channels=64),
     "angular of two launches": partial(_angular, 2, 2, layers=17),
 }
 
@@ -134,16 +145,36 @@ FAULTS = [
     Fault("workspace a row short", "softmax_kl.cu", "return 8 * x.rows;", "return 8 * (x.rows - 1);", "narrow rows"),
     Fault("every thread writes the loss", "softmax_kl.cu", "  if (threadIdx.x) return;\n", "", "narrow rows"),
     Fault("one lam read as one per row", "bindings_softmax_kl.h", "lam.dim() ? lam.stride(0) : 0", "1", "wide rows"),
-    Fault("no barrier behind the slices", "energy.cuh", "partial[slice][lane] = sum;\n  __syncthreads();", "partial[slice][lane] = sum;", "angular"),
-    Fault("one slice too many", "energy.cuh", "k < kSlices; ++k) sum", "k <= kSlices; ++k) sum", "angular"),
-    Fault("a map too few", "energy.cuh", "return maps * pixels_of(x)", "return (maps - 1) * pixels_of(x)", "angular"),
-    Fault("a map without a start", "angular_margin.cu", "maps.h[n] = 0;", "continue;", "angular"),
-    Fault("the gradient into the input", "energy.cu", "store<T>(a.type, layer.out, at,", "store<T>(a.type, const_cast<void*>(a.data), at,", "angular"),
+    Fault("no barrier behind the slices", "energy.cu", "= sum[j];\n  __syncthreads();", "= sum[j];", "angular"),
+    Fault("a slice too many", "energy.cu", "k < rows * count;", "k < (rows + 1) * count;", "angular"),
+    Fault("no repeats", "energy.cu", "repeats = v.tiles == 1 ? v.repeats : 1;", "repeats = 1;", "wide maps"),
+    Fault("the first chunk for all", "energy_views.cuh", "const int row = p.chunk * v.chunk + slice,", "const int row = slice,", "channels in chunks"),
+    Fault("chunks overlap", "energy_views.cuh", "min(v.rows, (p.chunk + 1) * v.chunk)", "v.rows", "channels in chunks"),
+    Fault("a chunk too few", "energy_maps.cuh", "k < parts; ++k)", "k < parts - 1; ++k)", "channels in chunks"),
+    Fault("16 bytes of any address", "energy_views.cuh", "v.wide = aligned(a.data) && aligned(out) &&", "v.wide =", "misaligned"),
+    Fault("16 bytes of any width", "energy_views.cuh", " && run % per_16 == 0;", ";", "angular"),
+    Fault("loads beyond the column", "vectors.cuh", "if (i + k < count) ahead[k]", "ahead[k]", "wide maps"),
+    Fault("tiles without a pixel's place", "energy_views.cuh", "first = p.tile * v.tile;", "first = 0;", "channels in chunks"),
+    Fault("lanes beyond the channels", "energy_views.cuh", "count - 1) / count : 0);", "count) / count : 0);", "channels_last"),
+    Fault("half of the lanes' sums", "energy.cu", "reduce_lanes(sum, lanes.count, Add())", "reduce_lanes(sum, lanes.count / 2, Add())", "channels_last"),
+    Fault("no room for the parts", "energy_maps.cuh", "(plan.sums() + (on_chip", "((on_chip", "angular"),
+    Fault("no room for large maps", "energy_maps.cuh", "on_chip ? 0 : maps * plan.pixels()", "0", "larger maps"),
+    Fault("too little shared memory", "energy_maps.cuh", "int64_t bytes = maps * plan.largest()", "int64_t bytes = (maps - 1) * plan.largest()", "angular"),
+    Fault("shared memory that was not asked for", "energy_maps.cuh", "if (bytes > (48 << 10))", "if (bytes > (1 << 20))", "large maps"),
+    Fault("nobody sets the arrivals to 0", "energy.cu", "*arrived = 0;", ";", "angular"),
+    Fault("losses read before they are there", "energy_maps.cuh", "    __threadfence();\n    const unsigned highest", "    const unsigned highest", "angular"),
+    Fault("the first block sums", "energy_maps.cuh", "highest) == highest;", "highest) == 0;", "angular"),
+    Fault("the gradient into the input", "energy.cu", "P* to = static_cast<P*>(part.layer.out) + at.begin;", "P* to = static_cast<P*>(const_cast<void*>(part.view().data)) + at.begin;", "angular"),
+    Fault("a vector's pixels do not wrap", "energy.cu", "pixel = pixel + 1 < pixels ? pixel + 1 : 0;", "++pixel;", "wide maps"),
     Fault("all layers' maps in one place", "bindings_energy.h", "layer.offset = pixels;", "layer.offset = 0;", "angular of two launches"),
-    Fault("half of the block at the barriers", "angular_maps.cuh", "  e = reduce_block(e, ", "  if (threadIdx.x < 128) e = reduce_block(e, ", "angular"),
-    Fault("a sign dropped", "energy.cu", "inner += double(sign(d)) * double(u);", "inner += double(u);", "attention"),
-    Fault("unit maps of another sample", "energy.cu", "offset = layer.offset + sample * pixels;", "offset = layer.offset;", "attention"),
-    Fault("energies without a teacher", "energy.cuh", "networks = teachers ? 2 : 1", "networks = 1", "attention"),
+    Fault("no barrier before sums are read", "angular_maps.cuh", "[k] = sum;\n    }\n    __syncthreads();", "[k] = sum;\n    }", "angular"),
+    Fault("no barrier behind the lengths", "angular_maps.cuh", "Divisor<T>(static_cast<T>(unit_length(norm_t_)));\n    }\n    __syncthreads();", "Divisor<T>(static_cast<T>(unit_length(norm_t_)));\n    }", "angular"),
+    Fault("half of the block at the barriers", "angular_maps.cuh", "    tell(gaps);", "    if (threadIdx.x < 64) tell(gaps);", "angular"),
+    Fault("a quadrant's neighbour", "angular_maps.cuh", "quadrant_(local_ ? 1 + threadIdx.x / 32 % 4 : 0)", "quadrant_(local_ ? 1 + threadIdx.x / 64 % 4 : 0)", "angular"),
+    Fault("rows of a region run on", "angular_maps.cuh", "n += next_row_;", ";", "large maps"),
+    Fault("a sign dropped", "energy.cu", "inner += sign(d) * u;", "inner += u;", "attention"),
+    Fault("unit maps of another sample", "energy_maps.cuh", "offset(layer.offset + int64_t(sample) * pixels)", "offset(layer.offset)", "attention"),
+    Fault("energies without a teacher", "energy_views.cuh", "if (both_) made.views[1] =", "if (false) made.views[1] =", "attention"),
 ]  # fmt: skip
 
 

@@ -35,7 +35,8 @@ def _dynamic(match: re.Match[str]) -> str:
 def _launch(match: re.Match[str]) -> str:
     kernel, configuration = match.groups()
     name = kernel.split("<")[0].split("::")[-1]
-    return f'cuda_on_cpu::Launcher("{name}", &{kernel}, cuda_on_cpu::Configuration({configuration}))'
+    lines = "\n" * (match[0].count("\n") - configuration.count("\n"))
+    return f'{lines}cuda_on_cpu::Launcher("{name}", &{kernel}, cuda_on_cpu::Configuration({configuration}))'
 
 
 def _constant(match: re.Match[str]) -> str:

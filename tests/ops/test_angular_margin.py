@@ -114,6 +114,20 @@ def test_strides(layout: str) -> None:
         assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("local_weight", [0.0, 0.2])
+@pytest.mark.parametrize("size", [(48, 47), (65, 66)])
+def test_maps_of_many_pixels(size: tuple[int, int], local_weight: float) -> None:
+    """More than a block of a GPU has room for, at first in fp64 alone."""
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = pair((1, 3, *size), 2, dtype)
+        check_op(
+            lambda s, t: angular_margin(s, t, local_weight=local_weight, **ONE_LAYER),
+            [student],
+            constants=[teacher],
+            upstream=1e4,
+        )
+
+
 def test_fp32_gradient_where_the_published_formula_loses_a_tenth() -> None:
     student, teacher = pair((64, 64, 16, 16), 64)
     check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [student[:4]], constants=[teacher[:4]])

@@ -108,6 +108,36 @@ def test_strides(layout: str) -> None:
         assert gradient.is_contiguous(memory_format=expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "misaligned"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 16, 7, 7),  # 16 bytes are parts of two channels
+        (1, 72, 16, 16),  # channels for several blocks
+        (1, 8, 17, 19),  # more columns of 16 bytes than a block has threads
+        (3, 40, 2, 3),
+    ],
+    ids=str,
+)
+def test_wide_loads(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    def view(x: Tensor) -> Tensor:
+        if layout == "misaligned":
+            return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+        return LAYOUTS[layout](x)
+
+    student, teacher = pair(shape, 24, dtype)
+    check_op(lambda s, t: attention(view(s), view(t)), [student], constants=[teacher], upstream=1e3)
+    check_op(lambda x: energy(view(x)), [student])
+
+
+def test_maps_of_many_pixels() -> None:
+    """More than a block of a GPU has room for."""
+    for dtype, size in ((torch.float32, (112, 111)), (torch.float64, (80, 79))):
+        student, teacher = pair((1, 2, *size), 1, dtype)
+        check_op(lambda s, t: attention(s, t), [student], constants=[teacher], upstream=1e5)
+
+
 def test_more_gradient_than_the_caches_keep(backend: str) -> None:
     if backend != "native" or os.environ.get("KDKERNELS_TEST_CUDA"):
         pytest.skip("the CPU's kernels write 16 MB of gradients in another way")

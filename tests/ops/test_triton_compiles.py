@@ -40,6 +40,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF = torch.bfloat16
 
 
+def precision(*tensors: Tensor) -> str:
+    return "tf32x3" if any(x.dtype == torch.float32 for x in tensors) else "ieee"
+
+
 class Hopper:
     """A driver that knows its target and nothing else."""
 
@@ -65,7 +69,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Any]]]
     for module in (angular_margin, energy, gram, triton_cosine, softmax_kl):
         monkeypatch.setattr(module, "launch", launch)
     for module in (gram, triton_cosine):
-        monkeypatch.setattr(module, "split_precision", lambda x: "ieee" if x.dtype == torch.float32 else "tf32x3")
+        monkeypatch.setattr(module, "split_precision", lambda x: "tf32x3")
+        monkeypatch.setattr(module, "matmul_precision", precision)
     monkeypatch.setattr(gram, "processors", lambda device: 132)
     before = dict(vars(triton.runtime.driver))
     triton.runtime.driver.set_active(Hopper())

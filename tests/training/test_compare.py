@@ -155,6 +155,13 @@ def test_an_interrupted_run_goes_on_and_is_what_train_makes(tmp_path: Path, caps
     options = ["--teacher", teacher, "--method", "kd", "--output", str(tmp_path / "train")]
     whole = ["train", *line[1:3], *options, "--epochs", "3", "--batch-size", "12"]
     assert cli.main(whole) == 0
+
+    # a teacher that is given is tested
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    given = ["--teacher", teacher, "--methods", "kd", "--seeds", "0,", "--output", str(tmp_path / "given")]
+    assert cli.main([*line, *given, "--epochs", "1"]) == 0
+    again = json.loads((tmp_path / "given/results.json").read_text())
+    assert again["teacher"] == pytest.approx(results["teacher"])
     assert (tmp_path / "train/last.safetensors").read_bytes() == (run / "last.safetensors").read_bytes()
 
 

@@ -144,10 +144,11 @@ def _products(tensors: list[Tensor]) -> Tensor:
     if batch == 0:
         return torch.empty(1, len(tensors), 0, 0, dtype=torch.float32, device=device)
     items = [_rows(x, i, True) for i, x in enumerate(tensors)]
-    block_b = power_of_2(batch, 16, 64 if batch <= 256 else 128)
+    float32 = any(item.x.dtype == torch.float32 for item in items)
+    block_b = power_of_2(batch, 16, 64 if batch <= 256 or float32 else 128)  # fp32 in 128 x 128 spilt registers
     side = triton.cdiv(batch, block_b)
     tiles = side * (side + 1) // 2
-    block_d = 32 if any(item.x.dtype == torch.float32 for item in items) else 64
+    block_d = 32 if float32 else 64
     longest = max(item.length for item in items)
     wanted = triton.cdiv(2 * processors(device), tiles * len(items))
     splits = max(1, triton.cdiv(longest, SLICE), min(MAX_SPLITS, wanted, longest // (4 * block_d)))

@@ -17,6 +17,7 @@ import triton.language as tl
 from ..triton_common import aligned, log1p
 
 NEG_INF = tl.constexpr(float("-inf"))
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 class Strided(NamedTuple):
@@ -163,6 +164,22 @@ def online(top, total, z, scale):
 
 
 @triton.jit
+def running(top, total, z, scale):
+    """[R, K] maxima by column of the tiles so far, and sums of exp(scale (z - maximum)), with one more tile. They begin
+    with LOWEST and 0. One exponential: it is the sum or the new number that shrinks, and the other one stays."""
+    d = z - top
+    e = tl.exp(-tl.abs(d) * scale[:, None])
+    return tl.maximum(top, z), tl.where(d > 0, total * e + 1.0, total + e)
+
+
+@triton.jit
+def joined(top, total, scale):
+    """[R] maximum and sum over the columns of the above; a row of -inf has -inf and 0."""
+    row = tl.max(top, 1)
+    return tl.where(row == LOWEST, NEG_INF, row), tl.sum(total * tl.exp((top - row[:, None]) * scale[:, None]), 1)
+
+
+@triton.jit
 def log_sum(total):
     """log of a sum of exponentials, -inf for an empty one."""
     return tl.where(total == 0, NEG_INF, tl.log(tl.where(total == 0, 1.0, total)))
@@ -260,5 +277,5 @@ def kl_term(d, qs, qt):
 
 @triton.jit
 def kl(log_qs, log_qt):
-    """[R] sum_k of q_t log(q_t / q_s)."""
-    return tl.sum(kl_term(log_qt - log_qs, tl.exp(log_qs), tl.exp(log_qt)), 1)
+    """[R, K] whose sum is that of q_t log(q_t / q_s)."""
+    return kl_term(log_qt - log_qs, tl.exp(log_qs), tl.exp(log_qt))

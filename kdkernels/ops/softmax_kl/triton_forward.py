@@ -13,10 +13,12 @@ import triton.language as tl
 
 from ..triton_common import aligned
 from .triton_device import (
+    LOWEST,
     NEG_INF,
     Saved,
     Softmax,
     is_non_target,
+    joined,
     kl,
     label_log_q,
     load_at,
@@ -26,6 +28,7 @@ from .triton_device import (
     log_sum,
     non_target_log_q,
     online,
+    running,
     scaled,
     store_stats,
     weighted,
@@ -36,7 +39,7 @@ from .triton_standard import Spread, along, chunked_spread, lost, moments, sprea
 
 
 class Sums(NamedTuple):
-    """[R] each: of one network's rows, or of their chunks so far."""
+    """[R] each: of one network's rows; [R, K] of their chunks so far, by column."""
 
     top: Any  # the maximum
     total: Any  # sum of exp((z - top) / T)
@@ -104,14 +107,15 @@ def _whole_rows(x, y, rows, C, HAS: tl.constexpr, STATS: tl.constexpr, ALIGN: tl
         sums_s, sums_t = _tile_sums(s_top, over_t, non_target, HAS), _tile_sums(t_top, t, non_target, HAS)
         of_s, of_t, ratio = _softmaxes(sums_s, sums_t, spread_s, spread_t, logz_p)
         saved = Saved(ratio, zero, zero, zero)
-        result, slope = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
+        terms, slopes = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
+        result, slope = tl.sum(terms, 1), tl.sum(slopes, 1)
         saved = Saved(ratio, slope, spread_s.mean * spread_s.inverse, zero)
         if HAS.standardize and STATS:
             inner = along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s, saved)
             saved = Saved(ratio, slope, saved.mean, lost(inner, spread_s, C))
         return result, of_s, of_t, saved
-    result, _ = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
-    return result, of_s, of_t, saved
+    terms, _ = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
+    return tl.sum(terms, 1), of_s, of_t, saved
 
 
 @triton.jit
@@ -168,53 +172,58 @@ def _long_rows(x, y, rows, C, HAS: tl.constexpr, STATS: tl.constexpr, ALIGN: tl.
 
 @triton.jit
 def _chunked_softmax(x, y, spread_s, spread_t, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The statistics of long rows."""
+    """The statistics of long rows: each column of the chunks has sums of its own, which are joined once per row."""
     zero = tl.zeros(rows.shape, tl.float32)
-    none = tl.full(rows.shape, NEG_INF, tl.float32)
     inverse_s, inverse_t = zero + x.inverse_t, zero + x.inverse_t
     if HAS.standardize:
         inverse_s, inverse_t = spread_s.inverse * x.inverse_t, spread_t.inverse * x.inverse_t
-    sum_p = zero
-    sums_s, sums_t = Sums(none, zero, none, zero), Sums(none, zero, none, zero)
+    nothing = tl.zeros([rows.shape[0], BLOCK_C], tl.float32)
+    sum_p, none = nothing, nothing + LOWEST
+    sums_s, sums_t = Sums(none, nothing, none, nothing), Sums(none, nothing, none, nothing)
     for start in range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         non_target = is_non_target(cols, y)
         s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN)
         if HAS.ce:
-            _, sum_p = online(sums_s.top, sum_p, s, zero + 1.0)
+            _, sum_p = running(sums_s.top, sum_p, s, zero + 1.0)
         if HAS.soft:
             t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
             sums_t = _add_chunk(sums_t, t, non_target, inverse_t, HAS)
         sums_s = _add_chunk(sums_s, s, non_target, inverse_s, HAS)
     logz_p = zero
     if HAS.ce:
-        logz_p = log_sum(sum_p)
+        logz_p = log_sum(joined(sums_s.top, sum_p, zero + 1.0)[1])
+    of_rows = _join(sums_s, inverse_s, HAS)
     if HAS.soft:
-        sums_s, sums_t = _relative(sums_s, inverse_s), _relative(sums_t, inverse_t)
-        return _softmaxes(sums_s, sums_t, spread_s, spread_t, logz_p)
-    return Softmax(sums_s.top, zero, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero, zero), zero
+        return _softmaxes(of_rows, _join(sums_t, inverse_t, HAS), spread_s, spread_t, logz_p)
+    return Softmax(of_rows.top, zero, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero, zero), zero
 
 
 @triton.jit
 def _add_chunk(sums, z, non_target, inverse_t, HAS: tl.constexpr):
-    top, total = online(sums.top, sums.total, z, inverse_t)
+    top, total = running(sums.top, sums.total, z, inverse_t)
     non_target_top, non_target_total = sums.non_target_top, sums.non_target_total
     if HAS.decoupled:
         others = tl.where(non_target, z, NEG_INF)
-        non_target_top, non_target_total = online(non_target_top, non_target_total, others, inverse_t)
+        non_target_top, non_target_total = running(non_target_top, non_target_total, others, inverse_t)
     return Sums(top, total, non_target_top, non_target_total)
 
 
 @triton.jit
-def _relative(sums, inverse_t):
-    """Chunks have raw maxima; what is kept of the non-target classes is relative to the row's, over T."""
-    return Sums(sums.top, sums.total, (sums.non_target_top - sums.top) * inverse_t, sums.non_target_total)
+def _join(sums, inverse_t, HAS: tl.constexpr):
+    """The columns' sums joined. The maximum of the non-target classes is kept relative to the row's, over T."""
+    top, total = joined(sums.top, sums.total, inverse_t)
+    non_target_top, non_target_total = top, total
+    if HAS.decoupled:
+        non_target_top, non_target_total = joined(sums.non_target_top, sums.non_target_total, inverse_t)
+        non_target_top = (non_target_top - top) * inverse_t
+    return Sums(top, total, non_target_top, non_target_total)
 
 
 @triton.jit
 def _chunked_terms(x, y, of_s, of_t, saved, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
     """[R] the terms that sum over the classes, and the mean slope, of long rows."""
-    result = tl.zeros(rows.shape, tl.float32)
+    result = tl.zeros([rows.shape[0], BLOCK_C], tl.float32)
     slope = result
     if HAS.kl or HAS.non_target or (HAS.ce and (HAS.dense or HAS.smooth)):
         for start in range(0, C, BLOCK_C):
@@ -228,21 +237,21 @@ def _chunked_terms(x, y, of_s, of_t, saved, rows, C, HAS: tl.constexpr, ALIGN: t
             value, more = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
             result += value
             slope += more
-    return result, slope
+    return tl.sum(result, 1), tl.sum(slope, 1)
 
 
 @triton.jit
 def _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS: tl.constexpr, ALIGN: tl.constexpr):
-    """[R] a tile's part of the terms that sum over the classes, and of the mean slope; s is relative to the maximum,
-    t also over T."""
-    result = tl.zeros(rows.shape, tl.float32)
+    """[R, K] whose sums are the terms over the classes, and the mean slope; s is relative to the maximum, t also
+    over T."""
+    result = tl.zeros(s.shape, tl.float32)
     slope = result
     if HAS.ce and HAS.dense:
         y = load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
-        result -= x.terms.ce * (1.0 - x.labels.smoothing) * tl.sum(weighted(y, s - of_s.logz_p[:, None]), 1)
+        result -= x.terms.ce * (1.0 - x.labels.smoothing) * weighted(y, s - of_s.logz_p[:, None])
     if HAS.ce and HAS.smooth:
         log_p = tl.where((cols < C)[None, :], s - of_s.logz_p[:, None], 0.0)
-        result -= x.terms.ce * (x.labels.smoothing / C) * tl.sum(log_p, 1)
+        result -= x.terms.ce * (x.labels.smoothing / C) * log_p
     if HAS.soft:
         s = scaled(s, of_s.inverse_std, x, HAS)
     if HAS.kl:

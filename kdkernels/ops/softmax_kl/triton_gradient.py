@@ -45,9 +45,9 @@ def _mixture_slope(x, log_q, ratio, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def divergence(x, p, q, d, DIVERGENCE: tl.constexpr):
-    """[R] a tile's part of the divergence, and of the mean of its slopes."""
+    """[R, K] whose sums are the divergence and the mean of its slopes."""
     if DIVERGENCE == "reverse":
-        return tl.sum(kl_term(-d, p, q), 1), tl.sum(weighted(q, -d), 1)
+        return kl_term(-d, p, q), weighted(q, -d)
     log_p, log_q, ratio = _mixture(d, x.teacher_share, x.student_share)
     m = x.teacher_share * p + x.student_share * q
     if DIVERGENCE == "jsd":
@@ -56,7 +56,7 @@ def divergence(x, p, q, d, DIVERGENCE: tl.constexpr):
         value = kl_term(log_p, m, p)
     else:
         value = kl_term(log_q, m, q)
-    return tl.sum(value, 1), tl.sum(weighted(q, _mixture_slope(x, log_q, ratio, DIVERGENCE)), 1)
+    return value, weighted(q, _mixture_slope(x, log_q, ratio, DIVERGENCE))
 
 
 @triton.jit
