@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest
 # tests with the same xdist_group share a worker, all others go to whichever is free
 PARALLEL := $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: demo test test-fast faults lint docs bench wheel clean
+.PHONY: demo test test-fast faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
@@ -31,6 +31,10 @@ test-fast: .venv/installed
 # each seeded fault must be caught by the checks; two minutes
 faults: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m cuda_on_cpu.faults
+
+# trainings killed at ten counted moments and ten random times for each of four methods; four minutes
+killed: .venv/installed
+	$(BIN)/python tests/training/killed.py $$(mktemp -d) 10
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batch_norm import BatchNorm1d, BatchNorm2d
 from .ops.checks import compute_dtype
 
 
@@ -18,11 +20,11 @@ class _SepConv(nn.Sequential):
         super().__init__(
             nn.Conv2d(inputs, inputs, 3, 2, 1, groups=inputs, bias=False),
             nn.Conv2d(inputs, inputs, 1, bias=False),
-            nn.BatchNorm2d(inputs),
+            BatchNorm2d(inputs),
             nn.ReLU(),
             nn.Conv2d(inputs, inputs, 3, 1, 1, groups=inputs, bias=False),
             nn.Conv2d(inputs, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            BatchNorm2d(outputs),
             nn.ReLU(),
         )
 
@@ -38,7 +40,7 @@ class RelationNetwork(nn.Module):
         super().__init__()
         self.trunk = nn.Sequential(*(_SepConv(a, b) for a, b in pairwise(widths)))
         self.relation = nn.Sequential(
-            nn.Linear(widths[-1], hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid()
+            nn.Linear(widths[-1], hidden), BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, 1), nn.Sigmoid()
         )
         self.classes = nn.Linear(widths[-1], num_classes)
 
@@ -55,11 +57,12 @@ class LogitRelation(nn.Module):
     """
 
     prototypes: Tensor
+    group: dist.ProcessGroup | None = None  # the running sums are those of all ranks' images
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.score = nn.Sequential(
-            nn.Linear(2 * num_classes, 1), nn.BatchNorm1d(1), nn.ReLU(), nn.Linear(1, 1), nn.Sigmoid()
+            nn.Linear(2 * num_classes, 1), BatchNorm1d(1), nn.ReLU(), nn.Linear(1, 1), nn.Sigmoid()
         )
         self.register_buffer("prototypes", torch.eye(num_classes))
 
@@ -71,5 +74,8 @@ class LogitRelation(nn.Module):
         own, wrong = (self.score(torch.cat([p, prototypes[y]], 1)) for y in (labels, other))
         if self.training:
             with torch.no_grad():
-                self.prototypes.index_add_(0, labels, p.detach().to(self.prototypes.dtype))
+                sums = torch.zeros_like(self.prototypes).index_add_(0, labels, p.detach().to(self.prototypes.dtype))
+                if self.group is not None:
+                    dist.all_reduce(sums, group=self.group)
+                self.prototypes.add_(sums)
         return 3 * (own.to(p.dtype) - wrong.to(p.dtype)).sum() / max(labels.shape[0], 1)

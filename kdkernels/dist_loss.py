@@ -9,8 +9,10 @@ dr/da = b / (|a| |b| + eps) - r |b| a / (|a| (|a| |b| + eps)), and from there th
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import of_all_rows
 from .kd_loss import flatten_positions
 from .ops.checks import check_positive, check_weight
 from .ops.softmax_pearson import CorrelatedRows, softmax_pearson
@@ -25,6 +27,7 @@ def dist_loss(
     gamma: float = 1.0,
     class_dim: int = -1,
     eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """1 - Pearson's correlation of the two networks' probabilities, over rows (beta) and over columns (gamma).
 
@@ -37,20 +40,26 @@ def dist_loss(
         gamma: weight of the columns (those within a class, over the batch), zero or positive.
         class_dim: where the classes are.
         eps: is added to the product of the norms: a constant row or column has r = 0 and counts as 1.
+        group: a torch.distributed group whose ranks' rows are one batch, which columns run over; every rank gathers the
+            logits of all. Gradients follow ``sp_loss``'s convention: DistributedDataParallel's average is exact.
 
     Returns:
         float32 (float64 if an input is). An empty batch gives 0. A single row has columns of one number, which are
         constant: they count as 1 and have no gradient. There is no ``reduction``: two means make the loss.
 
     Raises:
-        TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes; ranks whose calls differ.
 
     Source: arXiv 2205.10536, eq. 5-8; values and defaults are those of ``DIST`` in hunto/DIST_KD.
     """
     _check_options("dist_loss", temperature, beta, gamma, eps)
     student, teacher = flatten_positions(student_logits, teacher_logits, class_dim, "dist_loss")
     options = float(temperature), float(beta), float(gamma), float(eps)
-    return softmax_pearson(CorrelatedRows(student, teacher, *options))
+
+    def loss(s: Tensor, t: Tensor) -> Tensor:
+        return softmax_pearson(CorrelatedRows(s, t, *options))
+
+    return of_all_rows(loss, [student, teacher.detach()], group, f"dist_loss, {options}")
 
 
 def _check_options(caller: str, temperature: float, beta: float, gamma: float, eps: float) -> None:
@@ -68,11 +77,12 @@ class DISTLoss(nn.Module):
         gamma: float = 1.0,
         class_dim: int = -1,
         eps: float = 1e-8,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check_options("DISTLoss", temperature, beta, gamma, eps)
         self.temperature, self.beta, self.gamma = temperature, beta, gamma
-        self.class_dim, self.eps = class_dim, eps
+        self.class_dim, self.eps, self.group = class_dim, eps, group
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return dist_loss(
@@ -83,6 +93,7 @@ class DISTLoss(nn.Module):
             gamma=self.gamma,
             class_dim=self.class_dim,
             eps=self.eps,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

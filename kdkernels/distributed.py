@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -119,6 +119,35 @@ def gather_labels(target: Tensor, ranks: Ranks) -> Tensor:
     padded[: target.shape[0]] = target
     table = _all_gather(padded, ranks.group)
     return torch.cat([row[:n] for row, n in zip(table, ranks.sizes, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    """What is computed from the rows is the same on every rank, up to ``replicate``, so its gradient is complete."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        padded = x.new_zeros(max(ranks.sizes), x.shape[1])
+        padded[: x.shape[0]] = x
+        parts = _all_gather(padded, ranks.group)
+        return torch.cat([part[:n] for part, n in zip(parts, ranks.sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.split(ctx.ranks.sizes)[ctx.ranks.rank], None
+
+
+def of_all_rows(
+    loss: Callable[..., Tensor], rows: Sequence[Tensor], group: dist.ProcessGroup | None, call: str
+) -> Tensor:
+    """``loss(*rows)`` of (N, C) rows, or of those of all ranks, which every rank gathers: for short rows, as logits.
+
+    ``call`` are the loss's name and options in words.
+    """
+    if (many := group_of_many(group, call.partition(",")[0])) is None:
+        return loss(*rows)
+    ranks = meet(many, rows[0].shape[0], f"{call} of {describe(rows)}", rows[0].device)
+    return replicate(loss(*(_GatherRows.apply(x, ranks) for x in rows)), ranks)
 
 
 def shard_columns(x: Tensor, ranks: Ranks) -> Tensor:

@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .alignment_loss import alignment_loss
+from .batch_norm import BatchNorm1d, set_group
 from .correlation_loss import check_views, correlation_loss
+from .distributed import group_of_many
 from .ops.checks import HALF, check_positive, check_reduction, check_rows, check_tensor, check_weight, compute_dtype
 from .supervised_contrastive_loss import supervised_contrastive_loss
 
@@ -121,7 +123,7 @@ def _three(rows: Rows, name: str) -> list[Tensor]:
 
 
 def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    return nn.Sequential(nn.Linear(inputs, hidden), BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
 class MLKDLoss(nn.Module):
@@ -193,6 +195,7 @@ class MLKDLoss(nn.Module):
                 flows to the teacher.
             target: int64 labels, (B,) or (V B,), or None.
         """
+        set_group(self, group_of_many(self.group, "MLKDLoss"))  # the heads' batch is that of the loss
         teacher = teacher.detach()
         students, teachers = [self.g_a(student), self.g_c(student), student], [teacher, teacher, teacher]
         if self.e_s is not None and self.e_t is not None and target is not None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distributed import of_all_rows
 from .kd_loss import flatten_positions
 from .ops.checks import check_positive, check_weight
 from .ops.multi_level import Levels, multi_level
@@ -32,6 +34,7 @@ def mlld_loss(
     batch_weight: float = 1.0,
     class_weight: float = 1.0,
     quantile: float = 0.5,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """KL at several temperatures, and the squared differences of the batch's and the classes' Gram matrices.
 
@@ -47,13 +50,15 @@ def mlld_loss(
         quantile: in [0, 1]. A row's confidence is the teacher's largest probability at temperature 1, that of a class
             the sum of its probabilities. The code's masks only scale means: by the share of rows, or classes, up to
             this quantile (about 1/2). 1 leaves them out.
+        group: a torch.distributed group whose ranks' rows are one batch; every rank gathers the logits of all.
+            Gradients follow ``sp_loss``'s convention: DistributedDataParallel's average is exact.
 
     Returns:
         float32 (float64 if an input is). An empty batch gives 0, and so do identical networks. There is no
         ``reduction``: the terms are means over different things.
 
     Raises:
-        TypeError, ValueError: invalid dtypes, shapes, devices or options.
+        TypeError, ValueError: invalid dtypes, shapes, devices or options; ranks whose calls differ.
 
     Source: KD_ours.py of Jin-Ying/Multi-Level-Logit-Distillation without its weight (0.9) and its cross entropies.
     """
@@ -66,11 +71,19 @@ def mlld_loss(
     if student_strong is not None:
         extra = [float(temperature not in strong) for temperature in levels]
     grams = float(batch_weight), float(class_weight), float(quantile)
-    loss = multi_level(Levels(student_logits, teacher_logits.detach(), levels, extra, 1.0, *grams))
+
+    def weak(s: Tensor, t: Tensor) -> Tensor:
+        return multi_level(Levels(s, t, levels, extra, 1.0, *grams))
+
+    def of_strong(s: Tensor, t: Tensor) -> Tensor:
+        return multi_level(Levels(s, t, strong, [1.0] * len(strong)))
+
+    call = f"mlld_loss, {levels}, {extra}, {grams}"
+    loss = of_all_rows(weak, [student_logits, teacher_logits.detach()], group, call)
     if student_strong is None or teacher_strong is None or not strong:
         return loss
     _check_rows(student_strong, teacher_strong, f"{caller}: strong view")
-    return loss + multi_level(Levels(student_strong, teacher_strong.detach(), strong, [1.0] * len(strong)))
+    return loss + of_all_rows(of_strong, [student_strong, teacher_strong.detach()], group, f"{call}, strong view")
 
 
 def _check_rows(student: Tensor, teacher: Tensor, caller: str) -> None:
@@ -117,11 +130,12 @@ class MLLDLoss(nn.Module):
         batch_weight: float = 1.0,
         class_weight: float = 1.0,
         quantile: float = 0.5,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         levels = _check_options("MLLDLoss", temperatures, strong_temperatures, batch_weight, class_weight, quantile)
         self.temperatures, self.strong_temperatures = levels
-        self.batch_weight, self.class_weight, self.quantile = batch_weight, class_weight, quantile
+        self.batch_weight, self.class_weight, self.quantile, self.group = batch_weight, class_weight, quantile, group
 
     def forward(
         self,
@@ -140,6 +154,7 @@ class MLLDLoss(nn.Module):
             batch_weight=self.batch_weight,
             class_weight=self.class_weight,
             quantile=self.quantile,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:

@@ -20,8 +20,10 @@ import kdkernels
 from kdkernels import (
     cc_loss,
     correlation_loss,
+    dist_loss,
     irg_loss,
     mlkd_loss,
+    mlld_loss,
     pkt_loss,
     rkd_loss,
     sp_loss,
@@ -90,6 +92,8 @@ LOSSES: dict[str, Loss] = {
     "cc": lambda f, t, y, **group: cc_loss(f[1], t[:, :7], reduction="sum", **group),
     "supervised": lambda f, t, y, **group: supervised_contrastive_loss(f[1].flatten(1), t, y, **group),
     "mlkd": lambda f, t, y, **group: mlkd_loss(f[1].flatten(1), t, y, views=VIEWS, alignment_weight=0.0, **group),
+    "dist": lambda f, t, y, **group: 10 * dist_loss(f[1].flatten(1), t, temperature=2.0, **group),
+    "mlld": lambda f, t, y, **group: mlld_loss(f[1].flatten(1), t, f[1].flatten(1).flip(1), t.flip(1), **group),
 }
 
 

@@ -10,9 +10,7 @@ from ..training.distillation import Distillation
 def whole_batches(distillation: Distillation, micro_batches: int, processes: int) -> None:
     """Compare the rows over all processes; refuse micro-batches, which would be compared only within themselves."""
     method = distillation.method
-    if not method.relational:
-        return
-    if micro_batches > 1:
+    if micro_batches > 1 and method.relational:
         raise ValueError(
             f"{type(method).__name__} compares the rows of a batch, and {micro_batches} micro-batches are not one "
             "batch: do not accumulate here, or use kdkernels.training.fit, which does it exactly"

@@ -1,19 +1,21 @@
 """Adapters between features of two networks, by name.
 
-map     tokens (N, L, C) become a map (N, C, H, H); what is too much for a square (a class token) goes. A map of
-        channels last (N, H, H, C), as Swin's, becomes one of channels first
+map     tokens (N, L, C) become a map (N, C, H, W) shaped as the images; what is too much for it (a class token) goes. A
+        map of channels last (N, H, W, C), as Swin's, becomes one of channels first
 pool    the larger map is averaged down to the size of the smaller
 conv    the student's channels become the teacher's, by a 1 x 1 convolution that trains with the method's heads
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .layouts import Size, check_map, token_map
+from .methods import Outputs
 
 ADAPTERS = ("map", "pool", "conv")
 
@@ -26,24 +28,33 @@ def check_adapters(adapt: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def token_map(x: Tensor) -> Tensor:
-    """(N, L, C) tokens as a map (N, C, H, H); the first ones go if there are too many for a square."""
-    if x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
-        return x.permute(0, 3, 1, 2)
-    if x.dim() != 3:
-        return x
-    side = math.isqrt(x.shape[1])
-    return x[:, x.shape[1] - side * side :].transpose(1, 2).unflatten(2, (side, side))
-
-
-def alike(adapt: Sequence[str], student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def alike(adapt: Sequence[str], student: Tensor, teacher: Tensor, size: Size | None) -> tuple[Tensor, Tensor]:
     """The pair after "map" and "pool", where these are asked for and needed."""
     if "map" in adapt:
-        student, teacher = token_map(student), token_map(teacher)
+        student, teacher = token_map(student, size), token_map(teacher, size)
     if "pool" in adapt and student.dim() == teacher.dim() == 4 and student.shape[2:] != teacher.shape[2:]:
         height, width = (min(student.shape[axis], teacher.shape[axis]) for axis in (2, 3))
         student, teacher = (F.adaptive_avg_pool2d(x, (height, width)) for x in (student, teacher))
     return student, teacher
+
+
+def pairs_alike(
+    adapt: Sequence[str], student: Outputs, teacher: Outputs | None, size: Size | None
+) -> list[tuple[Tensor, Tensor]]:
+    """All pairs of features, alike as far as was asked for."""
+    assert teacher is not None
+    if len(student.features) != len(teacher.features):
+        raise ValueError(f"{len(student.features)} student and {len(teacher.features)} teacher features are no pairs")
+    return [alike(adapt, s, t, size) for s, t in zip(student.features, teacher.features, strict=True)]
+
+
+def check_maps(student: Outputs, teacher: Outputs | None, size: Size | None, method: str) -> None:
+    """Refuse features that are no maps with channels first."""
+    remedy = "name layers that return maps" if teacher is None else "adapt=['map', 'pool'] makes such of both"
+    remedy = remedy if size else "what is no image has no maps: take a method that compares none"
+    for whose, outputs in (("student", student), ("teacher", teacher)):
+        for x in () if outputs is None else outputs.features:
+            check_map(x, size, f"{method}: the {whose}'s features", remedy)
 
 
 def convolution(student: Tensor, teacher: Tensor) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .runs import CHECKPOINTS, write_whole
 
-FORMAT, KEPT = "1", 2  # the one before the newest stays, for a disk that damages the newest
+FORMAT, KEPT = "2", 2  # the one before the newest stays, for a disk that damages the newest
 
 logger = logging.getLogger("kdkernels")
 
@@ -93,7 +93,9 @@ def read(path: Path) -> dict[str, Any]:
 def _crc32(text: str, tensors: Mapping[str, Tensor]) -> str:
     value = zlib.crc32(text.encode())
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, value)
+        x = tensors[name]
+        value = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), value)
+        value = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 

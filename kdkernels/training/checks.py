@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .distillation import Distillation
-from .methods import Method
+from .methods import Method, Outputs
 
 FIRST_STEPS, FAR = 5, 30.0  # in so many steps a term that is so many times the others' sum is named
 
@@ -36,8 +36,9 @@ def check_optimizer(distillation: Distillation, *optimizers: torch.optim.Optimiz
 
 
 def check_batch(batch: Any, name: str) -> None:
-    """A batch is (images, labels) or (images, labels, negatives' labels)."""
-    if isinstance(batch, (tuple, list)) and len(batch) in (2, 3) and all(isinstance(x, Tensor) for x in batch):
+    """A batch is (images, labels) or (images, labels, negatives' labels), perhaps with a teacher's outputs."""
+    tensors = [x for x in batch if x is not None and not isinstance(x, Outputs)] if type(batch) in (tuple, list) else []
+    if len(tensors) in (2, 3) and all(isinstance(x, Tensor) for x in tensors):
         return
     if isinstance(batch, Mapping):
         got = f"a dict with {', '.join(map(repr, batch))}"

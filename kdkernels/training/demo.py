@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,49 +69,43 @@ def run_demo(
     history = train(
         Alone(), None, teacher, split.train, split.test, folder / "teacher", epochs=TEACHER_EPOCHS, batch=64, lr=0.05
     )
-    console.print(
-        f"teacher: {_size(teacher)} parameters, {len(split.train)} images, {history[-1]['test_accuracy']:.1f} %"
-    )
+    accuracy = history[-1]["test_accuracy"]
+    console.print(f"teacher: {_size(teacher)} parameters, {len(split.train)} images, {accuracy:.1f} %")
 
-    results = []
+    results, losses = _students(split, teacher, folder, seeds, train, console)
+    times = loss_times(losses)
+    results = [result._replace(loss_ms=times[result.name]) for result in results]
+    rows = _rows(results)
+    size = _size(small_student(split.channels, split.classes))
+    table = Table(title=f"Digits: {LABELLED} labelled images per class, {seeds} seeds, a student of {size} parameters")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    picture = plot_demo(results, accuracy, HEADINGS, rows, folder / "demo.png")
+    console.print(f"{time.perf_counter() - start:.0f} s; curves and table in {picture}")
+    return results
+
+
+def _students(
+    split: data.Split, teacher: ConvNet, folder: Path, seeds: int, train: Callable[..., History], console: Console
+) -> tuple[list[Result], dict[str, Callable[[], None]]]:
+    """A student of each method and seed, and the methods' losses, to be timed."""
+    results, losses = [], {}
     for name, (what, make) in DEMO_METHODS.items():
         histories = []
         for seed in range(seeds):
             set_seed(seed)
             student, method = small_student(split.channels, split.classes), make()
             subset = data.labelled_subset(split.train, LABELLED, seed)
-            where = folder / f"{name}-{seed}"
-            histories.append(
-                train(
-                    method,
-                    teacher if method.needs_teacher else None,
-                    student,
-                    subset,
-                    split.test,
-                    where,
-                    epochs=STUDENT_EPOCHS,
-                    batch=32,
-                    lr=LR,
-                    seed=seed,
-                )
-            )
-        accuracies = [history[-1]["test_accuracy"] for history in histories]
-        loss_ms = loss_time(method, teacher, student, subset, batch=32)
-        results.append(Result(name, what, accuracies, histories, loss_ms))
-        console.print(f"{name}: {', '.join(f'{a:.1f}' for a in accuracies)} %")
-
-    rows = _rows(results)
-    table = Table(
-        title=f"Digits: {LABELLED} labelled images per class, {seeds} seeds, a student of {_size(student)} parameters"
-    )
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    picture = plot_demo(results, HEADINGS, rows, folder / "demo.png")
-    console.print(f"{time.perf_counter() - start:.0f} s; curves and table in {picture}")
-    return results
+            own_teacher, where = teacher if method.needs_teacher else None, folder / f"{name}-{seed}"
+            options: dict[str, Any] = {"epochs": STUDENT_EPOCHS, "batch": 32, "lr": LR, "seed": seed}
+            histories.append(train(method, own_teacher, student, subset, split.test, where, **options))
+        losses[name] = loss_of(method, teacher, student, subset, batch=32)
+        results.append(Result(name, what, [history[-1]["test_accuracy"] for history in histories], histories, 0.0))
+        console.print(f"{name}: {', '.join(f'{a:.1f}' for a in results[-1].accuracies)} %")
+    return results, losses
 
 
 def _train(
@@ -139,8 +133,24 @@ def _train(
     return history
 
 
-def loss_time(method: Method, teacher: ConvNet, student: ConvNet, dataset: TensorDataset, batch: int) -> float:
-    """Milliseconds of the loss's own forward and backward pass per step: median of 30, without the networks."""
+def loss_times(losses: Mapping[str, Callable[[], None]], rounds: int = 50) -> dict[str, float]:
+    """Milliseconds of each loss: the median over rounds in which all of them take turns.
+
+    So what a loss runs after is the same for all, and a disturbance meets all alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    for _ in range(rounds):
+        for name, run in losses.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - begin))
+    return {name: statistics.median(each[rounds // 10 :]) for name, each in times.items()}  # the first ones warm up
+
+
+def loss_of(
+    method: Method, teacher: ConvNet, student: ConvNet, dataset: TensorDataset, batch: int
+) -> Callable[[], None]:
+    """The loss's own forward and backward pass of one batch, without the networks."""
     images = next(iter(data.loader(dataset, batch, train=True, triplets=method.triplets)))
     prepared = method.prepare(*images)
 
@@ -151,12 +161,7 @@ def loss_time(method: Method, teacher: ConvNet, student: ConvNet, dataset: Tenso
             return Outputs(logits, [x.detach().requires_grad_() for x in taps.pop()])
 
     outputs = run(student), run(teacher)
-    times = []
-    for _ in range(30):
-        begin = time.perf_counter()
-        torch.stack(list(method.terms(*outputs, prepared).values())).sum().backward()
-        times.append(time.perf_counter() - begin)
-    return 1e3 * statistics.median(times)
+    return lambda: torch.stack(list(method.terms(*outputs, prepared).values())).sum().backward()
 
 
 def _size(model: ConvNet) -> str:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.checks import compute_dtype
-from .adapters import alike, check_adapters, convolution, hint
+from .adapters import check_adapters, check_maps, convolution, hint, pairs_alike
+from .layouts import Size, image_size
 from .methods import Batch, Method, Outputs, Part, make_method
+from .modes import eval_mode
 from .outputs import Output, read
 from .stages import Layers, fewer, pair_layers, stage_names
-from .taps import FeatureTaps, unwrap, width
+from .taps import FeatureTaps, unwrap
+from .widths import stated_outputs
 
 RETURNED = ["returned"]
 
@@ -28,18 +30,6 @@ class DistillationOutput(NamedTuple):
     loss: Tensor
     terms: dict[str, Tensor]
     logits: Tensor
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In eval mode; afterwards every submodule is in the mode it had before, as some may be frozen."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Distillation(nn.Module):
@@ -159,43 +149,31 @@ class Distillation(nn.Module):
             raise ValueError(f"this {name} has heads for another Distillation already: make a new one for each")
         if self.adapt and self.teacher is None:
             raise ValueError(f"adapt={self.adapt} makes features like a teacher's, and method {name} has no teacher")
-        outputs = None
+        outputs: tuple[Outputs, Outputs | None] | None = None
+        size = None if example is None else image_size(example)
         if example is not None and (self.method.needs_widths or "conv" in self.adapt):
             with eval_mode(self.student), torch.no_grad():
                 outputs = self._both(example)
         elif "conv" in self.adapt:
             raise ValueError("adapt='conv' depends on the features' widths: give a batch of images as example=...")
         elif self.method.needs_widths:
-            stated = self._stated(self.student, self._student_taps)
-            outputs = stated, None if self._teacher_taps is None else self._stated(self.teacher, self._teacher_taps)
+            own = stated_outputs(self.student, self._student_taps.names, self.method)
+            outputs = own, None
+            if self.teacher is not None and self._teacher_taps is not None:
+                outputs = own, stated_outputs(self.teacher, self._teacher_taps.names, self.method)
             self._stated_widths = self.method.widths(*outputs)
         if outputs is None:
             return
         if "conv" in self.adapt:
-            self.adapters.extend(convolution(s, t) for s, t in self._alike(*outputs))
+            self.adapters.extend(convolution(s, t) for s, t in pairs_alike(self.adapt, *outputs, size))
         if self.method.needs_widths:
-            self.method.build(*self._adapted(*outputs))
+            self.method.build(*(outputs if example is None else self._adapted(*outputs, size)))
             self.method.to(outputs[0].logits.device, compute_dtype(outputs[0].logits))
             self.method.built = True
 
-    def _stated(self, model: nn.Module | None, taps: FeatureTaps) -> Outputs:
-        """Empty outputs of the widths that the layers state; nothing has to run."""
-        assert model is not None
-        bare = unwrap(model)
-        logits_width = width(bare) if self.method.needs_classes else 0
-        widths = [logits_width, *(width(bare.get_submodule(name)) for name in taps.names)]
-        if None in widths:
-            raise ValueError(
-                f"method {type(self.method).__name__} has parameters of its own, and the widths of {taps.names} of "
-                f"{type(bare).__name__} cannot be read off its layers: give a batch of images as example=..."
-            )
-        like = next(bare.parameters(), torch.empty(0))  # heads get the student's device, and float64 if that is its
-        logits, *features = (torch.empty(1, n, dtype=like.dtype, device=like.device) for n in widths if n is not None)
-        return Outputs(logits, features)
-
-    def outputs(self, images: Tensor) -> tuple[Outputs, Outputs | None]:
-        """Student and teacher on the same images."""
-        student, teacher = self._adapted(*self._both(images))
+    def outputs(self, images: Tensor, teacher: Outputs | None = None) -> tuple[Outputs, Outputs | None]:
+        """Student and teacher on the same images; the teacher does not run where its outputs are given."""
+        student, teacher = self._adapted(*self._both(images, teacher), image_size(images))
         if self._stated_widths is not None:
             # what layers state can mislead: a module may concatenate, a head may be registered first
             real = self.method.widths(student, teacher)
@@ -207,11 +185,26 @@ class Distillation(nn.Module):
             self._stated_widths = None
         return student, teacher
 
-    def _both(self, images: Tensor) -> tuple[Outputs, Outputs | None]:
-        student, teacher = self._run(self.student, images, self.output, self._student_taps, "student"), None
-        if self.teacher is not None and self._teacher_taps is not None:
-            with torch.no_grad():
-                teacher = self._run(self.teacher, images, self.teacher_output, self._teacher_taps, "teacher")
+    def predict(self, images: Tensor) -> Tensor:
+        """The student's logits."""
+        return read(self.student(images), self.output, "student")[0]
+
+    def teacher_outputs(self, images: Tensor) -> Outputs:
+        """The teacher's logits and features of these images, before any adapter."""
+        assert self.teacher is not None
+        assert self._teacher_taps is not None
+        with torch.no_grad():
+            return self._run(self.teacher, images, self.teacher_output, self._teacher_taps, "teacher")
+
+    @property
+    def teacher_layers(self) -> list[str]:
+        """The names of the layers whose outputs are the teacher's features."""
+        return RETURNED if self._teacher_taps is None or self._returned[1] else self._teacher_taps.names
+
+    def _both(self, images: Tensor, teacher: Outputs | None = None) -> tuple[Outputs, Outputs | None]:
+        student = self._run(self.student, images, self.output, self._student_taps, "student")
+        if teacher is None and self.teacher is not None:
+            teacher = self.teacher_outputs(images)
         return student, teacher
 
     def _run(self, model: nn.Module, images: Tensor, output: Output | None, taps: FeatureTaps, whose: str) -> Outputs:
@@ -222,24 +215,24 @@ class Distillation(nn.Module):
             raise ValueError(f"layers='returned', but the {whose} returns logits alone, and not (logits, [features])")
         return Outputs(logits, returned[-1:] if self.method.stages == "last" else returned)
 
-    def _adapted(self, student: Outputs, teacher: Outputs | None) -> tuple[Outputs, Outputs | None]:
-        if not self.adapt or teacher is None:
-            return student, teacher
-        pairs = self._alike(student, teacher)
-        if self.adapters:
-            pairs = [(adapter(s), t) for adapter, (s, t) in zip(self.adapters, pairs, strict=True)]
-        return Outputs(student.logits, [s for s, _ in pairs]), Outputs(teacher.logits, [t for _, t in pairs])
+    def _adapted(self, student: Outputs, teacher: Outputs | None, size: Size | None) -> tuple[Outputs, Outputs | None]:
+        if self.adapt and teacher is not None:
+            pairs = pairs_alike(self.adapt, student, teacher, size)
+            if self.adapters:
+                pairs = [(adapter(s), t) for adapter, (s, t) in zip(self.adapters, pairs, strict=True)]
+            student = student._replace(features=[s for s, _ in pairs])
+            teacher = teacher._replace(features=[t for _, t in pairs])
+        if self.method.maps:
+            check_maps(student, teacher, size, type(self.method).__name__)
+        return student, teacher
 
-    def _alike(self, student: Outputs, teacher: Outputs | None) -> list[tuple[Tensor, Tensor]]:
-        assert teacher is not None
-        if len(student.features) != len(teacher.features):
-            raise ValueError(
-                f"{len(student.features)} student and {len(teacher.features)} teacher features are no pairs"
-            )
-        return [alike(self.adapt, s, t) for s, t in zip(student.features, teacher.features, strict=True)]
+    def batch(
+        self, images: Tensor, target: Tensor, target_neg: Tensor | None = None, teacher: Outputs | None = None
+    ) -> Batch:
+        """What the networks will see; the method mixes and augments only in training mode.
 
-    def batch(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
-        """What the networks will see; the method mixes and augments only in training mode."""
+        ``teacher`` are the teacher's outputs for these images, where they are known (``fit(teacher_cache=...)``).
+        """
         if self.training and self.method.triplets and target_neg is None:
             raise ValueError(
                 f"method {type(self.method).__name__} trains on triplets (images, target, target_neg), and got no "
@@ -248,12 +241,14 @@ class Distillation(nn.Module):
             )
         if self.training:
             images = images if self.augment is None else self.augment(images)
-            return self.method.prepare(images, target, target_neg)
-        return Batch(images, target, target_neg=target_neg)
+            return self.method.prepare(images, target, target_neg)._replace(teacher=teacher)
+        return Batch(images, target, target_neg=target_neg, teacher=teacher)
 
-    def forward(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> DistillationOutput:
-        batch = self.batch(images, target, target_neg)
-        return self.loss(*self.outputs(batch.images), batch)
+    def forward(
+        self, images: Tensor, target: Tensor, target_neg: Tensor | None = None, teacher: Outputs | None = None
+    ) -> DistillationOutput:
+        batch = self.batch(images, target, target_neg, teacher)
+        return self.loss(*self.outputs(batch.images, batch.teacher), batch)
 
     def loss(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> DistillationOutput:
         """The loss of given outputs."""

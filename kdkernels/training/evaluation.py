@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .checks import check_batch
-from .distillation import eval_mode
+from .modes import eval_mode
 from .outputs import Output, read
 
 Loader = DataLoader[tuple[Tensor, ...]]
@@ -26,9 +27,16 @@ def evaluate(
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, loader: Loader, accelerator: Accelerator | None = None, output: Output | None = None
+    model: nn.Module,
+    loader: Loader,
+    accelerator: Accelerator | None = None,
+    output: Output | None = None,
+    predict: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, float]:
-    """accuracy and, of more than five classes, top5 in percent, and loss: the mean cross entropy."""
+    """accuracy and, of more than five classes, top5 in percent, and loss: the mean cross entropy.
+
+    ``predict`` makes the logits, by default from what the model returns.
+    """
     # none is made here: a new one would reset the accumulation of those there are
     device = accelerator.device if accelerator else next(model.parameters(), torch.empty(0)).device
     sums, total = torch.zeros(3, dtype=torch.float64), 0
@@ -38,7 +46,7 @@ def measure(
             check_batch(batch, "test_loader")
             images, target = (x.to(device) for x in batch)
             with accelerator.autocast() if accelerator else nullcontext():
-                logits, _ = read(model(images), output, "model")
+                logits = predict(images) if predict else read(model(images), output, "model")[0]
             rows = _rows(logits, target)
             if accelerator:
                 rows = accelerator.gather_for_metrics(rows)

@@ -14,11 +14,12 @@ from .distillation import Distillation, DistillationOutput
 from .methods import Batch, Outputs
 
 Columns = list[Tensor]
+LABELS = ("target", "target_mixed", "lam", "target_neg")
 
 
 def exact_step(
     distillation: Distillation,
-    micro_batches: Sequence[Sequence[Tensor]],
+    micro_batches: Sequence[Sequence[Any]],
     backward: Callable[[Tensor], Any],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> DistillationOutput:
@@ -26,10 +27,10 @@ def exact_step(
     layouts: list[_Layout] = []
     results: list[DistillationOutput] = []
 
-    def forward(micro_batch: Sequence[Tensor]) -> Columns:
+    def forward(micro_batch: Sequence[Any]) -> Columns:
         with autocast():
             batch = distillation.batch(*micro_batch)
-            student, teacher = distillation.outputs(batch.images)
+            student, teacher = distillation.outputs(batch.images, batch.teacher)
         layouts[:] = [_Layout(student, teacher, batch)]
         return layouts[0].columns(student, teacher, batch)
 
@@ -48,7 +49,7 @@ class _Layout:
     def __init__(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> None:
         self.students = len(student.features)
         self.teachers = None if teacher is None else len(teacher.features)
-        self.labels = [name for name in Batch._fields[1:] if getattr(batch, name) is not None]
+        self.labels = [name for name in LABELS if getattr(batch, name) is not None]
 
     def columns(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> Columns:
         columns = [student.logits, *student.features]
@@ -66,5 +67,5 @@ class _Layout:
 
         student = take(self.students)
         teacher = None if self.teachers is None else take(self.teachers)
-        labels = dict(zip(self.labels, columns, strict=True))
-        return student, teacher, Batch(torch.empty(0), **labels)
+        labels: dict[str, Any] = dict(zip(self.labels, columns, strict=True))
+        return student, teacher, Batch(torch.empty(0), labels.pop("target"))._replace(**labels)

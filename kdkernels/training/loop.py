@@ -16,6 +16,7 @@ from rich.progress import Progress
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..ops.checks import check_positive
+from . import sharding
 from . import trackers as tracking
 from .averaging import EMA
 from .callbacks import Callback
@@ -23,6 +24,7 @@ from .checks import check_optimizer
 from .defaults import default_optimizer, default_scheduler
 from .distillation import Distillation
 from .evaluation import Loader, measure
+from .output_cache import with_outputs
 from .saving import Saving
 from .state import Training
 from .steps import train_epoch
@@ -52,6 +54,7 @@ def fit(
     resume: bool = False,
     save_every: int = 1,
     callbacks: Sequence[Callback] = (),
+    teacher_cache: str | Path | None = None,
     trackers: tracking.Trackers | None = None,
     seed: int = 0,
     eval_every: int = 1,
@@ -70,6 +73,8 @@ def fit(
         output, save_every: a folder for metrics, best and last student and checkpoints; epochs between two of them.
         overwrite, resume: what to do with a run in that folder, else an error. A resumed run ends bitwise as if it had
             never stopped, on the same machine; where there is nothing to resume it begins.
+        teacher_cache: a folder for the teacher's outputs of every image, if these are the same in every epoch: written
+            where they are not there yet, and read instead of running the teacher.
         trackers: names for Accelerate, or its trackers; None is TensorBoard where it is installed, () nothing.
         accelerator: your own; its settings replace ``accumulate``, ``mixed_precision`` and ``trackers``.
 
@@ -88,6 +93,9 @@ def fit(
     optimizer = optimizer or _optimizer(distillation, lr, scheduler)
     check_optimizer(distillation, optimizer)
     accelerator = accelerator or make_accelerator(mixed_precision, accumulate, trackers, saving.folder)
+    sharding.check(accelerator, distillation, saves=output is not None)
+    if teacher_cache is not None:
+        train_loader = with_outputs(distillation, train_loader, Path(teacher_cache), accelerator)
     training = _prepare(distillation, optimizer, scheduler, train_loader, test_loader, accelerator, epochs, seed)
     training.clip_norm, training.callbacks = clip_norm, callbacks
     training.ema = None if ema is None else EMA(unwrap(distillation.student), ema)
@@ -143,6 +151,7 @@ def _prepare(
         train_loader = triplet_loader(train_loader)
     set_seed(seed)
     model, wrapped, train_loader = accelerator.prepare(distillation, optimizer, train_loader)
+    sharding.register(distillation)
     if test_loader is not None:
         test_loader = accelerator.prepare(test_loader)
     if not len(train_loader):
@@ -152,11 +161,12 @@ def _prepare(
     training = Training(
         distillation, model, wrapped, scheduler, accelerator, train_loader, test_loader, epochs, steps, seed
     )
-    if method.relational and accelerator.num_processes > 1:
+    if accelerator.num_processes > 1:
         method.group = dist.group.WORLD
-        accelerator.print(
-            f"{training.name}: rows are compared over the batches of all {accelerator.num_processes} processes"
-        )
+        if method.relational:
+            accelerator.print(
+                f"{training.name}: rows are compared over the batches of all {accelerator.num_processes} processes"
+            )
     return training
 
 
@@ -199,6 +209,8 @@ def _epoch(training: Training, epoch: int, eval_every: int) -> dict[str, Any]:
     if training.test_loader is not None and (epoch % eval_every == 0 or epoch == training.epochs):
         distillation = training.distillation
         with training.averaged():
-            tested = measure(distillation.student, training.test_loader, training.accelerator, distillation.output)
+            tested = measure(
+                distillation.student, training.test_loader, training.accelerator, predict=distillation.predict
+            )
         row |= {f"test_{name}": value for name, value in tested.items()}
     return row

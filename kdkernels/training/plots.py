@@ -67,8 +67,10 @@ def _mean_curve(histories: Sequence[History]) -> tuple[list[float], list[float]]
     return steps, [statistics.mean(row["test_accuracy"] for row in rows) for rows in zip(*tested, strict=True)]
 
 
-def plot_demo(results: Sequence[Result], headings: Sequence[str], rows: Sequence[Sequence[str]], path: Path) -> Path:
-    """Mean test accuracy over the seeds against the step, its range shaded, and the table's rows."""
+def plot_demo(
+    results: Sequence[Result], teacher: float, headings: Sequence[str], rows: Sequence[Sequence[str]], path: Path
+) -> Path:
+    """Mean test accuracy over the seeds against the step, its range shaded, the teacher's, and the table's rows."""
     figure = Figure(figsize=(13, 4.4), layout="constrained")
     curves, beside = figure.subplots(1, 2, width_ratios=(5, 6))
     colours = []
@@ -81,6 +83,7 @@ def plot_demo(results: Sequence[Result], headings: Sequence[str], rows: Sequence
         curves.fill_between(
             steps, [min(a) for a in by_step], [max(a) for a in by_step], color=colours[-1], alpha=0.12, linewidth=0
         )
+    curves.axhline(teacher, color="black", linestyle="--", linewidth=1.2, label=f"teacher, {teacher:.1f} %")
     curves.set(xlabel="step", ylabel="test accuracy, %", title="mean and range over the seeds", ylim=(60, 100))
     curves.legend(frameon=False, loc="lower right")
     curves.grid(alpha=0.3)

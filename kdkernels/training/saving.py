@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 
 from . import checkpoints, runs
 from .state import Training
@@ -29,8 +29,6 @@ class Saving:
         if self.folder is None:
             return
         accelerator = training.accelerator
-        if accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError("fit saves no sharded models: leave out output, and save with accelerator.save_state")
         chosen: list[str | None] = [None]
         if accelerator.is_main_process:
             runs.claim(self.folder, self.overwrite, self.resume)

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..heads import RESTS, Head, TopK
 from ..linear_kd_loss import LinearKDLoss
 from ..ops.checks import check_choice
-from .distillation import eval_mode
+from .modes import eval_mode
 from .sequence_data import IGNORED
 
 if TYPE_CHECKING:

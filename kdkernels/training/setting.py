@@ -15,12 +15,13 @@ from torch.utils.data import DataLoader
 
 from . import data, runs
 from .data.augment import make_augmentation
-from .distillation import Distillation, eval_mode
+from .distillation import Distillation
 from .evaluation import evaluate
 from .loop import History, fit
 from .methods import Method
 from .methods.spelling import Spelling
 from .models import load_weights, make_model, output_of
+from .modes import eval_mode
 from .progress import shown
 
 TEACHER = "teacher"  # the folder of a teacher that was trained for a run

@@ -26,15 +26,6 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def width(module: nn.Module) -> int | None:
-    """Channels of a module's output, read off its last layer that states them; None if no layer does."""
-    for layer in reversed(list(module.modules())):
-        for name in ("num_features", "out_channels", "out_features"):
-            if isinstance(value := getattr(layer, name, None), int):
-                return value
-    return None
-
-
 class _Features(dict[str, Any]):
     """What the hooks kept. A copy or a pickle of it is empty, as tensors with graphs cannot be copied."""
 

@@ -1,12 +1,11 @@
 """A teacher's most likely tokens, written once and read in every epoch. It needs the extra "hf".
 
-DIR/teacher.json              what the shards are of: rows, k, temperature, vocabulary, teacher
+DIR/teacher.json              what the shards are of: rows, k, temperature, vocabulary, teacher (see shards.py)
 DIR/shard-00000.safetensors   ids, logprobs (tokens, k); starts (rows + 1), hashes (rows)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..ops.linear_kd.products import Linear, logits
 from .runs import write_whole
 from .sequence import LanguageModel
 from .sequence_data import Row, SequenceCollator, batches, row_hash, vocabulary_hash
+from .shards import begin, check_whole, number_of_shards, read_settings, shard_path
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -87,10 +87,10 @@ def write_teacher_cache(
         "dtype": dtype,
     }
     folder = Path(folder)
-    _begin(folder, settings)
-    shards = _shards(settings)
+    begin(folder, settings)
+    shards = number_of_shards(settings)
     for number, shard in enumerate(batches(rows, rows_per_shard)):
-        path = _shard(folder, number)
+        path = shard_path(folder, number)
         if path.is_file():
             _check_hashes(path, shard, number * rows_per_shard)
         else:
@@ -103,37 +103,6 @@ def write_teacher_cache(
 def _check_whole(name: str, value: int, most: int = 2**31) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
         raise ValueError(f"write_teacher_cache: {name} must be a whole number from 1 to {most}, got {value!r}")
-
-
-def _begin(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings, or meet those that are there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "teacher.json"
-    if path.is_file():
-        there = _settings(folder)
-        if other := [f"{k} {there.get(k)!r} (asked: {v!r})" for k, v in settings.items() if there.get(k) != v]:
-            raise ValueError(f"{folder} has a cache of other settings: {', '.join(other)}; give another folder")
-    else:
-        text = json.dumps(settings, indent=1) + "\n"
-        write_whole(path, lambda part: part.write_text(text))
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "teacher.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no teacher.json: it is no teacher's cache")
-    settings = json.loads(path.read_text())
-    if settings.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {settings.get('format')!r}, and this kdkernels reads {FORMAT}")
-    return settings
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.safetensors"
-
-
-def _shards(settings: dict[str, Any]) -> int:
-    return -(-settings["rows"] // settings["rows_per_shard"])
 
 
 def _check_hashes(path: Path, rows: Sequence[Row], first: int) -> None:
@@ -191,13 +160,10 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.settings = _settings(self.folder)
+        self.settings = read_settings(self.folder, FORMAT)
         self.top_k, self.temperature = self.settings["top_k"], self.settings["temperature"]
         self.vocab_size, self.vocabulary = self.settings["vocab_size"], self.settings["vocabulary"]
-        shards = _shards(self.settings)
-        there = sum(_shard(self.folder, number).is_file() for number in range(shards))
-        if there < shards:
-            raise ValueError(f"{self.folder} has {there} of {shards} shards: run the command that made it again")
+        check_whole(self.folder, self.settings)
 
     def __len__(self) -> int:
         return self.settings["rows"]
@@ -205,7 +171,7 @@ class TeacherCache:
     def row(self, number: int, tokens: Row) -> tuple[Tensor, Tensor]:
         """ids int32 and log-probabilities (L, k) of a row, whose tokens must be those that the teacher saw."""
         shard, place = divmod(number, self.settings["rows_per_shard"])
-        with safe_open(_shard(self.folder, shard), "pt") as file:
+        with safe_open(shard_path(self.folder, shard), "pt") as file:
             _check_row(tokens, int(file.get_slice("hashes")[place : place + 1]), number)
             first, last = file.get_slice("starts")[place : place + 2].tolist()
             return file.get_slice("ids")[first:last], file.get_slice("logprobs")[first:last]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
+from .loaders import over
+
 Triplet = tuple[Tensor, Tensor, Tensor, int, int]
 
 
@@ -108,18 +110,8 @@ def triplet_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
         )
     images = len(cast(Sized, loader.sampler))
     size = max(2, loader.batch_size // 3)
-    return DataLoader(
-        TripletDataset(loader.dataset),
-        size,
-        sampler=loader.sampler,
-        collate_fn=collate_triplets,
-        drop_last=loader.drop_last or (images > 1 and images % size == 1),  # batch norm needs two rows
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        generator=loader.generator,
-        persistent_workers=loader.persistent_workers,
-    )
+    drop_last = loader.drop_last or (images > 1 and images % size == 1)  # batch norm needs two rows
+    return over(loader, TripletDataset(loader.dataset), collate_triplets, batch_size=size, drop_last=drop_last)
 
 
 def collate_triplets(samples: Sequence[Triplet]) -> tuple[Tensor, Tensor, Tensor]:

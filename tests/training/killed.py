@@ -1,6 +1,10 @@
-"""Trainings that kill themselves: ``python killed.py FOLDER DEATHS METHOD...`` is run by test_resume.py.
+"""Trainings that are killed, resumed, and must end bitwise as one that was not.
 
-Each that is to die is a child of its own, forked from this process, which has one thread alone. A moment is an
+``python killed.py FOLDER DEATHS METHOD...``   one run of each method that dies so many times: for test_resume.py
+``python killed.py FOLDER DEATHS``             of each method so many runs that die at a counted moment, and as many
+                                               that die at any time: ``make killed``
+
+Each that is to die is a child of its own, forked from this process, which has one thread alone. A counted moment is an
 optimizer step, a file that is written but has not its name yet, or one that has just got it.
 """
 
@@ -8,8 +12,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
+from states import unlike
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Dataset
 
-from kdkernels.training import Callback, Distillation, fit
+from kdkernels.training import Callback, Distillation, fit, runs
 from kdkernels.training.methods import METHODS
 from kdkernels.training.models import ConvNet
 
@@ -84,8 +91,8 @@ def train(method: str, folder: Path, at: int | None = None) -> None:
     (folder / "moments.txt").write_text(str(killer.moments))
 
 
-def child(*arguments: Any) -> int:
-    """The signal that ended it, or 0."""
+def child(*arguments: Any, seconds: float | None = None) -> int:
+    """The signal that ended it, or 0; after ``seconds`` it is killed."""
     pid = os.fork()
     if not pid:
         try:
@@ -94,13 +101,16 @@ def child(*arguments: Any) -> int:
             sys.excepthook(*sys.exc_info())
             os._exit(1)
         os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
     if not os.WIFSIGNALED(status) and os.waitstatus_to_exitcode(status):
         sys.exit(1)
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def main(folder: Path, deaths: int, methods: list[str]) -> None:
+def one_run(folder: Path, deaths: int, methods: list[str]) -> None:
     draw = random.Random(0)
     for method in methods:
         train(method, folder / method / "whole")
@@ -112,5 +122,34 @@ def main(folder: Path, deaths: int, methods: list[str]) -> None:
         print(method, died)
 
 
+def many_runs(folder: Path, deaths: int) -> None:
+    draw = random.Random()
+    for method in OPTIONS:
+        whole = folder / method / "whole"
+        assert not child(method, whole)
+        begin = time.perf_counter()
+        assert not child(method, folder / method / "again")
+        assert not unlike(whole, folder / method / "again")
+        seconds, moments = time.perf_counter() - begin, int((whole / "moments.txt").read_text())
+        for kind, n in ((kind, n) for kind in ("moment", "time") for n in range(deaths)):
+            killed, died = folder / method / f"{kind}-{n}", 0
+            while died != signal.SIGKILL:  # by the clock one may have come to its end before
+                shutil.rmtree(killed, ignore_errors=True)
+                if kind == "moment":
+                    died = child(method, killed, draw.randint(1, moments))
+                else:
+                    died = child(method, killed, seconds=draw.uniform(0, seconds))
+            epochs = runs.saved(killed).rpartition("epoch ")[2] if (killed / runs.METRICS).is_file() else "0"
+            assert not child(method, killed)
+            if found := unlike(whole, killed):
+                sys.exit(f"{method}, killed at a {kind} with {epochs} epochs saved, ends otherwise: {found[:5]}")
+            print(
+                f"{method}: killed at a {kind} with {epochs} of 4 epochs saved, resumed, bitwise the same", flush=True
+            )
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    if methods := sys.argv[3:]:
+        one_run(Path(sys.argv[1]), int(sys.argv[2]), methods)
+    else:
+        many_runs(Path(sys.argv[1]), int(sys.argv[2]))

@@ -14,7 +14,6 @@ from training_tools import images, network
 
 import kdkernels
 from kdkernels.training import Distillation, FeatureTaps, Method, Outputs, fit, make_method, stage_names
-from kdkernels.training.adapters import alike, token_map
 from kdkernels.training.defaults import default_optimizer
 from kdkernels.training.models import ConvNet
 
@@ -264,21 +263,11 @@ def test_adapters_bridge_widths_sizes_and_tokens() -> None:
     with pytest.raises(ValueError, match="the optimizer misses parameters"):
         fit(module, DataLoader(TensorDataset(x, y), 3), epochs=1, optimizer=optimizer)
     with pytest.raises(ValueError, match=r"same H and W, got .*; adapt=\['map', 'pool'\] makes maps of one size"):
-        Distillation(teacher, student, "amd", layers=options["layers"])(x, y)
+        Distillation(teacher, student, "amd", layers=options["layers"], adapt="map")(x, y)
     # a method with maps of one size, whose channels are free, needs no parameters and so no example
     amd = Distillation(teacher, student, "amd", layers=options["layers"], adapt=["map", "pool"])
     assert amd(x, y).terms["amd"].isfinite()
     assert not list(amd.adapters.parameters())
-
-
-def test_maps_of_tokens_leave_the_class_token_out() -> None:
-    x = torch.arange(10.0).view(1, 5, 2)
-    assert token_map(x).tolist() == [[[[2.0, 4.0], [6.0, 8.0]], [[3.0, 5.0], [7.0, 9.0]]]]
-    last = torch.rand(2, 4, 4, 3)
-    assert torch.equal(token_map(last), last.permute(0, 3, 1, 2))
-    assert token_map(last.permute(0, 3, 1, 2)).shape == (2, 3, 4, 4)
-    rows = torch.zeros(2, 3), torch.zeros(2, 4)
-    assert [a is b for a, b in zip(alike(["map", "pool"], *rows), rows, strict=True)] == [True, True]
 
 
 def test_adapters_are_checked() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from time import sleep
 from unittest import mock
 
 import numpy as np
@@ -19,7 +20,7 @@ from kdkernels.training import (
     data,
     make_method,
 )
-from kdkernels.training.demo import loss_time, run_demo
+from kdkernels.training.demo import loss_of, loss_times, run_demo
 from kdkernels.training.models import small_student, small_teacher
 from kdkernels.training.run import spelt
 
@@ -247,7 +248,11 @@ def test_demo_tables_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert error == pytest.approx(abs(by_hand[0] - by_hand[1]) / 2)
 
 
-def test_loss_time_is_of_the_loss_alone() -> None:
-    split = data.digits()
-    milliseconds = loss_time(make_method("kd"), small_teacher(1, 10), small_student(1, 10), split.train, 32)
-    assert 0 < milliseconds < 1000
+def test_times_are_of_the_losses_alone_in_turns() -> None:
+    split, calls = data.digits(), []
+    kd = loss_of(make_method("kd"), small_teacher(1, 10), small_student(1, 10), split.train, 32)
+    losses = {"kd": lambda: (calls.append("kd"), kd()), "slow": lambda: (calls.append("slow"), sleep(0.001))}
+    times = loss_times(losses, rounds=5)
+    assert calls == ["kd", "slow"] * 5
+    assert 0 < times["kd"] < 1000
+    assert 1 <= times["slow"] < 1000

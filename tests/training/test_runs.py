@@ -86,11 +86,11 @@ def test_ctrl_c_and_a_full_disk_end_in_one_line(tmp_path: Path, capsys: pytest.C
     calls: list[int] = []
     measure = loop.measure
 
-    def interrupted(*args: object) -> dict[str, float]:
+    def interrupted(*args: object, **options: object) -> dict[str, float]:
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return measure(*args)
+        return measure(*args, **options)
 
     with mock.patch.object(loop, "measure", interrupted):
         assert run(tmp_path / "a") == 130

@@ -17,6 +17,7 @@ class AMD(Method):
     """Jeon et al. 2023. Layer weights and their reduction are ours, see ``kdkernels.amd_loss``; 0.2 is for "area"."""
 
     stages = "all"
+    maps = True
     scales: ClassVar[dict[str, str]] = {"ce": "1 - kd_weight", "kd": "kd_weight"}
 
     def __init__(

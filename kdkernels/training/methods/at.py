@@ -14,6 +14,7 @@ class AT(Method):
     """Zagoruyko & Komodakis 2017, attention transfer, with the weight of RepDistiller and mdistiller."""
 
     stages = "all"
+    maps = True
 
     def __init__(self, weight: float = 1000.0, p: float = 2.0) -> None:
         super().__init__()

@@ -28,21 +28,25 @@ def check_scheduled(method: Method, option: str, value: float) -> float:
     return value
 
 
+class Outputs(NamedTuple):
+    """What a network made of a batch."""
+
+    logits: Tensor
+    features: Sequence[Tensor]
+
+
 class Batch(NamedTuple):
-    """What the networks see, and its labels: two per image if images were mixed, and the negative's for triplets."""
+    """What the networks see, and its labels: two per image if images were mixed, and the negative's for triplets.
+
+    ``teacher`` is what the teacher makes of it, where that is known.
+    """
 
     images: Tensor
     target: Tensor
     target_mixed: Tensor | None = None
     lam: Tensor | None = None
     target_neg: Tensor | None = None
-
-
-class Outputs(NamedTuple):
-    """What a network made of a batch."""
-
-    logits: Tensor
-    features: Sequence[Tensor]
+    teacher: Outputs | None = None
 
 
 class Method(nn.Module):
@@ -52,6 +56,7 @@ class Method(nn.Module):
     """
 
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
+    maps: ClassVar[bool] = False  # its features must be maps (N, C, H, W)
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
@@ -61,7 +66,7 @@ class Method(nn.Module):
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
     named_layers: bool = False  # the user named the layers; set by Distillation
     built: bool = False  # build() has run; set by Distillation
-    group: dist.ProcessGroup | None = None  # a relational method's batch is that of the whole group
+    group: dist.ProcessGroup | None = None  # rows that are compared, and batch norms of heads, are of the whole group
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...batch_norm import set_group
 from ...corsd_loss import CORSDLoss
 from ..triplets import triplet_labels
 from .base import Batch, Method, Outputs
@@ -16,6 +17,7 @@ class CORSD(Method):
     """Yu et al. 2023, on every stage; there is no other teacher. Batches are triplets, see ``training.triplets``."""
 
     stages = "all"
+    maps = True
     needs_teacher = False
     needs_widths = True
     triplets = True
@@ -35,6 +37,7 @@ class CORSD(Method):
         assert self.loss is not None
         if batch.target_neg is None:  # in evaluation images come one by one
             return {"ce": F.cross_entropy(student.logits, batch.target)}
+        set_group(self.loss, self.group)
         labels = triplet_labels(batch.target, batch.target_neg)
         corsd = self.loss(student.features, batch.target, batch.target_neg, student.logits)
         return {"ce": F.cross_entropy(student.logits, labels), "corsd": corsd}

@@ -11,10 +11,9 @@ from .base import Batch, Method, Outputs
 
 
 class DIST(Method):
-    """Huang et al. 2022, with the authors' weight of 2; they take T = 4 for CIFAR-100.
+    """Huang et al. 2022, with the authors' weight of 2; they take T = 4 for CIFAR-100."""
 
-    Its columns are those of one process and one micro-batch, as in the authors' code.
-    """
+    relational = True
 
     def __init__(self, weight: float = 2.0, temperature: float = 1.0, beta: float = 1.0, gamma: float = 1.0) -> None:
         super().__init__()
@@ -24,5 +23,12 @@ class DIST(Method):
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        dist = dist_loss(student.logits, teacher.logits, temperature=self.temperature, beta=self.beta, gamma=self.gamma)
+        dist = dist_loss(
+            student.logits,
+            teacher.logits,
+            temperature=self.temperature,
+            beta=self.beta,
+            gamma=self.gamma,
+            group=self.group,
+        )
         return {"ce": F.cross_entropy(student.logits, batch.target), "dist": self.weight * dist}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...batch_norm import BatchNorm2d, set_group
 from ...ickd_loss import ickd_loss
 from ...ops.checks import check_weight
 from .base import Batch, Method, Outputs
@@ -14,6 +15,7 @@ class ICKD(Method):
     """Liu et al. 2021. The projection, a 1 x 1 convolution and batch norm, trains with the student and is dropped."""
 
     stages = "last"
+    maps = True
     needs_widths = True
     needs_classes = False
 
@@ -26,12 +28,13 @@ class ICKD(Method):
     def build(self, student: Outputs, teacher: Outputs | None) -> None:
         assert teacher is not None
         own, target = (x.features[0].shape[1] for x in (student, teacher))
-        projection = nn.Sequential(nn.Conv2d(own, target, 1, bias=False), nn.BatchNorm2d(target))
+        projection = nn.Sequential(nn.Conv2d(own, target, 1, bias=False), BatchNorm2d(target))
         self.projection = projection.to(student.logits.device)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
         assert self.projection is not None
+        set_group(self.projection, self.group)
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
             "ickd": self.weight * ickd_loss(self.projection(student.features[0]), teacher.features[0]),

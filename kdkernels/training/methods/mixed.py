@@ -36,7 +36,7 @@ class Mixed(Method):
         # what one of them needs, the mixture needs
         needs: dict[str, object] = {
             name: any(getattr(method, name) for method in methods)
-            for name in ("needs_teacher", "needs_widths", "needs_classes", "relational", "triplets")
+            for name in ("maps", "needs_teacher", "needs_widths", "needs_classes", "relational", "triplets")
         }
         needs["stages"] = max((method.stages for method in methods), key=("none", "last", "all").index)
         for name, value in needs.items():  # class attributes of other methods

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from ...mlkd_loss import MLKDLoss
 from ...ops.checks import check_weight
-from ..layouts import check_layout, pooled
+from ..layouts import Layout, layout_pair, pooled
 from ..views import rotate_views
 from .base import Batch, Method, Outputs
 
@@ -33,7 +32,7 @@ class MLKD(Method):
         supervised_weight: float = 1.0,
         alignment_weight: float = 20.0,
         views: int = 4,
-        layout: str | Sequence[str | None] | None = None,
+        layout: Layout = None,
     ) -> None:
         super().__init__()
         self.weights: dict[str, Any] = {
@@ -43,11 +42,7 @@ class MLKD(Method):
         }
         check_weight("MLKD", **self.weights)
         self.views = views
-        self.layouts = (layout, layout) if layout is None or isinstance(layout, str) else tuple(layout)
-        if len(self.layouts) != 2:
-            raise ValueError(f"MLKD: layout must be one for both networks or a pair, got {layout!r}")
-        for each in self.layouts:
-            check_layout(each, "MLKD")
+        self.layouts = layout_pair(layout, "MLKD")
         self.loss: MLKDLoss | None = None
 
     def set_option(self, option: str, value: float) -> None:

@@ -17,8 +17,10 @@ class MLLD(Method):
     """Jin et al. 2023. ``strong`` makes the strongly augmented images of a batch; the authors' is RandAugment(2, 10).
 
     Both networks see the images and the strong ones as one batch, and the cross entropy is over both. Without
-    ``strong`` there are only the images as they come. The Grams are those of one process and one micro-batch.
+    ``strong`` there are only the images as they come.
     """
+
+    relational = True
 
     def __init__(
         self, ce_weight: float = 0.1, kd_weight: float = 0.9, strong: Callable[[Tensor], Tensor] | None = None
@@ -28,11 +30,17 @@ class MLLD(Method):
         self.ce_weight, self.kd_weight, self.strong = ce_weight, kd_weight, strong
 
     def prepare(self, images: Tensor, target: Tensor, target_neg: Tensor | None = None) -> Batch:
-        return Batch(images if self.strong is None else torch.cat([images, self.strong(images)]), target)
+        if self.strong is None:
+            return Batch(images, target)
+        # side by side, so that micro-batches one after another are one batch of the same order
+        return Batch(torch.stack([images, self.strong(images)], 1).flatten(0, 1), target)
+
+    def own_rows(self, images: int) -> slice:
+        return slice(None, None, 1 if self.strong is None else 2)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        views = [x.logits.split(max(len(batch.target), 1)) for x in (student, teacher)]  # one in evaluation
-        ce = torch.stack([F.cross_entropy(logits, batch.target) for logits in views[0]]).sum()
-        pairs = [logits for pair in zip(*views, strict=True) for logits in pair]
-        return {"ce": self.ce_weight * ce, "mlld": self.kd_weight * mlld_loss(*pairs)}
+        views = max(1, len(student.logits) // max(len(batch.target), 1))  # one in evaluation
+        pairs = [x.logits[view::views] for view in range(views) for x in (student, teacher)]
+        ce = torch.stack([F.cross_entropy(logits, batch.target) for logits in pairs[::2]]).sum()
+        return {"ce": self.ce_weight * ce, "mlld": self.kd_weight * mlld_loss(*pairs, group=self.group)}

@@ -14,6 +14,7 @@ class NST(Method):
     """Huang & Wang 2017, with the polynomial kernel and the weight of RepDistiller and mdistiller."""
 
     stages = "all"
+    maps = True
 
     def __init__(self, weight: float = 50.0) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from ...irg_loss import irg_loss
 from ...ops.checks import check_weight
 from ...pkt_loss import pkt_loss
 from ...rkd_loss import rkd_loss
-from ..layouts import check_layout, pooled
+from ..layouts import Layout, layout_pair, pooled
 from .base import Batch, Method, Outputs
 
 
@@ -25,15 +25,15 @@ class _Relational(Method):
     name: ClassVar[str]
     loss: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, weight: float, layout: str | None) -> None:
+    def __init__(self, weight: float, layout: Layout) -> None:
         super().__init__()
         check_weight(type(self).__name__, weight=weight)
-        check_layout(layout, type(self).__name__)
-        self.weight, self.layout = weight, layout
+        self.weight, self.layouts = weight, layout_pair(layout, type(self).__name__)
 
     def terms(self, student: Outputs, teacher: Outputs | None, batch: Batch) -> dict[str, Tensor]:
         assert teacher is not None
-        s, t = (pooled(x.features[0], self.layout, type(self).__name__) for x in (student, teacher))
+        features = (student.features[0], teacher.features[0])
+        s, t = (pooled(x, axes, type(self).__name__) for x, axes in zip(features, self.layouts, strict=True))
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
             self.name: self.weight * type(self).loss(s, t, group=self.group),
@@ -45,7 +45,7 @@ class RKD(_Relational):
 
     name, loss = "rkd", rkd_loss
 
-    def __init__(self, weight: float = 1.0, layout: str | None = None) -> None:
+    def __init__(self, weight: float = 1.0, layout: Layout = None) -> None:
         super().__init__(weight, layout)
 
 
@@ -54,7 +54,7 @@ class PKT(_Relational):
 
     name, loss = "pkt", pkt_loss
 
-    def __init__(self, weight: float = 30000.0, layout: str | None = None) -> None:
+    def __init__(self, weight: float = 30000.0, layout: Layout = None) -> None:
         super().__init__(weight, layout)
 
 
@@ -63,7 +63,7 @@ class CC(_Relational):
 
     name, loss = "cc", cc_loss
 
-    def __init__(self, weight: float = 100.0, layout: str | None = None) -> None:
+    def __init__(self, weight: float = 100.0, layout: Layout = None) -> None:
         super().__init__(weight, layout)
 
 
@@ -72,5 +72,5 @@ class IRG(_Relational):
 
     name, loss = "irg", irg_loss
 
-    def __init__(self, weight: float = 5.0, layout: str | None = None) -> None:
+    def __init__(self, weight: float = 5.0, layout: Layout = None) -> None:
         super().__init__(weight, layout)
