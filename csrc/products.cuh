@@ -97,8 +97,8 @@ struct Partials {
   int64_t batch, columns, numbers = 0;
   bool large;
   Partials(const Rows* features, int64_t count, int64_t batch, bool fp64) : batch(batch), large(batch > 64 && !fp64) {
-    const int64_t tiles =
-        tiles_of({{nullptr, DType::f32, batch, 0, 0}, {nullptr, DType::f32, batch, 0, 0}, true}, side());
+    const Rows rows{nullptr, DType::f32, batch, 0, 0};
+    const int64_t tiles = tiles_of({rows, rows, true, false}, side());
     int64_t work = 0;
     for (int64_t i = 0; i < count; ++i) work += tiles * features[i].width;
     columns = part_columns(work, (large ? 1 : 2) * kMultiprocessors, 64);

@@ -144,7 +144,7 @@ def of_all_rows(
 
     ``call`` are the loss's name and options in words.
     """
-    if (many := group_of_many(group, call.partition(",")[0])) is None:
+    if group is None or (many := group_of_many(group, call.partition(",")[0])) is None:
         return loss(*rows)
     ranks = meet(many, rows[0].shape[0], f"{call} of {describe(rows)}", rows[0].device)
     return replicate(loss(*(_GatherRows.apply(x, ranks) for x in rows)), ranks)

@@ -90,7 +90,14 @@ def mlkd(job: Job, views: int = VIEWS, embedding: int = EMBEDDING) -> list[Colle
     similarity = Collective("all_reduce", "a 2 V B x 2 V B matrix", pairs * NUMBER)
     matrices = 2 * [Collective("all_reduce", "a (V - 1) B x B matrix", cosines * NUMBER)]
     correlation = _pair(job, student, teacher, rows, matrices)
-    return [*correlation, _agree(), *parts, similarity, labels, _upstream(), *back]
+    norms = [*_batch_norm(16 * teacher), *_batch_norm(student)]
+    return [*norms, *correlation, _agree(), *parts, similarity, labels, _upstream(), *back]
+
+
+def _batch_norm(width: int) -> list[Collective]:
+    """A head's: sums of its rows and how many they are, sums of squares, and the gradients of both."""
+    sums = [Collective("all_reduce", "a head's batch norm", size * NUMBER) for size in (width + 1, width)]
+    return sums * 2
 
 
 LOSSES: dict[str, Callable[[Job], list[Collective]]] = {

@@ -12,7 +12,7 @@ from . import build, faults
 
 pytestmark = pytest.mark.xdist_group("executor")
 
-FEW = ("no barrier behind the loads", "all splits write one product", "a map without a start", "workspace a row short")
+FEW = ("no barrier behind the loads", "all splits write one product", "the first block sums", "workspace a row short")
 
 
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
