@@ -40,7 +40,7 @@ def test_a_step_of_both_processes_is_divided_by_the_tokens_of_both(tmp_path: Pat
     run("language", tmp_path)
     expected = student.state_dict()
     for name in [name for name in expected if name.endswith("c_attn.bias")]:
-        del expected[name]  # a third are keys', which change nothing: Adam makes steps of the rounding in their gradients
+        del expected[name]  # a third are keys', which change nothing: Adam makes steps of their gradients' rounding
     check("language", tmp_path, expected, 1e-3)
 
 
