@@ -28,7 +28,7 @@ test-fast: .venv/installed
 	$(PARALLEL) tests/ops $(addprefix tests/test_,golden.py losses.py errors.py edges.py map_losses.py) \
 	  -k "not compil and not opcheck and not float16"
 
-# each seeded fault must be caught by the checks; two minutes
+# each seeded fault must be caught by the checks; some five minutes the first time
 faults: .venv/installed
 	PYTHONPATH=tests $(BIN)/python -m cuda_on_cpu.faults
 

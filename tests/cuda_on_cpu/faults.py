@@ -162,7 +162,6 @@ FAULTS = [
     Fault("parts one before", "sp_loss.cuh", "to + s * n * pitch", "to + (s - 1) * n * pitch", "sp"),
     Fault("no barrier behind the slices of parts", "sp_loss.cuh", "of_slice[threadIdx.x] = sum;\n    __syncthreads();", "of_slice[threadIdx.x] = sum;", "sp"),
     Fault("arrival without a fence", "sp_loss.cuh", _ARRIVAL, _ARRIVAL.removeprefix("__threadfence();\n  "), "sp"),
-    Fault("arrival before the rest of the block", "sp_loss.cuh", _ARRIVAL, _ARRIVAL.replace("__syncthreads();", ""), "sp"),
     Fault("groups that have not arrived", "sp_loss.cuh", "if (!own && !(arrived >> (j / group) & 1)) continue;", "", "sp"),
     Fault("every launch has the first layers", "sp_loss.cuh", "layer = c.first_layer + item", "layer = item", "sp of two launches"),
     Fault("no room for the losses", "gram.cu", "return 8 * words + numbers", "return numbers", "sp"),
