@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,17 @@ def test_counts_do_not_grow(counts: dict[str, Most], label: str) -> None:
     assert found.launches <= most.launches
     assert found.traffic <= most.traffic
     assert found.requests <= most.requests
+
+
+def test_the_table_of_the_docs_is_the_reports() -> None:
+    counted = {}
+    for line in (ROOT / "benchmarks" / "results" / "counted-sm90.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) > 8 and cells[2] in ("native", "triton"):
+            counted[cells[1], cells[2]] = cells[6]
+    page = (ROOT / "docs" / "backends.md").read_text()
+    rows = re.findall(r"^\| ([a-z].*) \| \d+ \| \d+ \| (\d+) \| (\d+) \|$", page, re.M)
+    assert len(rows) == 12
+    for label, *found in rows:
+        case = label.replace(" bf16", " bfloat16") if " bf16" in label else f"{label} float32"
+        assert found == [f"{float(counted[case, backend]):.0f}" for backend in ("native", "triton")], label
