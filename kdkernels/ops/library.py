@@ -219,10 +219,20 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} has no second derivative: take gradients without create_graph=True")
 
 
-def keeps_graph() -> bool:
+def _keeps_graph() -> bool:
     """Whether the running backward pass keeps what is saved, for another pass. No public name of PyTorch tells."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
+
+
+def may_hand_on(factor: Tensor) -> bool:
+    """Whether the upstream gradient is seen to be 1 (a GPU's host would wait for it) in the only backward pass."""
+    if torch.compiler.is_compiling() or type(factor) is not Tensor or not factor.is_cpu or _keeps_graph():
+        return False
+    try:
+        return factor.item() == 1
+    except RuntimeError:  # a batch of upstream gradients, or a tracer's
+        return False
 
 
 def _several(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks import compute_dtype, grad_like
 from ..energy.op import of_layers_and_samples, sample_factors
-from ..library import Differentiable, build, register
+from ..library import Differentiable, build, may_hand_on, register
 
 UNIT_EPS = 1e-12  # of norms of rows
 KINDS = ("nst", "ickd", "fsp")
@@ -92,6 +92,15 @@ _backward_op = register(
     _backward,
     lambda grad, unscaled, student, layers, reduction: [grad_like(s) for s in student],
 )
+
+
+def _gradients(grad: Tensor, unscaled: Tensor, student: list[Tensor], layers: int, reduction: str) -> list[Tensor]:
+    """What the forward pass has made, as it is where nothing is left to be done to it."""
+    if may_hand_on(grad) and all(s.dtype == unscaled.dtype and s.is_contiguous() for s in student):
+        return [g.view(s.shape) for s, g in zip(student, unscaled.split([s.numel() for s in student]), strict=True)]
+    return _backward_op(grad, unscaled, student, layers, reduction)
+
+
 _distance_op = Differentiable(
     "channel_distance",
     GramPairs,
@@ -99,7 +108,7 @@ _distance_op = Differentiable(
     _forward,
     _fake,
     keep=lambda args: (args[0], len(args[2]), args[4]),
-    backward=_backward_op,
+    backward=_gradients,
 )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import Differentiable, build, keeps_graph, refuse_second_derivative, register, schema
+from ..library import Differentiable, build, may_hand_on, refuse_second_derivative, register, schema
 from . import chunks
 from .columns import Columns
 from .record import LinearKD
@@ -53,16 +53,6 @@ def _dtypes(x: LinearKD) -> list[torch.dtype | None]:
     return [None if i is None else i.dtype for i in x.inputs]
 
 
-def _may_hand_on(factor: Tensor) -> bool:
-    """Whether the upstream gradient is seen to be 1 (a GPU's host would wait for it) in the only backward pass."""
-    if torch.compiler.is_compiling() or type(factor) is not Tensor or not factor.is_cpu or keeps_graph():
-        return False
-    try:
-        return factor.item() == 1
-    except RuntimeError:  # a batch of upstream gradients, or a tracer's
-        return False
-
-
 def _scaled(
     gradients: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> tuple[Tensor | None, ...]:
@@ -70,7 +60,7 @@ def _scaled(
 
     A loss is mostly the last thing before ``backward()``; then a CPU is spared a pass over as much as the weights.
     """
-    if not _may_hand_on(factor):
+    if not may_hand_on(factor):
         gradients = [g if d is None else g * factor for g, d in zip(gradients, dtypes, strict=True)]
     return tuple(None if d is None else g.to(d) for g, d in zip(gradients, dtypes, strict=True))
 
