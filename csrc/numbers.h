@@ -104,6 +104,13 @@ inline Exponentials<float> unit_exp(float x) {
 }
 inline Exponentials<double> unit_exp(double x) { return {std::exp(x), std::expm1(x)}; }
 
+// exp(x) - 1 of x <= 0, and -1 of NaN
+inline float unit_expm1(float x) {
+  const ReducedExp e = reduced_exp(x > -87.0f ? x : -87.0f);
+  return KD_FMA(e.p, e.power, e.power - 1.0f);
+}
+inline double unit_expm1(double x) { return x > -700 ? std::expm1(x) : -1; }
+
 inline double unit_log1p(double y) { return std::log1p(y); }
 
 // log(1 + y) for y in [0, 1] to 1 ulp or so, as 2 atanh of (1 + y - a) / (1 + y + a) with a = 1, or 2 above sqrt 2
