@@ -18,7 +18,8 @@ struct Parted {
 template <typename T>
 KD_BOTH inline Parted<T> parted(T log_s, T log_t, T d) {
   const T larger = fast_exp(max(log_s, log_t)), lost = larger * unit_expm1(-std::fabs(d));
-  return {d > 0 ? lost : -lost, d > 0 ? larger + lost : larger};
+  const T teacher = d > 0 ? T(1) : T(0);  // has the larger one; a branch would not be vectorised
+  return {lost * (2 * teacher - 1), larger + lost * teacher};
 }
 
 // What a row's gradient is made of, upstream gradient included. With q of both networks at a class, times the
