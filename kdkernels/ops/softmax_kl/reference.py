@@ -128,7 +128,8 @@ def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool
     labels = read_labels(x.labels, x.student.shape[1], dtype)
     saved = list(stats[:, :, None].unbind(0))
 
-    s = x.student.sub_(saved[0]) if in_place and x.student.dtype == dtype else x.student - saved[0]
+    overwrite = in_place and x.student.dtype == dtype and not x.terms.decoupled  # which reads the logits again
+    s = x.student.sub_(saved[0]) if overwrite else x.student - saved[0]
     result = _ce_gradient(s, saved[2], x, labels) if x.terms.ce else None
     if x.terms.soft:
         soft = _soft_gradient_of_logits(s, saved, x, labels)
