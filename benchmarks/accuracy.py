@@ -1,7 +1,15 @@
-"""How far losses and gradients are from their definitions in fp64: ``python -m benchmarks.accuracy``."""
+"""How far losses and gradients are from their definitions in fp64: ``python -m benchmarks.accuracy`` writes the tables
+of docs/numbers.md.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -10,6 +18,7 @@ from torch import Tensor
 import kdkernels
 
 from .accuracy_cases import AccuracyCase, cases, inputs, logit_cases
+from .accuracy_tables import PAGE, write
 from .definitions import by_definition
 
 UPSTREAM = 1.7
@@ -64,27 +73,63 @@ def conditioning(case: AccuracyCase, student: list[Tensor], teacher: list[Tensor
     return Off(*(max(c[i] for c in changes) for i in range(2)))
 
 
-if __name__ == "__main__":
-    import sys
+class State(NamedTuple):
+    """How a student lies to its teacher."""
 
+    title: str
+    noise: float | None = None  # relative, of a student that is its teacher plus noise
+    temperature: float | None = None  # None: the losses' usual ones
+    dtype: torch.dtype = torch.float32
+
+    def cases(self) -> list[AccuracyCase]:
+        return cases() if self.temperature is None else logit_cases(self.temperature)
+
+
+STATES = [
+    State("Student and teacher independent"),
+    *(State(f"Noise of {noise:g}", noise) for noise in (1e-1, 1e-2, 1e-3, 1e-4)),
+    *(State(f"T = {t}, independent", None, float(t)) for t in (20, 1000)),
+    *(State(f"T = {t}, noise of 0.01", 0.01, float(t)) for t in (20, 1000)),
+    State("bfloat16", dtype=torch.bfloat16),
+    State("float16", dtype=torch.float16),
+]
+ONE_ULP = "one ulp"
+Errors = dict[str, Off]  # by backend, and of one ulp of the inputs
+
+
+def measure(case: AccuracyCase, state: State, backends: Sequence[str], ulp: bool = True) -> Errors:
+    student, teacher = inputs(case, state.noise, state.dtype)
+    expected = truth(case, student, teacher)
+    found = {ONE_ULP: conditioning(case, student, teacher, expected)} if ulp else {}
+    for name in backends:
+        with kdkernels.use_backend(name), suppress(kdkernels.BackendError):  # which has no kernels for that op
+            found[name] = off(step(case, student, teacher, state.dtype), expected, state.dtype)
+    return found
+
+
+def measure_all(backends: Sequence[str], ulp: bool) -> dict[str, dict[str, Errors]]:
     torch.set_num_threads(1)
-    backend_names = sys.argv[1].split(",")
-    wanted = sys.argv[2] if len(sys.argv) > 2 else ""
-    for title, kind in (("usual", cases()), ("T=20", logit_cases(20.0)), ("T=1000", logit_cases(1000.0))):
-        for case in kind:
-            if wanted not in case.name:
-                continue
-            for noise in (None, 1e-1, 1e-2, 1e-3, 1e-4):
-                s, t = inputs(case, noise)
-                expected = truth(case, s, t)
-                c = conditioning(case, s, t, expected)
-                line = f"{title:7s}{case.name:26s}{noise!s:8s} one ulp {c.loss:8.1e} {c.gradient:8.1e}"
-                for b in backend_names:
-                    with kdkernels.use_backend(b):
-                        try:
-                            e = off(step(case, s, t, torch.float32), expected)
-                        except kdkernels.BackendError:
-                            continue
-                    flag = "".join("!" if x > 1e-5 and x > 2 * y else "." for x, y in zip(e, c))
-                    line += f"   {b} {e.loss:8.1e} {e.gradient:8.1e} {flag}"
-                print(line)
+    return {s.title: {case.name: measure(case, s, backends, ulp) for case in s.cases()} for s in STATES}
+
+
+def interpreted() -> dict[str, dict[str, dict[str, list[float]]]]:
+    """What Triton's interpreter finds, which has to be chosen before the kernels are imported."""
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--interpreted"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--interpreted"]:
+        print(json.dumps(measure_all(["triton"], ulp=False)))
+        return
+    found = measure_all(["native", "reference"], ulp=True)
+    for title, losses in interpreted().items():
+        for name, errors in losses.items():
+            found[title][name].update({backend: Off(*e) for backend, e in errors.items()})
+    write(PAGE, found)
+
+
+if __name__ == "__main__":
+    main()
