@@ -157,6 +157,7 @@ def test_sp_of_tiny_bfloat16_features() -> None:
     assert gradient.abs().sum(1).min() > 0
 
 
+@pytest.mark.skipif(CUDA_ON_CPU, reason="only some ops have CUDA kernels")
 def test_mixed_dtypes_of_an_empty_batch() -> None:
     for loss in (
         kd.kd_loss,
