@@ -202,6 +202,8 @@ def test_the_tables_are_upper_bounds(state: object) -> None:
     for case in cases():
         assert case.name in tables[state.title]
         if case.name in QUICK:
+            table = tables[state.title][case.name]
             for column, errors in measure(case, state, backends, ulp=False).items():
-                assert column != ONE_ULP
-                assert all(e <= b for e, b in zip(errors, tables[state.title][case.name][column], strict=True)), case
+                for error, bound, ulp in zip(errors, table[column], table[ONE_ULP], strict=True):
+                    # another order of summing may be off by as much as the inputs, where this one happened not to be
+                    assert error <= max(bound, ulp), (case.name, column)

@@ -78,7 +78,8 @@ def soft_gradient(x, y, s, t, of_s, of_t, saved, cols, target, HAS: tl.constexpr
             result += x.inverse_t * (_decoupled(x, y, s, t, of_s, of_t, saved, cols, target, HAS) + shown)
     elif HAS.kl:
         h = _slope(x, d, HAS.divergence)
-        result += (x.terms.kl * x.inverse_t) * weighted(tl.exp(over_s), h - saved.slope[:, None])
+        by_slope = weighted(tl.exp(over_s), h - saved.slope[:, None])
+        result += (x.terms.kl * x.inverse_t) * (by_slope + shown)
     return result
 
 
