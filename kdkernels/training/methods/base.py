@@ -96,6 +96,11 @@ class Method(nn.Module):
         weights = [name for name in options if name == "weight"] or [n for n in options if n.endswith("_weight")]
         return f"{self.scales.get(term, ', '.join(weights) or 'weight')}= of {type(self).__name__}"
 
+    @property
+    def fixed_views(self) -> int:
+        """How many images ``prepare`` makes of each, the same ones each time; 0 where it draws or mixes them."""
+        return int(type(self).prepare is Method.prepare and not self.triplets)
+
     def own_rows(self, images: int) -> slice:
         """Which of the rows that ``prepare`` made are the images as they came; a mixture's other methods see them."""
         return slice(images)

@@ -43,6 +43,10 @@ class Mixed(Method):
             setattr(self, name, value)
 
     @property
+    def fixed_views(self) -> int:
+        return self.parts[0].fixed_views
+
+    @property
     def parts(self) -> list[Method]:
         return [method for method in self.methods if isinstance(method, Method)]
 

@@ -59,6 +59,10 @@ class MLKD(Method):
         s, t = self._pooled(student, teacher)
         return [s.shape[1]], [t.shape[1]]
 
+    @property
+    def fixed_views(self) -> int:
+        return self.views
+
     def own_rows(self, images: int) -> slice:
         return slice(None, None, self.views)
 
