@@ -1,8 +1,8 @@
 """A teacher's outputs for fixed images, written once, read in every epoch and by every later run.
 
 DIR/teacher.json              what the shards are of: rows, layers, shapes, precision, the teacher's weights
-DIR/shard-00000.safetensors   logits, features.0 .. as the teacher returned them, (rows, ...), or (rows, views, ...) where
-                              the method makes so many of each image; the images' hashes
+DIR/shard-00000.safetensors   logits, features.0 .. (rows, ...) as the teacher returned them, and the images' hashes;
+                              (rows, views, ...) where the method makes so many of each image
 """
 
 from __future__ import annotations
