@@ -57,6 +57,7 @@ class Method(nn.Module):
 
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
     maps: ClassVar[bool] = False  # its features must be maps (N, C, H, W)
+    most_layers: ClassVar[int | None] = None  # of a transformer's, evenly spread, where none are named
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer

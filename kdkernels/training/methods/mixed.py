@@ -39,6 +39,7 @@ class Mixed(Method):
             for name in ("maps", "needs_teacher", "needs_widths", "needs_classes", "relational", "triplets")
         }
         needs["stages"] = max((method.stages for method in methods), key=("none", "last", "all").index)
+        needs["most_layers"] = min((method.most_layers for method in methods if method.most_layers), default=None)
         for name, value in needs.items():  # class attributes of other methods
             setattr(self, name, value)
 
