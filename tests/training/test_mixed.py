@@ -147,6 +147,23 @@ def test_weights_follow_their_schedule() -> None:
     assert mlkd.loss.options["alignment_weight"] == 0.5
 
 
+def test_mlkd_warms_up() -> None:
+    x, y = images(12)
+    loader = DataLoader(TensorDataset(x.cpu(), y.cpu()), 6)  # both batches in each of 5 epochs
+    runs = {}
+    for warmup in (0.4, 0.0):
+        torch.manual_seed(0)
+        mlkd = make_method("mlkd", warmup=warmup)
+        module = Distillation(network(6, 7, 8), network(), [mlkd, "kd"])
+        assert module(x, y).terms["mlkd"] > 1  # nobody has said that a training begins
+        runs[warmup] = [row["mlkd"] for row in fit(module, loader, epochs=5, lr=1e-9, progress=False)]
+        assert mlkd.grown == 1
+    grown = [now / whole for now, whole in zip(runs[0.4], runs[0.0], strict=True)]
+    assert grown == pytest.approx([0.125, 0.625, 1, 1, 1], rel=0.05)  # of two batches 0 and 1/4, 2/4 and 3/4
+    with pytest.raises(ValueError, match=r"MLKD: warmup must be in \[0, 1\], got 2"):
+        make_method("mlkd", warmup=2)
+
+
 def test_the_option_behind_a_term_of_a_mixture() -> None:
     method = make_method("kd+sp+mlkd")
     assert method.scaled_by("sp") == "weight= of SP"

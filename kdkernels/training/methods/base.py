@@ -69,12 +69,16 @@ class Method(nn.Module):
     built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # rows that are compared, and batch norms of heads, are of the whole group
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: float = 0.0) -> None:
+        """``warmup`` is the share of the training in which the method's own terms grow to their weights."""
         super().__init__()
+        check_share(f"{type(self).__name__}: warmup", warmup)
         self.schedules: dict[str, Schedule] = {}
+        self.warmup, self.grown = warmup, 1.0  # whole, unless somebody says how far the training is
 
     def schedule(self, share: float) -> None:
         """Set the options that are schedules to their values after that share of the training."""
+        self.grown = min(1.0, share / self.warmup) if self.warmup else 1.0
         for option, value in self.schedules.items():
             self.set_option(option, check_scheduled(self, option, value(share)))
 

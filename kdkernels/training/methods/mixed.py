@@ -22,7 +22,7 @@ class Mixed(Method):
     """
 
     def __init__(self, methods: Sequence[Method]) -> None:
-        super().__init__()
+        super().__init__(max((method.warmup for method in methods), default=0.0))
         changing = [method for method in methods if _changes(method)]
         if not methods:
             raise ValueError("a mixture needs at least one method, got none")

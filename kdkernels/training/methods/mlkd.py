@@ -33,8 +33,9 @@ class MLKD(Method):
         alignment_weight: float = 20.0,
         views: int = 4,
         layout: Layout = None,
+        warmup: float = 0.2,
     ) -> None:
-        super().__init__()
+        super().__init__(warmup)
         self.weights: dict[str, Any] = {
             "correlation_weight": correlation_weight,
             "supervised_weight": supervised_weight,
@@ -78,7 +79,7 @@ class MLKD(Method):
             self.loss.group = self.group
             dtype = next(self.loss.parameters()).dtype  # the networks may be in two dtypes
             s, t = (x.to(dtype) for x in self._pooled(student, teacher))
-            terms["mlkd"] = self.loss(s, t, batch.target)
+            terms["mlkd"] = self.grown * self.loss(s, t, batch.target)
         return terms
 
     def _pooled(self, student: Outputs, teacher: Outputs | None) -> tuple[Tensor, Tensor]:
