@@ -12,14 +12,17 @@ from .base import Batch, Method, Outputs
 
 
 class ICKD(Method):
-    """Liu et al. 2021. The projection, a 1 x 1 convolution and batch norm, trains with the student and is dropped."""
+    """Liu et al. 2021. The projection, a 1 x 1 convolution and batch norm, trains with the student and is dropped.
+
+    The authors' weight is 2.5.
+    """
 
     stages = "last"
     maps = True
     needs_widths = True
     needs_classes = False
 
-    def __init__(self, weight: float = 2.5) -> None:
+    def __init__(self, weight: float = 0.05) -> None:
         super().__init__()
         check_weight("ICKD", weight=weight)
         self.weight = weight

@@ -41,36 +41,36 @@ class _Relational(Method):
 
 
 class RKD(_Relational):
-    """Park et al. 2019, with the distances' weight 25 and the angles' 50 inside the loss."""
+    """Park et al. 2019, with the distances' weight 25 and the angles' 50 inside the loss, whose usual weight is 1."""
 
     name, loss = "rkd", rkd_loss
+
+    def __init__(self, weight: float = 0.1, layout: Layout = None) -> None:
+        super().__init__(weight, layout)
+
+
+class PKT(_Relational):
+    """Passalis & Tefas 2018. RepDistiller's weight, for CIFAR, is 30000."""
+
+    name, loss = "pkt", pkt_loss
+
+    def __init__(self, weight: float = 3000.0, layout: Layout = None) -> None:
+        super().__init__(weight, layout)
+
+
+class CC(_Relational):
+    """Peng et al. 2019. KD-Zoo's weight, for CIFAR, is 100."""
+
+    name, loss = "cc", cc_loss
 
     def __init__(self, weight: float = 1.0, layout: Layout = None) -> None:
         super().__init__(weight, layout)
 
 
-class PKT(_Relational):
-    """Passalis & Tefas 2018, with RepDistiller's weight."""
-
-    name, loss = "pkt", pkt_loss
-
-    def __init__(self, weight: float = 30000.0, layout: Layout = None) -> None:
-        super().__init__(weight, layout)
-
-
-class CC(_Relational):
-    """Peng et al. 2019, with KD-Zoo's weight."""
-
-    name, loss = "cc", cc_loss
-
-    def __init__(self, weight: float = 100.0, layout: Layout = None) -> None:
-        super().__init__(weight, layout)
-
-
 class IRG(_Relational):
-    """The edges of Liu et al. 2019, with KD-Zoo's weight of them."""
+    """The edges of Liu et al. 2019. KD-Zoo's weight of them, for CIFAR, is 5."""
 
     name, loss = "irg", irg_loss
 
-    def __init__(self, weight: float = 5.0, layout: Layout = None) -> None:
+    def __init__(self, weight: float = 0.05, layout: Layout = None) -> None:
         super().__init__(weight, layout)
