@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from ...at_loss import at_loss
 from ...ops.checks import check_weight
-from .base import Batch, Method, Outputs
+from .base import WARMUP, Batch, Method, Outputs
 
 
 class AT(Method):
@@ -16,8 +16,8 @@ class AT(Method):
     stages = "all"
     maps = True
 
-    def __init__(self, weight: float = 10.0, p: float = 2.0) -> None:
-        super().__init__()
+    def __init__(self, weight: float = 10.0, p: float = 2.0, warmup: float = WARMUP) -> None:
+        super().__init__(warmup)
         check_weight("AT", weight=weight)
         self.weight, self.p = weight, p
 
@@ -25,5 +25,5 @@ class AT(Method):
         assert teacher is not None
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
-            "at": self.weight * at_loss(student.features, teacher.features, p=self.p),
+            "at": self.weighted(at_loss(student.features, teacher.features, p=self.p)),
         }

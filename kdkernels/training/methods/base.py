@@ -20,6 +20,7 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+WARMUP = 0.2  # of methods that compare features: at full weight, their first gradients exceed cross entropy's by far
 Schedule = Callable[[float], float]  # the share of the training that is done, 0 to 1, to a weight
 
 
@@ -65,6 +66,7 @@ class Method(nn.Module):
     scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not one called weight
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    weight: float = 1.0  # of its own term, where it has one weight
     named_layers: bool = False  # the user named the layers; set by Distillation
     built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # rows that are compared, and batch norms of heads, are of the whole group
@@ -81,6 +83,10 @@ class Method(nn.Module):
         self.grown = min(1.0, share / self.warmup) if self.warmup else 1.0
         for option, value in self.schedules.items():
             self.set_option(option, check_scheduled(self, option, value(share)))
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """The method's own term, at its weight of this step."""
+        return self.grown * self.weight * loss
 
     def set_option(self, option: str, value: float) -> None:
         """Change a weight; a method that keeps its weights elsewhere than in attributes overrides this."""

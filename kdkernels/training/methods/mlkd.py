@@ -11,7 +11,7 @@ from ...mlkd_loss import MLKDLoss
 from ...ops.checks import check_weight
 from ..layouts import Layout, layout_pair, pooled
 from ..views import rotate_views
-from .base import Batch, Method, Outputs
+from .base import WARMUP, Batch, Method, Outputs
 
 
 class MLKD(Method):
@@ -33,7 +33,7 @@ class MLKD(Method):
         alignment_weight: float = 20.0,
         views: int = 4,
         layout: Layout = None,
-        warmup: float = 0.2,
+        warmup: float = WARMUP,
     ) -> None:
         super().__init__(warmup)
         self.weights: dict[str, Any] = {
