@@ -12,17 +12,14 @@ from .base import WARMUP, Batch, Method, Outputs
 
 
 class ICKD(Method):
-    """Liu et al. 2021. The projection, a 1 x 1 convolution and batch norm, trains with the student and is dropped.
-
-    The authors' weight is 2.5.
-    """
+    """Liu et al. 2021. The projection, a 1 x 1 convolution and batch norm, trains with the student and is dropped."""
 
     stages = "last"
     maps = True
     needs_widths = True
     needs_classes = False
 
-    def __init__(self, weight: float = 0.05, warmup: float = WARMUP) -> None:
+    def __init__(self, weight: float = 2.5, warmup: float = WARMUP) -> None:
         super().__init__(warmup)
         check_weight("ICKD", weight=weight)
         self.weight = weight
