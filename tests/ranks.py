@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import start_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -313,7 +313,7 @@ def work(rank: int, size: int, folder: str, jobs: list[str]) -> None:
 
 def launch(size: int, folder: Path, *jobs: str) -> dict[str, list[dict[str, Any]]]:
     start = time.monotonic()
-    context = mp.start_processes(work, (size, str(folder), list(jobs)), size, join=False, start_method="spawn")
+    context = start_ranks(work, (size, str(folder), list(jobs)), size, join=False)
     while not context.join(timeout=5):
         if time.monotonic() - start > 2 * TIMEOUT.total_seconds():
             for process in context.processes:
