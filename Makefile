@@ -20,7 +20,7 @@ OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.p
 
 test: .venv/installed
 	$(PARALLEL)
-	TRITON_INTERPRET=1 $(PARALLEL) tests/ops tests/test_golden.py
+	TRITON_INTERPRET=1 $(PARALLEL) $(OPS) tests/ops/test_triton.py
 	KDKERNELS_TEST_CUDA=plain $(PARALLEL) $(OPS) tests/test_losses.py
 	KDKERNELS_TEST_CUDA=checked $(PARALLEL) $(OPS) -k "not compiled and not many_columns"
 
