@@ -29,6 +29,7 @@ def _environment(run: Path) -> dict[str, str]:
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # there are as many workers of pytest as cores
         "OMP_WAIT_POLICY": "PASSIVE",  # and their threads must not spin
         "HF_HUB_OFFLINE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(run / "hypothesis"),
     }
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler and compiler != str(ROOT / "tests" / "compiler"):
