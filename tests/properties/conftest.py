@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 CASES = int(os.environ.get("KDKERNELS_PROPERTIES", "0"))
 settings.register_profile(
     "kdkernels",
-    max_examples=CASES or 5,
+    max_examples=CASES or 3,
     derandomize=not CASES,
     deadline=None,  # a busy machine is no fault
     database=None,

@@ -91,7 +91,17 @@ def rkd(draw: Draw) -> Case:
         options = {"distance_weight": weights[0], "angle_weight": weights[1], "squared": squared}
         return kdkernels.rkd_loss(s, t, reduction=reduction, **options)
 
-    return Case(loss, [student], [teacher], overflow=leaves_float32(1, student, teacher), own=sum(weights))
+    overflow, natural = leaves_float32(1, student, teacher), over_distances(student, compute_dtype(student, teacher))
+    return Case(loss, [student], [teacher], overflow=overflow, natural=sum(weights) * natural, own=sum(weights))
+
+
+def over_distances(student: Tensor, dtype: torch.dtype) -> float:
+    """An angle's gradient is over the distance of two rows; whatever the dtype, distances are in fp64."""
+    x = student.double().flatten(1)
+    distances = (x[:, None] - x[None]).norm(dim=2)
+    found = distances[distances > 0]
+    nearest = max(found.min().item(), 1e-12) if found.numel() else 1.0
+    return len(x) / nearest * torch.finfo(torch.float64).eps / torch.finfo(dtype).eps
 
 
 def irg(draw: Draw) -> Case:
