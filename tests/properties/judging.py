@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from checking import DEVICE, TOLERANCES, backends_under_test, by_definition, rounding
+from hypothesis import settings
 from torch import Tensor
 
 import kdkernels
@@ -30,6 +31,7 @@ DIRECTIONS = 6  # of perturbation, each a random sign per number
 FLOOR = 1e-30  # absolute: products of numbers below it are not in fp32
 UPSTREAM = 3.7  # no gradient is multiplied by 1, nor all of them by one number
 
+MORE = settings(max_examples=4 * settings().max_examples)  # than an invariant, which asks of fewer inputs
 Loss = Callable[..., Tensor]
 Draw = Callable[..., Any]
 

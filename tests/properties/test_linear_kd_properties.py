@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from checking import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
-from judging import Case, Draw, Family, check, on_backends
+from judging import MORE, Case, Draw, Family, check, on_backends
 from strategies import fractions, labels, pairs, reductions, seeds, small, temperatures
 from torch import Tensor
 
@@ -113,6 +113,7 @@ FAMILIES = {
 
 
 @on_backends(FAMILIES)
+@MORE
 @given(data=st.data())
 def test_it_is_its_definition(family: Family, backend: str, data: st.DataObject) -> None:
     check(data.draw, family, backend)

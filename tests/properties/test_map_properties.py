@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judging import Case, Draw, Family, check, leaves_float32, on_backends
+from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
 from strategies import SLOW, pairs, reductions
 from torch import Tensor
 
@@ -154,6 +154,7 @@ FAMILIES = {
 
 
 @on_backends(FAMILIES)
+@MORE
 @given(data=st.data())
 def test_it_is_its_definition(family: Family, backend: str, data: st.DataObject) -> None:
     check(data.draw, family, backend)

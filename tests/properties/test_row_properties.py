@@ -6,7 +6,7 @@ import torch
 from checking import by_definition
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from judging import Case, Draw, Family, check, leaves_float32, on_backends
+from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
 from strategies import labels, pairs, reductions, sizes, temperatures
 from torch import Tensor
 
@@ -266,6 +266,7 @@ FAMILIES = {
 
 
 @on_backends(FAMILIES)
+@MORE
 @given(data=st.data())
 def test_it_is_its_definition(family: Family, backend: str, data: st.DataObject) -> None:
     check(data.draw, family, backend)
