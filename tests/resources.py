@@ -15,7 +15,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -112,20 +111,19 @@ def linear(s: Tensor, t: Tensor) -> Tensor:
     return linear_kd_loss(Head(s, leaf(32000, 64)), Head(t, torch.randn(32000, 64)), chunk=256)
 
 
-PEAKS: dict[str, tuple[tuple[int, ...], Loss]] = (
-    {name: ((N, C), loss) for name, loss in LOGITS.items()}
-    | {name: ((B, D), loss) for name, loss in FEATURES.items()}
-    | {name: (MAP, loss) for name, loss in MAPS.items()}
-    | {"corsd_loss": ((N, C), corsd), "linear_kd_loss": ((4096, 64), linear)}
+# of each loss the shape of student and teacher, and the sizes by the letters of its page
+PEAKS: dict[str, tuple[tuple[int, ...], dict[str, int], Loss]] = (
+    {name: ((N, C), {"N": N, "C": C}, loss) for name, loss in LOGITS.items()}
+    | {name: ((B, D), {"B": B, "D": D}, loss) for name, loss in FEATURES.items()}
+    | {name: (MAP, dict(zip("BCHW", MAP, strict=True)), loss) for name, loss in MAPS.items()}
+    | {"corsd_loss": ((N, C), {"L": 4, "B": N // 4, "K": C}, corsd)}
+    | {"linear_kd_loss": ((4096, 64), {"N": 4096, "D": 64, "V": 32000, "chunk": 256}, linear)}
 )
 
 
 def peak(name: str) -> None:
-    shape, loss = PEAKS[name]
-    small: Any = (8, *shape[1:]) if name not in ("corsd_loss", "stkd_loss", "nkd_loss") else shape
-    if name in ("supervised_contrastive_loss", "mlkd_loss"):
-        small = shape
-    loss(leaf(*small), torch.randn(*small)).backward()  # threads, libraries and code are there
+    shape, _, loss = PEAKS[name]
+    loss(leaf(*shape), torch.randn(*shape)).backward()  # threads, libraries and code are there
     student, teacher = leaf(*shape), torch.randn(*shape)
     before = held()[0]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
