@@ -1,6 +1,7 @@
 # make demo    distil a student on real images, print a table, draw a picture
 # make test    everything that CI checks but the linters;  make lint: the linters
 # make test-fast    what an edit is likely to break, in about a minute
+# make harden    20,000 random cases, 10,000 steps of every loss
 # make docs    the documentation, into site/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 # tests with the same xdist_group share a worker, all others go to whichever is free
 PARALLEL := $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: demo test test-fast faults killed lint docs bench wheel clean
+.PHONY: demo test test-fast harden faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
@@ -27,6 +28,14 @@ test: .venv/installed
 test-fast: .venv/installed
 	$(PARALLEL) tests/ops $(addprefix tests/test_,golden.py losses.py errors.py edges.py map_losses.py) \
 	  -k "not compil and not opcheck and not float16"
+
+# what random inputs, many steps and large ones find: docs/development.md has the number of cases and how long it takes
+DEFINITIONS := $(wildcard tests/properties/test_*_properties.py)
+harden: .venv/installed
+	KDKERNELS_PROPERTIES=52 $(PARALLEL) tests/properties --hypothesis-seed=16
+	KDKERNELS_TEST_CUDA=plain KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=17
+	TRITON_INTERPRET=1 KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=18
+	KDKERNELS_STEPS=10000 $(PARALLEL) tests/test_resources.py
 
 # each seeded fault must be caught by the checks; some five minutes the first time
 faults: .venv/installed
