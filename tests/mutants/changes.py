@@ -47,9 +47,7 @@ def mutants(path: Path) -> list[Mutant]:
         old_line, new_line = text[first:last].strip(), (text[first:begin] + new + text[end:last]).strip()
         old_line, new_line = (re.sub(r"\s+", " ", line) for line in (old_line, new_line))
         name = str(path.relative_to(ROOT))
-        found.append(
-            Mutant(name, old_line, new_line, seen[old_line, new_line], f"{text[:begin]}{new}{text[end:]}")
-        )
+        found.append(Mutant(name, old_line, new_line, seen[old_line, new_line], f"{text[:begin]}{new}{text[end:]}"))
         seen[old_line, new_line] += 1
     return found
 
@@ -90,7 +88,9 @@ _EXTREME = re.compile(r"(?<![\w:.])(?:min|max)(?=\(|<int64_t>\()")
 _CONDITION = re.compile(r"(?<![\w])if \((?=[^\n]*\)[^\n]*[;{]$)", re.M)
 # a line that is one statement: an assignment to something that is there, or a call
 _STATEMENT = re.compile(r"^ +((?:[\w:.\[\]+* ]|->)+? [-+*/]?= [^\n;{}]*;|[\w:.]+\([^\n;{}]*\);|\+\+\w+;)$", re.M)
-_DECLARED = re.compile(r"(?:const|constexpr|static|using|typedef|return|auto|int|int64_t|uint32_t|float|double|bool|T|V) ")
+_DECLARED = re.compile(
+    r"(?:const|constexpr|static|using|typedef|return|auto|int|int64_t|uint32_t|float|double|bool|T|V) "
+)
 _TEMPLATE = re.compile(r"template <[^\n]*>|operator\S+|static_assert[^\n]*|case [^\n]*:")
 
 
@@ -181,13 +181,14 @@ def _of_node(node: ast.AST, at: _Places) -> Iterator[Edit]:
         yield Edit(at.begin(node), at.begin(node) + (4 if isinstance(node.op, ast.Not) else 1), "")
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
         old = at.text[at.begin(node) : at.end(node)]
-        yield Edit(at.begin(node), at.end(node), str(not node.value) if isinstance(node.value, bool) else _constant(old))
+        yield Edit(
+            at.begin(node), at.end(node), str(not node.value) if isinstance(node.value, bool) else _constant(old)
+        )
     elif isinstance(node, (ast.If, ast.IfExp)):
         begin, end = at.begin(node.test), at.end(node.test)
         yield Edit(begin, end, f"not ({at.text[begin:end]})")
-    elif isinstance(node, (ast.AugAssign, ast.Expr)) and not isinstance(getattr(node, "value", None), ast.Constant):
-        if not isinstance(node.value, (ast.Yield, ast.YieldFrom)):
-            yield Edit(at.begin(node), at.end(node), "pass")
+    elif isinstance(node, ast.AugAssign) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+        yield Edit(at.begin(node), at.end(node), "pass")
     if isinstance(node, ast.Raise):
         return  # what a message says is for the tests of messages
     for child in _children(node):

@@ -27,17 +27,24 @@ def address() -> None:
     Leaks are not looked for: Python and torch keep much until a process ends.
     """
     compiler = native_build.find_compiler()
-    asan = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # libstdc++ too: the sanitizer looks for what it wraps, here a throw, when it is loaded
+    preloaded = [_runtime(compiler, name) for name in ("libasan.so", "libstdc++.so")]
     environment = os.environ | {
         "CXX": str(HERE / "compiler"),
         "SANITIZED_CXX": compiler,
-        "LD_PRELOAD": asan.stdout.strip(),
+        "LD_PRELOAD": ":".join(preloaded),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "KDKERNELS_BACKEND": "native",  # or it is an error
     }
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *OPS, "-k", WORDS]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]  # sanitizers write to file 2
+    pytest = [sys.executable, "-m", "pytest", *options, *OPS, "-k", WORDS]
     subprocess.run(pytest, env=environment, cwd=ROOT, check=True)
+
+
+def _runtime(compiler: str, name: str) -> str:
+    said = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+    return str(Path(said.strip()).resolve())
 
 
 def threads() -> None:
