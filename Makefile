@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest
 # tests with the same xdist_group share a worker, all others go to whichever is free
 PARALLEL := $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: demo test test-fast faults killed lint docs bench wheel clean
+.PHONY: demo test test-fast harden sanitizers mutants faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
@@ -27,6 +27,17 @@ test: .venv/installed
 test-fast: .venv/installed
 	$(PARALLEL) tests/ops $(addprefix tests/test_,golden.py losses.py errors.py edges.py map_losses.py) \
 	  -k "not compil and not opcheck and not float16"
+
+# the search for faults; what it found so far is in docs/hardening.md
+harden: sanitizers mutants faults
+
+# the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+sanitizers: .venv/installed
+	$(BIN)/python tests/sanitizers
+
+# small changes to ops, losses and csrc, which the tests must notice; another sample: MUTANTS="--count 50 --seed 1 gram"
+mutants: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS)
 
 # each seeded fault must be caught by the checks; some five minutes the first time
 faults: .venv/installed

@@ -22,9 +22,9 @@ ON_CPU = DEVICE == "cpu" and not os.environ.get("KDKERNELS_TEST_CUDA")
 
 
 @pytest.fixture
-def native_cpu() -> None:
+def native_cpu(backend: str) -> None:
     """For what the CPU's kernels have ways of their own: halves, blocks of pixels, threads."""
-    if not ON_CPU or requested() != "native":
+    if not ON_CPU or backend != "native":
         pytest.skip("not of the native kernels for CPUs")
 
 
