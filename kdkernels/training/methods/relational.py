@@ -59,18 +59,18 @@ class PKT(_Relational):
 
 
 class CC(_Relational):
-    """Peng et al. 2019. KD-Zoo's weight, for CIFAR, is 100."""
+    """Peng et al. 2019, with KD-Zoo's weight."""
 
     name, loss = "cc", cc_loss
 
-    def __init__(self, weight: float = 1.0, layout: Layout = None, warmup: float = WARMUP) -> None:
+    def __init__(self, weight: float = 100.0, layout: Layout = None, warmup: float = WARMUP) -> None:
         super().__init__(weight, layout, warmup)
 
 
 class IRG(_Relational):
-    """The edges of Liu et al. 2019. KD-Zoo's weight of them, for CIFAR, is 5."""
+    """The edges of Liu et al. 2019, with KD-Zoo's weight of them."""
 
     name, loss = "irg", irg_loss
 
-    def __init__(self, weight: float = 0.05, layout: Layout = None, warmup: float = WARMUP) -> None:
+    def __init__(self, weight: float = 5.0, layout: Layout = None, warmup: float = WARMUP) -> None:
         super().__init__(weight, layout, warmup)
