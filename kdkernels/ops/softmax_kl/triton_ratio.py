@@ -30,7 +30,7 @@ def expm1(x):
 
 
 @triton.jit
-def apart(x, top_s, top_t, inverse_std_s, inverse_std_t, HAS: tl.constexpr):
+def apart(x, top_s, top_t, HAS: tl.constexpr):
     """[R] how far apart the networks' maxima are, over T; of standardised logits as if they were far."""
     if HAS.standardize:
         return tl.zeros(top_s.shape, tl.float32) + 2.0
@@ -41,11 +41,11 @@ def apart(x, top_s, top_t, inverse_std_s, inverse_std_t, HAS: tl.constexpr):
 def log_ratio(x, s, t, top_s, top_t, of_s, of_t, ratio, HAS: tl.constexpr):
     """[R, K] d of logits that are counted from these maxima, less `ratio`. Where the maxima are near, the logits are
     subtracted from each other first, which rounds nothing where the networks are close."""
-    between = apart(x, top_s, top_t, of_s.inverse_std, of_t.inverse_std, HAS)
+    near = (tl.abs(apart(x, top_s, top_t, HAS)) < 1.0)[:, None]
     over_s = scaled(s - top_s[:, None], of_s.inverse_std, x, HAS)
     over_t = scaled(t - top_t[:, None], of_t.inverse_std, x, HAS)
-    near = (tl.abs(between) < 1.0)[:, None]
-    return tl.where(near, (t - s) * x.inverse_t - (between + ratio)[:, None], over_t - over_s - ratio[:, None])
+    d = tl.where(near, ((t - s) - (top_t - top_s)[:, None]) * x.inverse_t, over_t - over_s)
+    return d - ratio[:, None]
 
 
 @triton.jit
@@ -83,12 +83,11 @@ def parted(log_s, log_t, d):
 @triton.jit
 def _share(x, rows, k, of_s, of_t, ratio, HAS: tl.constexpr):
     s, t = load_at(x.student, rows, k), load_at(x.teacher, rows, k)
-    log_s = scaled(s - of_s.top, of_s.inverse_std, x, HAS) - of_s.logz
-    log_t = scaled(t - of_t.top, of_t.inverse_std, x, HAS) - of_t.logz
-    between = apart(x, of_s.top, of_t.top, of_s.inverse_std, of_t.inverse_std, HAS)
-    far = log_t + of_t.logz - log_s - of_s.logz - ratio
-    d = tl.where(tl.abs(between) < 1.0, (t - s) * x.inverse_t - (between + ratio), far)
-    return Share(tl.exp(log_s), tl.exp(log_t), d)
+    over_s = scaled(s - of_s.top, of_s.inverse_std, x, HAS)
+    over_t = scaled(t - of_t.top, of_t.inverse_std, x, HAS)
+    near = tl.abs(apart(x, of_s.top, of_t.top, HAS)) < 1.0
+    d = tl.where(near, ((t - s) - (of_t.top - of_s.top)) * x.inverse_t, over_t - over_s)
+    return Share(tl.exp(over_s - of_s.logz), tl.exp(over_t - of_t.logz), d - ratio)
 
 
 @triton.jit
@@ -115,7 +114,7 @@ def target_shares(x, rows, y, of_s, of_t, saved, HAS: tl.constexpr):
     log_s = top_s + of_s.non_target_logz - of_s.logz
     log_t = top_t + of_t.non_target_logz - of_t.logz
     between = (of_t.non_target_top - of_s.non_target_top) - (of_t.top - of_s.top)
-    near = tl.abs(apart(x, of_s.top, of_t.top, of_s.inverse_std, of_t.inverse_std, HAS)) < 1.0
+    near = tl.abs(apart(x, of_s.top, of_t.top, HAS)) < 1.0
     between = tl.where(near, between * x.inverse_t, top_t - top_s)
     empty = (log_s == NEG_INF) | (log_t == NEG_INF)
     d = tl.where(empty, log_t - log_s, between + saved.non_target_ratio - saved.ratio)

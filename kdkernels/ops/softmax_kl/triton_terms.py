@@ -68,11 +68,13 @@ def row_terms(x, terms, of_s, of_t, saved, HAS: tl.constexpr):
     ratio, non_target_ratio = saved.ratio, saved.non_target_ratio
     if HAS.soft and HAS.divergence == "forward":
         ratio, value = corrected(ratio, tl.sum(terms.kl, 1), tl.sum(terms.mean, 1))
-        result += x.terms.kl * value
+        if HAS.kl:
+            result += x.terms.kl * value
         if HAS.decoupled:
             value, mean = tl.sum(terms.non_target_kl, 1), tl.sum(terms.non_target_mean, 1)
             non_target_ratio, value = corrected(non_target_ratio, value, mean)
-            result += x.terms.non_target_kl * tl.where(of_t.non_target_logz == NEG_INF, 0.0, value)
+            if HAS.non_target:
+                result += x.terms.non_target_kl * tl.where(of_t.non_target_logz == NEG_INF, 0.0, value)
     of_t = Softmax(
         of_t.top, of_t.inverse_std, of_t.logz_p, of_s.logz + ratio, of_t.non_target_top, of_t.non_target_logz
     )
