@@ -3,7 +3,8 @@
 steps    n small steps of each loss: resident memory, file handles and threads after them, less those before
 peaks    the peak of one step of each loss, forward and backward, beside its inputs, in numbers of float32
 
-Of a process of its own, which reads them in /proc. The losses are those of test_recompilation.py.
+Of a process of its own, which reads them in /proc; the package must be installed or in PYTHONPATH. With
+MALLOC_MMAP_THRESHOLD_=65536 freed tensors go back at once. The losses of the steps are those of test_recompilation.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back at once; read when a process begins
 
 import isolation  # noqa: F401  before kdkernels, whose native library it keeps
 import torch

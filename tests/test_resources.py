@@ -27,7 +27,8 @@ pytestmark = [
 def measured(*arguments: str) -> dict[str, list[int]]:
     """What resources.py prints, by loss."""
     code = str(ROOT / "tests" / "resources.py")
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     said = subprocess.run([sys.executable, code, *arguments], env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     lines = [line.split("\t") for line in said.stdout.splitlines()]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from checking import DEVICE, TOLERANCES, backends_under_test, by_definition, rounding
+from cuda_on_cpu import library as cuda_on_cpu
 from hypothesis import settings
 from torch import Tensor
 
@@ -62,6 +63,8 @@ def on_backends(families: Mapping[str, Family]) -> pytest.MarkDecorator:
     probe, found = torch.ones(2, 2, 2, 2, device=DEVICE), []
     for name, family in families.items():
         for backend in backends_under_test() if family.ops else backends_under_test()[:1]:
+            if cuda_on_cpu.requested() and not set(family.ops) <= set(backends.OPS):
+                continue  # the executor's library has no kernels of a CPU
             if all(backends.why_not(op, backend, probe) is None for op in family.ops):
                 found.append(pytest.param(family, backend, id=f"{name}-{backend}"))
     return pytest.mark.parametrize(("family", "backend"), found)
