@@ -91,7 +91,7 @@ inline void inner_tile(const T* a, const T* b, int64_t stride, int64_t width, do
 }
 
 // bf16 rows as they are: the processor multiplies pairs of them exactly and adds to fp32, 2.5 times as fast as fp32
-// FMA. It takes products below 1e-38 for 0: rows of features below 1e-19 count as zero rows.
+// FMA. It takes products below 1e-38 for 0; a Gram matrix that loses a row so is made again in fp32 (short_rows.h).
 typedef uint16_t Bf16;
 
 #if KD_BF16_PRODUCTS

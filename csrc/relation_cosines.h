@@ -119,7 +119,7 @@ void pkt(const Pkt& x, const Pool& pool) {
       inner += of_t * over * of_s;
       q[j] = of_t * over;
     }
-    row_losses[i] = divergence;
+    row_losses[i] = n == 1 ? 0 * divergence : divergence;  // a single row is certain of itself
     const double factor = 0.5 * x.scale * over_s;
     for (int64_t j = 0; h && j < n; ++j) h[i * n + j] = factor * (inner - q[j]);
   });

@@ -142,7 +142,7 @@ void rkd(const Rkd& x, const Pool& pool) {
   Buffer<double> gradient(w ? n * n : 0);
   double* d = w ? static_cast<double*>(gradient) : nullptr;
   for (int64_t i = 0; d && i < n * n; ++i) d[i] = 0;
-  *loss = 0;
+  *loss = n == 1 ? 0 * squares[0] : 0;  // NaN shows
   if (n > 1 && x.distance_weight != 0) *loss += rkd_distances(x, squares, d, pool);
   if (n > 1 && x.angle_weight != 0) *loss += rkd_angles(x, squares, d, pool);
   if (w) through_distances(pool, n, d, w);
@@ -171,7 +171,7 @@ void irg(const Irg& x, const Pool& pool) {
   const int64_t n = x.batch;
   const double* squares = static_cast<const double*>(x.measures);
   double *loss = static_cast<double*>(x.loss), *w = static_cast<double*>(x.gradient_matrix);
-  *loss = 0;
+  *loss = n == 1 ? 0 * squares[0] : 0;  // NaN shows
   Buffer<double> buffer(3 * n * n + 2 * n);
   double *s = buffer, *t = s + n * n, *d = t + n * n, *row_losses = d + n * n, *row_inner = row_losses + n;
   if (n < 2) {

@@ -44,6 +44,17 @@ void short_products(const Rows& a, int64_t first, int64_t count, const Rows& b, 
     }
 }
 
+// Whether a row of bf16 has a square of 0 over columns [begin, end), though not all of its numbers are 0
+inline bool lost_bf16(const Rows& q, int64_t begin, int64_t end, const double* squares, int64_t stride) {
+  for (int64_t i = 0; i < q.count; ++i) {
+    if (squares[i * stride + i] != 0) continue;
+    const Bf16* row = static_cast<const Bf16*>(q.data) + i * q.stride;
+    for (int64_t k = begin; k < end; ++k)
+      if (row[k] & 0x7fff) return true;
+  }
+  return false;
+}
+
 // out[i, j] = <a_{first + i}, b_j> over columns [begin, end), for i < count; with `symmetric` only j <= i is right.
 // `out` has round_up(count, kTile) rows of `out_stride` >= round_up(b.count, kTile) numbers.
 template <typename T>
@@ -54,6 +65,8 @@ void inner_products(const Rows& a, int64_t first, int64_t count, const Rows& b, 
                         : end - begin <= kShort ? short_products<T>
                                                 : inner_products_as<T>;
   products(a, first, count, b, symmetric, begin, end, out, out_stride);
+  if (bf16 && symmetric && lost_bf16(b, begin, end, out, out_stride))
+    inner_products_as<T>(a, first, count, b, symmetric, begin, end, out, out_stride);
 }
 
 }  // namespace

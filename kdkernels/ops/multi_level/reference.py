@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..checks import compute_dtype
+from ..softmax_kl.reference_common import bregman
 from .op import Factor
 
 
@@ -18,14 +18,7 @@ def level(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor,
     log_s, log_t = ((z.to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
     q_s, q_t = log_s.exp(), log_t.exp()
     d = q_t - q_s
-    return q_s, d, q_s + d / 2, _divergence(log_t - log_s, q_s, q_t, d)
-
-
-def _divergence(log_ratio: Tensor, q_s: Tensor, q_t: Tensor, d: Tensor) -> Tensor:
-    """The sum of q_t (r + e^-r - 1), r = log(q_t / q_s), which is that of q_t r, but has no negative term."""
-    near = log_ratio.abs() < 0.5
-    terms = torch.where(near, log_ratio + torch.expm1(-log_ratio), log_ratio) * q_t
-    return torch.where(q_t == 0, q_s, terms - torch.where(near, 0, d)).sum()
+    return q_s, d, q_s + d / 2, bregman(log_t - log_s, q_s, q_t).sum()
 
 
 def add_gradient(

@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from ..checks import compute_dtype
 from .op import LabelledRows
@@ -60,7 +59,7 @@ def forward(x: LabelledRows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     if x.temperature != 1:
         log_p, log_u = ((z - top).exp_().sum(1, keepdim=True).log() for z, top in ((s, s_max), (t, t_max)))
     weight = torch.sigmoid(t_y - t_max - log_u)
-    target = _weighted(weight, softplus(s_max + log_p - s_y, threshold=math.inf))
+    target = _weighted(weight, torch.logaddexp(s_max + log_p - s_y, torch.zeros_like(s_y)))
     # a class without teacher probability adds nothing, and neither do classes without any
     cross = torch.where(e_t == 0, 0, e_t * ((s - s_max) / x.temperature)).sum(1, keepdim=True)
     z_t = log_t.exp()
