@@ -141,11 +141,14 @@ def check_contract(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     assert torch.equal(torch.autograd.grad(cast.sum() * 3, x)[0], first)
 
 
-def check_compiled(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """torch.compile(fullgraph=True), forward and backward, gives what eager gives."""
+def check_compiled(function: Callable[[Tensor], Tensor], x: Tensor, compiler: str = "inductor") -> None:
+    """torch.compile(fullgraph=True), forward and backward, gives what eager gives.
+
+    Inductor makes C++ of what stands around an op, and compiles it for seconds: give it ops alone, and losses to
+    "aot_eager", which traces the same graphs. test_compiled.py has whole losses under Inductor.
+    """
     x = x.detach().requires_grad_()
     torch._dynamo.reset()
-    eager = function(x).sum() * 3
-    compiled = torch.compile(lambda y: function(y).sum() * 3, fullgraph=True)(x)
+    eager, compiled = function(x), torch.compile(function, fullgraph=True, backend=compiler)(x)
     check_close("compiled loss", compiled, eager, 1e-6)
-    check_close("compiled gradient", gradients(compiled, [x])[0], gradients(eager, [x])[0], 1e-6)
+    check_close("compiled gradient", gradients(compiled, [x], 3.0)[0], gradients(eager, [x], 3.0)[0], 1e-6)
