@@ -15,6 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import isolation  # noqa: F401  before kdkernels, whose native library it keeps
@@ -66,7 +67,7 @@ def labels(n: int, classes: int) -> Tensor:
 
 
 N, C = 4096, 1000  # logits
-B, D = 1024, 4096  # features
+B, D = 1024, 3000  # features
 MAP = 32, 64, 56, 56  # feature maps: samples, channels, height, width
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOGITS: dict[str, Loss] = {
@@ -95,8 +96,20 @@ MAPS: dict[str, Loss] = {
     "amd_loss": kdkernels.amd_loss,
     "nst_loss": kdkernels.nst_loss,
     "ickd_loss": kdkernels.ickd_loss,
-    "fsp_loss": lambda s, t: kdkernels.fsp_loss([s, s], [t, t]),
+    "fsp_loss": lambda s, t: kdkernels.fsp_loss([s, another(*MAP)], [t, t]),
 }
+
+
+@cache
+def _others(*shape: int) -> Tensor:
+    return leaf(*shape)
+
+
+def another(*shape: int) -> Tensor:
+    """One more leaf, the same in every step, that has no gradient yet."""
+    x = _others(*shape)
+    x.grad = None
+    return x
 
 
 def corsd(s: Tensor, t: Tensor) -> Tensor:
@@ -105,7 +118,8 @@ def corsd(s: Tensor, t: Tensor) -> Tensor:
 
 
 def linear(s: Tensor, t: Tensor) -> Tensor:
-    return linear_kd_loss(Head(s, leaf(32000, 64)), Head(t, torch.randn(32000, 64)), chunk=256)
+    weight = another(32000, 64)
+    return linear_kd_loss(Head(s, weight), Head(t, weight.detach()), chunk=256)
 
 
 # of each loss the shape of student and teacher, and the sizes by the letters of its page

@@ -12,7 +12,7 @@ from judging import Loss, judge
 from torch import Tensor
 
 import kdkernels
-from kdkernels import alignment_loss, cosine_similarity, irg_loss, kd_loss, mlld_loss, nkd_loss, rkd_loss
+from kdkernels import irg_loss, kd_loss, mlld_loss, nkd_loss, rkd_loss
 
 pytestmark = pytest.mark.skipif("native" not in backends_under_test() or DEVICE != "cpu", reason="faults of the CPU")
 
@@ -38,12 +38,8 @@ FAULTS: dict[str, tuple[str, Loss, Tensor, Tensor, dict[str, Any]]] = {
     "nkd of -inf alone": ("native", nkd, rows(0.3, 0.5), rows(1, -math.inf), {}),
     "irg of one row loses inf": ("native", irg_loss, rows(1, math.inf), rows(1, 1), {}),
     "rkd of one row loses NaN": ("native", rkd_loss, rows(1, math.nan), rows(1, 1), {}),
-    "a cosine of 0": ("reference", cosine_similarity, rows(1e21, 1e20), rows(1e21, 1e20), {"overflow": True}),
-    "kd's gradient cancels": ("native", kd_loss, rows(1e-6, 0, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
     "mlld's gradient cancels": ("reference", levels, rows(1e-2, 0, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
     "a teacher without spread": ("native", standardised, rows(0, -16376, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
-    "alignment of long rows": ("native", alignment_loss, rows(1e21, 1e20), rows(1e21, 1e20), {"overflow": True}),
-    "2 - 2 cos": ("native", alignment_loss, rows(100, 100), rows(100, 100.1), {}),
 }
 
 

@@ -40,7 +40,7 @@ def kd(draw: Draw) -> Case:
         [teacher],
         by_row=True,
         overflow=leaves_float32(2 if options["standardize"] else 1, student, teacher),
-        natural=across(student, options) + cancelling(options),
+        natural=across(student, options),
         rest_of=options["standardize"] * student.shape[1] * first_order(value, options["temperature"]),
         own=options["temperature"] ** 2,
     )
@@ -56,7 +56,7 @@ def without_spread(x: Tensor) -> bool:
 
 
 def cancelling(options: dict[str, Any]) -> float:
-    """q_s - q_t as a difference of two exponentials: see test_known_faults.py, with which this goes."""
+    """q_s - q_t as a difference of two exponentials: see test_known_faults.py."""
     return 2 * float(options.get("kd_weight", 1)) * max(options["temperature"], 1)
 
 
@@ -98,7 +98,7 @@ def stkd(draw: Draw) -> Case:
         [teacher],
         by_row=True,
         overflow=leaves_float32(2, student, teacher),
-        natural=of_labels(options) + options["kd_weight"] * across(student, options) + cancelling(options),
+        natural=of_labels(options) + options["kd_weight"] * across(student, options),
         own=size_of(options),
     )
 
@@ -115,7 +115,7 @@ def mixed(draw: Draw) -> Case:
         return stkd_loss(s, t, a, b, lam.clamp(0, 1), **options)
 
     overflow = leaves_float32(1, student, teacher)
-    natural, own = of_labels(options) + 9 * cancelling(options), size_of(options)
+    natural, own = of_labels(options), size_of(options)
     return Case(loss, [student], [teacher, lam], by_row=True, overflow=overflow, natural=natural, own=own)
 
 
@@ -129,7 +129,7 @@ def dense(draw: Draw) -> Case:
         [teacher, target],
         by_row=True,
         overflow=overflow,
-        natural=of_labels(options) * max(student.shape[1], 1) + cancelling(options),
+        natural=of_labels(options) * max(student.shape[1], 1),
         own=size_of(options),
     )
 
@@ -205,7 +205,6 @@ def cwd(draw: Draw) -> Case:
         [teacher],
         by_row=True,
         overflow=leaves_float32(1, student, teacher),
-        natural=cancelling(options),
         own=options["temperature"] ** 2,
     )
 

@@ -58,6 +58,7 @@ def at(draw: Draw) -> Case:
         by_row=True,
         overflow=leaves_float32(2 * power, student, teacher),
         natural=power_lengths(student, power),
+        own=4 * len(student),
     )
 
 
@@ -71,6 +72,7 @@ def ft(draw: Draw) -> Case:
         by_row=True,
         overflow=leaves_float32(2 * power, student, teacher),
         natural=power_lengths(student, power),
+        own=4 * len(student),
     )
 
 
@@ -88,6 +90,7 @@ def amd(draw: Draw) -> Case:
         by_row=True,
         overflow=leaves_float32(4, student, teacher),
         natural=100 * power_lengths(student, 2.0) * student[:1, 0].numel() ** (2 if "layer_weights" in options else 0),
+        own=4 * len(student) * (student.shape[2:].numel() ** 2 if "layer_weights" in options else 1),
     )
 
 
@@ -102,6 +105,7 @@ def nst(draw: Draw) -> Case:
         by_row=True,
         overflow=leaves_float32(2, student, teacher),
         natural=(8 / student.shape[1] / channels).norm(dim=1),
+        own=4 * len(student),
     )
 
 
@@ -117,6 +121,7 @@ def ickd(draw: Draw) -> Case:
         by_row=True,
         overflow=leaves_float32(4, student, teacher),
         natural=(8 / rows).norm(dim=1) * x.flatten(1).norm(dim=1),
+        own=4 * len(student),
     )
 
 
