@@ -15,7 +15,6 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import isolation  # noqa: F401  before kdkernels, whose native library it keeps
@@ -100,16 +99,13 @@ MAPS: dict[str, Loss] = {
 }
 
 
-@cache
-def _others(*shape: int) -> Tensor:
-    return leaf(*shape)
+OTHERS: dict[tuple[int, ...], Tensor] = {}  # more leaves, the same in every step
 
 
 def another(*shape: int) -> Tensor:
-    """One more leaf, the same in every step, that has no gradient yet."""
-    x = _others(*shape)
-    x.grad = None
-    return x
+    if shape not in OTHERS:
+        OTHERS[shape] = leaf(*shape)
+    return OTHERS[shape]
 
 
 def corsd(s: Tensor, t: Tensor) -> Tensor:
@@ -135,6 +131,8 @@ PEAKS: dict[str, tuple[tuple[int, ...], dict[str, int], Loss]] = (
 def peak(name: str) -> None:
     shape, _, loss = PEAKS[name]
     loss(leaf(*shape), torch.randn(*shape)).backward()  # threads, libraries and code are there
+    for x in OTHERS.values():
+        x.grad = None
     student, teacher = leaf(*shape), torch.randn(*shape)
     before = held()[0]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again

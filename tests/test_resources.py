@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 COUNT = int(os.environ.get("KDKERNELS_STEPS", "0"))  # make harden: 10,000 of every loss
 FEW = ["kd", "sp", "amd", "rkd", "linear_kd"]
 GROWTH = 1 << 19  # bytes: 52 a step of 10,000
-LINE = re.compile(r"^\*\*Memory\*\* of a step.*?(?:\n\n|\Z)", re.M | re.S)
+LINES = re.compile(r"^\*\*Memory\*\* of a step.*?(?:\n\n|\Z)", re.M | re.S)
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu" or not sys.platform.startswith("linux"), reason="reads /proc/self"),
@@ -39,8 +39,8 @@ def documented() -> dict[str, str]:
     """The formulas of the pages: ``kd_loss``: ``N*C + 8*N``."""
     found: dict[str, str] = {}
     for page in sorted((ROOT / "docs").glob("*.md")):
-        for line in LINE.findall(page.read_text()):
-            found |= dict(re.findall(r"`(\w+)`: `([^`]+)`", line))
+        for line in LINES.findall(page.read_text()):
+            found |= dict(re.findall(r"`(\w+)`:\s`([^`]+)`", line))
     return found
 
 

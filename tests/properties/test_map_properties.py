@@ -16,12 +16,12 @@ SIDES = st.sampled_from([1, 2, 3, 5] if SLOW else [1, 2, 3, 5, 7, 11])
 POWERS = st.sampled_from([2.0, 2.0, 1.0, 3.0, 1.5])
 
 
-def maps(draw: Draw, *, same_channels: bool = False, least: int = 1) -> tuple[Tensor, Tensor]:
+def maps(draw: Draw, *, same_channels: bool = False, least: int = 1, most: int = 30) -> tuple[Tensor, Tensor]:
     """(B, C, H, W) and (B, C', H, W)."""
     batch, channels = draw(st.sampled_from([0, 1, 2, 3, 5])), draw(CHANNELS)
     sides = [max(draw(SIDES), least) for _ in range(2)]
     other = channels if same_channels else draw(CHANNELS)
-    return draw(pairs((batch, channels, *sides), (batch, other, *sides)))
+    return draw(pairs((batch, channels, *sides), (batch, other, *sides), most=most))
 
 
 def over_lengths(student: Tensor, scale: float = 4.0, eps: float = 1e-12) -> Tensor:
@@ -95,7 +95,7 @@ def amd(draw: Draw) -> Case:
 
 
 def nst(draw: Draw) -> Case:
-    student, teacher = maps(draw)
+    student, teacher = maps(draw, most=12)  # see test_known_faults.py
     reduction = draw(reductions)
     channels = student.double().flatten(2).norm(dim=2).clamp(min=1e-12)
     return Case(
