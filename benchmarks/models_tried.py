@@ -91,6 +91,7 @@ REMEDIES: list[dict[str, Any]] = [
     {"layout": "nhwc", "example": True},
     {"layout": ["nlc", "nchw"]},
     {"layout": ["nlc", "nchw"], "example": True},
+    {"adapt": "map"},
     {"adapt": ["map", "pool"]},
     {"adapt": ["map", "pool"], "example": True},
 ]

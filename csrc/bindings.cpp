@@ -1,6 +1,7 @@
 // The ops as torch sees them: schemas, and by way of the bindings_*.h checks, allocation, and calls of the kernels. The
 // only file that is compiled with torch's headers.
 #include "bindings_angular_margin.h"
+#include "bindings_channel_gram.h"
 #include "bindings_energy.h"
 #include "bindings_gram.h"
 #include "bindings_multi_level.h"
@@ -73,6 +74,11 @@ void define(StableLibrary& m) {
       "relation_irg(Tensor measures, float eps, bool squared" + relation,
       "relation_pkt(Tensor measures, float eps" + relation,
       "relation_cc(Tensor measures, float[] coefficients, bool normalize" + relation,
+      "channel_gram_ickd_rows(Tensor student, Tensor teacher, float eps) "
+      "-> (Tensor values, Tensor of_student, Tensor of_teacher)",
+      "channel_gram_ickd_matrix(Tensor(a!) student, Tensor teacher, Tensor of_student, Tensor of_teacher, float "
+      "factor) "
+      "-> Tensor(a!)",
       "neighbour_correlation_forward(Tensor student, Tensor teacher) -> Tensor",
       "neighbour_correlation_backward(Tensor grad, Tensor student, Tensor teacher) -> Tensor",
       "nkd_forward(" + nkd + ", bool need_grad) -> (Tensor loss, Tensor stats, Tensor scale)",
@@ -117,6 +123,8 @@ void implement_on_cpu(StableLibrary& m) {
   m.impl("relation_irg", kd::boxed<kd::relation_irg>);
   m.impl("relation_pkt", kd::boxed<kd::relation_pkt>);
   m.impl("relation_cc", kd::boxed<kd::relation_cc>);
+  m.impl("channel_gram_ickd_rows", kd::boxed<kd::channel_gram_ickd_rows>);
+  m.impl("channel_gram_ickd_matrix", kd::boxed<kd::channel_gram_ickd_matrix>);
   m.impl("neighbour_correlation_forward", kd::boxed<kd::neighbour_correlation_forward>);
   m.impl("neighbour_correlation_backward", kd::boxed<kd::neighbour_correlation_backward>);
   m.impl("nkd_forward", kd::boxed<kd::nkd_forward>);

@@ -9,10 +9,11 @@ import pytest
 import torch
 from checking import DEVICE, check_close, wave
 from functorch.compile import make_boxed_func
-from test_linear_kd import STUDENT, TEACHERS, TOKENS, VOCABULARY, heads, sum_of
+from test_linear_kd import STUDENT, TEACHER, TEACHERS, TOKENS, VOCABULARY, heads, sum_of
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdkernels import Head, TopK, kd_loss, linear_kd_loss
 from kdkernels.ops.linear_kd import op as linear_op
@@ -94,22 +95,46 @@ def test_nor_in_a_compiled_graph() -> None:
     assert len(shapes) > 10
 
 
+def product(_: Any, a: torch.Size, b: torch.Size, **__: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
 @pytest.mark.usefixtures("bare")
 @pytest.mark.parametrize("frozen", range(3))
 def test_what_is_frozen_costs_no_product(frozen: int) -> None:
-    shapes = []
     tensors = heads()
     student = [x.clone().requires_grad_(i != frozen) for i, x in enumerate(tensors[:3])]
-    with Watch(lambda name, x: shapes.append(tuple(x.shape)) if "mm" in name else None):
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product}) as counter:
         loss = linear_kd_loss(Head(*student), Head(*tensors[3:]), chunk=TOKENS)
     found = torch.autograd.grad(loss, [x for x in student if x.requires_grad])
     expected = sum_of("head", tensors, None)[1:]
     del expected[frozen]
     for a, e in zip(found, expected, strict=True):
         check_close("gradient", a, e, 1e-12)
-    products_of = [(TOKENS, STUDENT), (VOCABULARY, STUDENT), None]
-    del products_of[frozen]
-    assert shapes == [(TOKENS, VOCABULARY)] * 2 + [shape for shape in products_of if shape]
+    widths = [STUDENT, STUDENT, 0]  # of the products for each gradient; the bias is a sum
+    del widths[frozen]
+    assert counter.get_total_flops() == 2 * TOKENS * VOCABULARY * (STUDENT + TEACHER + sum(widths))
+
+
+@pytest.mark.parametrize("kind", ["head", "logits", "bucket"])
+@pytest.mark.parametrize("trained", [(True, True), (True, False)])
+def test_few_tokens_of_wide_states(kind: str, trained: tuple[bool, bool]) -> None:
+    """The teacher's logits are then in the memory of the weights' gradient."""
+    tokens, width, vocabulary, columns = 5, 9, 11, 8
+    shapes = [(tokens, width), (vocabulary, width), (tokens, 3), (vocabulary, 3)]
+    hidden, weight, *teacher = (wave(shape, seed, 1.0, torch.float64) for seed, shape in enumerate(shapes, 1))
+    inputs = [x.requires_grad_(wanted) for x, wanted in zip((hidden, weight), trained, strict=True)]
+    leaves = [x for x in inputs if x.requires_grad]
+    logits = (teacher[0] @ teacher[1].T)[:, :columns]
+    logprobs, ids = logits.log_softmax(1).topk(columns - 1)
+    of_kind = {"head": Head(*teacher), "logits": logits, "bucket": TopK(ids, logprobs, "bucket")}
+    loss = linear_kd_loss(Head(*inputs), of_kind[kind], vocab_size=columns)  # type: ignore[arg-type]
+    expected = kd_loss((hidden @ weight.T)[:, :columns], logits, temperature=1.0)
+    check_close("loss", loss, expected, 1e-12)
+    for _ in range(2):
+        found = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+        for a, e in zip(found, torch.autograd.grad(3 * expected, leaves, retain_graph=True), strict=True):
+            check_close("gradient", a, e, 1e-12)
 
 
 def near(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

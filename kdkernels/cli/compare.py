@@ -16,6 +16,12 @@ def add(parser: Parser) -> None:
     parser.add_argument("--lrs", type=rates, help="learning rates of the student alone, whose best is the baseline")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="how many, or which: 5, or 0,3,7")
     add_training(parser)
+    parser.add_argument(
+        "--teacher-cache",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="keep the teacher's outputs in the output folder, where images are not augmented; auto: on CPUs",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="an interrupted one goes on in it")
     parser.add_argument("--overwrite", action="store_true", help="begin anew")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 OPS = ("softmax_kl", "gram", "energy", "angular_margin")
 # native kernels for the CPU; the reference elsewhere
-CPU_OPS = ("relation", "neighbour_correlation", "nkd", "softmax_pearson", "multi_level")
+CPU_OPS = ("relation", "channel_gram", "neighbour_correlation", "nkd", "softmax_pearson", "multi_level")
 MODULES = {"native": "native", "triton": "triton_kernels", "reference": "reference"}  # each backend's in an op's folder
 VARIABLE = "KDKERNELS_BACKEND"
 # auto tries these in turn, fastest first; a device that is not listed has the reference alone. CUDA's order follows

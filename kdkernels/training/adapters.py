@@ -50,7 +50,7 @@ def pairs_alike(
 
 def check_maps(student: Outputs, teacher: Outputs | None, size: Size | None, method: str) -> None:
     """Refuse features that are no maps with channels first."""
-    remedy = "name layers that return maps" if teacher is None else "adapt=['map', 'pool'] makes such of both"
+    remedy = "adapt='map' makes such of them" if teacher is None else "adapt=['map', 'pool'] makes such of both"
     remedy = remedy if size else "what is no image has no maps: take a method that compares none"
     for whose, outputs in (("student", student), ("teacher", teacher)):
         for x in () if outputs is None else outputs.features:

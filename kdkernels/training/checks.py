@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,17 +63,8 @@ def check_finite(values: Mapping[str, float], where: str) -> None:
     )
 
 
-def name_what_drowns(method: Method, steps: Sequence[Mapping[str, float]]) -> None:
-    """Log a term that in one of the first steps exceeds all others together by far, and the option that scales it.
-
-    In one of them, as a loss that is too large soon drives up the others.
-    """
-    for step, terms in enumerate(steps, 1):
-        if len(terms) > 1 and _drowns(method, step, terms):
-            return
-
-
-def _drowns(method: Method, step: int, terms: Mapping[str, float]) -> bool:
+def name_what_drowns(method: Method, step: int, terms: Mapping[str, float]) -> bool:
+    """Log a term that exceeds all others together by far, if one does, and the option that scales it."""
     name = max(terms, key=lambda term: terms[term])
     others = sum(value for term, value in terms.items() if term != name)
     if not terms[name] > FAR * others > 0:

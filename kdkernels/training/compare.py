@@ -6,28 +6,42 @@ import argparse
 import csv
 import logging
 import re
+import shutil
 import statistics
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 
 from . import record, runs, tables
 from .callbacks import Callback
 from .checkpoints import found
+from .distillation import Distillation
+from .evaluation import Loader
 from .loop import History, fit
 from .methods import METHODS
 from .methods.spelling import Spelling, parse
+from .output_cache import NoSpaceError, key, refusal
 from .progress import Bar, a_bar
 from .setting import TEACHER, Setting
 
 POINTS = 20  # of a curve: a test and a checkpoint for each
-FREE = ("methods", "lr", "lrs", "seeds", "workers")  # what may differ from one call to the next in one folder
+FREE = (
+    "methods",
+    "lr",
+    "lrs",
+    "seeds",
+    "workers",
+    "teacher_cache",
+)  # what may differ from one call to the next in one folder
 ALL = "all"
+OUTPUTS = "teacher-outputs"  # the folder of the teacher's outputs
 
 logger = logging.getLogger("kdkernels")
 
@@ -39,6 +53,7 @@ class Entry:
     spelling: Spelling
     lr: float
     epochs: int
+    images: int = 0  # that the student sees in a run
     histories: dict[int, History] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
@@ -94,6 +109,8 @@ def compare(args: argparse.Namespace) -> int:
         taught = history[-1]["test_accuracy"]
     elif teacher is not None:
         taught = setting.accuracy(teacher)
+    for entry in entries:
+        entry.images = entry.epochs * setting.images_of(entry.spelling.method())
     table = tables.Table(args, entries, taught)
     _Runs(setting, teacher, table).make()
     if main:
@@ -113,6 +130,7 @@ def _claim(args: argparse.Namespace) -> None:
         for part in (folder / "runs", folder / TEACHER):
             for path in [*part.rglob(runs.METRICS), *part.rglob(runs.CHECKPOINTS)]:
                 runs.claim(path.parent, overwrite=True)
+        shutil.rmtree(folder / OUTPUTS, ignore_errors=True)
         return
     other = [f"{k} {there[k]!r} (asked: {v!r})" for k, v in asked.items() if k not in FREE and there.get(k, v) != v]
     if other:
@@ -192,27 +210,41 @@ class _Runs:
         student, method = setting.student(), entry.spelling.method()
         teacher = self.teacher if method.needs_teacher else None
         distillation = setting.distillation(teacher, student, method, **entry.spelling.pairs)
-        every = max(1, entry.epochs // POINTS)
+        every, train_loader = max(1, entry.epochs // POINTS), setting.train_loader(method, seed)
+        run = partial(
+            fit,
+            distillation,
+            train_loader,
+            setting.test_loader(),
+            epochs=entry.epochs,
+            lr=entry.lr,
+            accumulate=args.accumulate,
+            mixed_precision=args.mixed_precision,
+            output=where,
+            resume=True,
+            eval_every=every,
+            save_every=every,
+            callbacks=callbacks,
+            trackers=(),
+            progress=False,
+            seed=seed,
+        )
         try:
-            return fit(
-                distillation,
-                setting.train_loader(method, seed),
-                setting.test_loader(),
-                epochs=entry.epochs,
-                lr=entry.lr,
-                accumulate=args.accumulate,
-                mixed_precision=args.mixed_precision,
-                output=where,
-                resume=True,
-                eval_every=every,
-                save_every=every,
-                callbacks=callbacks,
-                trackers=(),
-                progress=False,
-                seed=seed,
-            )
+            return run(teacher_cache=self._cache(distillation, train_loader, seed))
+        except NoSpaceError as error:
+            logger.warning("%s; the teacher runs in every epoch instead", error)
+            return run()
         finally:
             distillation.close()
+
+    def _cache(self, distillation: Distillation, train_loader: Loader, seed: int) -> Path | None:
+        """Where the teacher's outputs are kept, if they are to be and are the same in every epoch."""
+        args = self.setting.args
+        wanted = {"yes": True, "no": False}.get(args.teacher_cache, torch.accelerator.current_accelerator() is None)
+        if not wanted or refusal(distillation, train_loader):
+            return None
+        of = f"-{seed}" if args.per_class else ""  # each seed has images of its own
+        return args.output / OUTPUTS / f"{key(distillation)}{of}"
 
     def _tell(self, entry: Entry, seed: int, where: Path) -> None:
         """A line for a run, and how long the rest will take."""

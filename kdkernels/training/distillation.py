@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ..ops.checks import compute_dtype
 from .adapters import check_adapters, check_maps, convolution, hint, pairs_alike
-from .layouts import Size, image_size
+from .layouts import Size, image_size, token_map
 from .methods import Batch, Method, Outputs, Part, make_method
 from .modes import eval_mode
 from .outputs import Output, read
-from .stages import Layers, fewer, pair_layers, stage_names
+from .stages import Layers, at_most, fewer, pair_layers, stage_names
 from .taps import FeatureTaps, unwrap
 from .widths import stated_outputs
 
@@ -126,6 +126,7 @@ class Distillation(nn.Module):
             elif names is None:
                 names = stage_names(model)
                 names = names[-1:] if self.method.stages == "last" else names
+                names = at_most(model, names, self.method.most_layers or len(names))
             chosen.append(names)
         counts = [len(names) for names in chosen]
         if self.teacher is None or counts[0] == counts[1] or any(self._returned):
@@ -147,8 +148,11 @@ class Distillation(nn.Module):
         name = type(self.method).__name__
         if self.method.needs_widths and self.method.built:
             raise ValueError(f"this {name} has heads for another Distillation already: make a new one for each")
-        if self.adapt and self.teacher is None:
-            raise ValueError(f"adapt={self.adapt} makes features like a teacher's, and method {name} has no teacher")
+        if self.teacher is None and set(self.adapt) - {"map"}:
+            raise ValueError(
+                f"adapt={self.adapt} makes features like a teacher's, and method {name} has no teacher: 'map' alone is "
+                "of use to it"
+            )
         outputs: tuple[Outputs, Outputs | None] | None = None
         size = None if example is None else image_size(example)
         if example is not None and (self.method.needs_widths or "conv" in self.adapt):
@@ -216,6 +220,8 @@ class Distillation(nn.Module):
         return Outputs(logits, returned[-1:] if self.method.stages == "last" else returned)
 
     def _adapted(self, student: Outputs, teacher: Outputs | None, size: Size | None) -> tuple[Outputs, Outputs | None]:
+        if "map" in self.adapt and teacher is None:
+            student = student._replace(features=[token_map(x, size) for x in student.features])
         if self.adapt and teacher is not None:
             pairs = pairs_alike(self.adapt, student, teacher, size)
             if self.adapters:

@@ -1,7 +1,8 @@
 """A teacher's outputs for fixed images, written once, read in every epoch and by every later run.
 
 DIR/teacher.json              what the shards are of: rows, layers, shapes, precision, the teacher's weights
-DIR/shard-00000.safetensors   logits, features.0 .. (rows, ...) as the teacher returned them; the images' hashes
+DIR/shard-00000.safetensors   logits, features.0 .. (rows, ...) as the teacher returned them, and the images' hashes;
+                              (rows, views, ...) where the method makes so many of each image
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 
@@ -30,9 +30,15 @@ from .taps import unwrap
 
 FORMAT = "outputs 1"
 SHARD_BYTES = 64 * 2**20
+MOST_OF_THE_DISK = 0.9  # of what is free
+MAPPED = 1024  # shards at a time
 PROBED = 8  # images that are read twice before anything else
 
 Known = tuple[Tensor, Tensor, None, Outputs]  # a batch: images, labels, no negatives' labels, the teacher's outputs
+
+
+class NoSpaceError(WriteError):
+    """The outputs would fill the disk; nothing was written."""
 
 
 def with_outputs(
@@ -46,8 +52,10 @@ def with_outputs(
             teacher, of other layers or of other images.
         OSError: the disk is full, or too small. Whole shards stay, and the same call goes on from there.
     """
-    first = _check(distillation, loader)
+    if reason := refusal(distillation, loader):
+        raise ValueError(f"teacher_cache: {reason}")
     distillation.to(accelerator.device)
+    first = _first(loader)[0]
     size = loader.batch_size or 32
     teacher = partial(_outputs, distillation, accelerator, size)
     outputs = teacher(first)
@@ -64,37 +72,39 @@ def with_outputs(
     check_whole(folder, settings)
     known = _WithOutputs(loader.dataset, folder, settings)
     _compare(known, first, outputs)
-    return over(loader, known, _collate)
+    return over(loader, known, partial(_collate, views=distillation.method.fixed_views))
 
 
-def _check(distillation: Distillation, loader: DataLoader[Any]) -> Tensor:
-    """The first images, if all is as it must be."""
-    name = type(distillation.method).__name__
+def key(distillation: Distillation) -> str:
+    """A short name of what a method needs of its teacher: methods that need the same may share a folder."""
+    needed = f"{distillation.teacher_layers} {distillation.method.fixed_views}"
+    return blake2b(needed.encode(), digest_size=6).hexdigest()
+
+
+def refusal(distillation: Distillation, loader: Any) -> str:
+    """Why the teacher's outputs cannot be kept; "" if they can, as far as a look at a few images shows."""
+    method, dataset = distillation.method, loader.dataset
     if distillation.teacher is None:
-        raise ValueError(f"teacher_cache: method {name} has no teacher whose outputs could be kept")
-    dataset = loader.dataset
+        return f"method {type(method).__name__} has no teacher whose outputs could be kept"
     if loader.collate_fn is not default_collate or not hasattr(dataset, "__len__"):
-        raise ValueError(
-            "teacher_cache: needs a DataLoader over a data set with len() and [i], without a collate_fn, which may "
-            "change images"
-        )
+        return "needs a DataLoader over a data set with len() and [i], without a collate_fn, which may change images"
+    if not method.fixed_views or distillation.augment is not None:
+        who = f"method {type(method).__name__}" if distillation.augment is None else "augment="
+        return f"{who} makes other images of each batch: {LEAVE}"
     places = [i * len(dataset) // PROBED for i in range(PROBED)] if len(dataset) > PROBED else range(len(dataset))
     for i in places:
         if image_hash(dataset[i][0]) != image_hash(dataset[i][0]):
-            raise ValueError(
-                f"teacher_cache: image {i} is another one each time it is read, as by augmentation: {LEAVE}"
-            )
-    batch = default_collate([dataset[i] for i in range(min(2, len(dataset)))])
-    check_batch(batch, "train_loader")
-    distillation.train()
-    images = batch[0].to(next(distillation.student.parameters()).device)
-    if distillation.method.triplets or distillation.batch(images, *batch[1:]).images is not images:
-        who = f"method {name}" if distillation.augment is None else "augment="
-        raise ValueError(f"teacher_cache: {who} makes other images of each batch: {LEAVE}")
-    return batch[0]
+            return f"image {i} is another one each time it is read, as by augmentation: {LEAVE}"
+    check_batch(_first(loader), "train_loader")
+    return ""
 
 
 LEAVE = "the teacher's outputs are not the same in every epoch; leave out teacher_cache"
+
+
+def _first(loader: DataLoader[Any]) -> Any:
+    dataset: Any = loader.dataset
+    return default_collate([dataset[i] for i in range(min(2, len(dataset)))])
 
 
 def image_hash(image: Any) -> int:
@@ -133,8 +143,8 @@ def _check_space(folder: Path, shards: int, outputs: Outputs, settings: dict[str
     row = sum(x[0].numel() * x.element_size() for x in (outputs.logits, *outputs.features))
     needed = row * min(shards * settings["rows_per_shard"], settings["rows"])
     free = shutil.disk_usage(folder).free
-    if shards and needed > free:
-        raise WriteError(
+    if shards and needed > MOST_OF_THE_DISK * free:
+        raise NoSpaceError(
             f"teacher_cache: {needed / 1e9:.1f} GB are needed in {folder}, and {free / 1e9:.1f} GB are free"
         )
 
@@ -145,9 +155,16 @@ def _outputs(distillation: Distillation, accelerator: Accelerator, size: int, im
     rows = len(images)
     images = images.to(accelerator.device)
     images = images[torch.arange(max(size, rows), device=images.device) % rows]
+    views = distillation.method.fixed_views
+    images = distillation.method.prepare(images, torch.zeros(len(images), dtype=torch.int64)).images
     with accelerator.autocast():
-        logits, features = distillation.teacher_outputs(images)
-    return Outputs(logits[:rows].cpu(), [x[:rows].cpu() for x in features])
+        outputs = distillation.teacher_outputs(images)
+
+    def kept(x: Tensor) -> Tensor:
+        x = x[: rows * views].cpu()
+        return x if views == 1 else x.unflatten(0, (rows, views))
+
+    return Outputs(kept(outputs.logits), [kept(x) for x in outputs.features])
 
 
 def _batches(loader: DataLoader[Any], number: int, settings: dict[str, Any], size: int) -> Iterator[Tensor]:
@@ -180,6 +197,7 @@ class _WithOutputs(Dataset[tuple[Any, Any, list[Tensor]]]):
     def __init__(self, dataset: Any, folder: Path, settings: dict[str, Any]) -> None:
         self.dataset, self.folder = dataset, folder
         self.rows, self.names = settings["rows_per_shard"], _names(len(settings["shapes"]))
+        self.shards: dict[int, dict[str, Tensor]] = {}  # that were read last, mapped into memory
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -187,24 +205,35 @@ class _WithOutputs(Dataset[tuple[Any, Any, list[Tensor]]]):
     def __getitem__(self, i: int) -> tuple[Any, Any, list[Tensor]]:
         image, label = self.dataset[i]
         shard, place = divmod(range(len(self))[i], self.rows)
-        with safe_open(shard_path(self.folder, shard), "pt") as file:
-            if int(file.get_slice("hashes")[place : place + 1]) != image_hash(image):
-                raise ValueError(
-                    f"teacher_cache: image {i} is not the one whose outputs are in {self.folder}: the data changed, or "
-                    "images are not the same in every epoch (augmentation); give another folder, or leave it out"
-                )
-            return image, label, [file.get_slice(name)[place : place + 1][0] for name in self.names]
+        tensors = self._open(shard)
+        if int(tensors["hashes"][place]) != image_hash(image):
+            raise ValueError(
+                f"teacher_cache: image {i} is not the one whose outputs are in {self.folder}: the data changed, or "
+                "images are not the same in every epoch (augmentation); give another folder, or leave it out"
+            )
+        return image, label, [tensors[name][place] for name in self.names]
+
+    def _open(self, shard: int) -> dict[str, Tensor]:
+        if shard not in self.shards:
+            if len(self.shards) == MAPPED:
+                self.shards.pop(next(iter(self.shards)))
+            self.shards[shard] = load_file(shard_path(self.folder, shard))
+        return self.shards[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"shards": {}}  # a worker maps them itself
 
 
-def _collate(samples: Sequence[tuple[Any, Any, list[Tensor]]]) -> Known:
+def _collate(samples: Sequence[tuple[Any, Any, list[Tensor]]], views: int) -> Known:
     images, labels = default_collate([sample[:2] for sample in samples])
-    logits, *features = (torch.stack(column) for column in zip(*(sample[2] for sample in samples), strict=True))
+    columns = [torch.stack(column) for column in zip(*(sample[2] for sample in samples), strict=True)]
+    logits, *features = [x.flatten(0, 1) for x in columns] if views > 1 else columns
     return images, labels, None, Outputs(logits, features)
 
 
 def _compare(known: _WithOutputs, images: Tensor, outputs: Outputs) -> None:
     """The weights' hash does not see a teacher whose code has changed."""
-    kept = _collate([known[i] for i in range(len(images))])[3]
+    kept = _collate([known[i] for i in range(len(images))], views=1)[3]
     for a, b in zip((kept.logits, *kept.features), (outputs.logits, *outputs.features), strict=True):
         if not torch.allclose(
             a.double(), b.double(), rtol=1e-2, atol=1e-2 * float(b.double().abs().max()), equal_nan=True

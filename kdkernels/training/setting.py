@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -52,6 +53,13 @@ class Setting:
         if args.per_class:
             images = data.labelled_subset(images, args.per_class, seed)
         return data.loader(images, args.batch_size, train=True, triplets=method.triplets, workers=self.workers)
+
+    def images_of(self, method: Method) -> int:
+        """How many images the student sees in an epoch, each view of one counted."""
+        loader = self.train_loader(method, seed=0)
+        batches = len(loader) * (loader.batch_size or 1)
+        items = batches if loader.drop_last else len(cast(Sized, loader.dataset))
+        return items * (3 if method.triplets else max(1, method.fixed_views))
 
     def test_loader(self) -> DataLoader[Any]:
         return data.loader(self.split.test, TEST_BATCH[self.workers > 0], train=False, workers=self.workers)

@@ -91,6 +91,17 @@ def pair_layers(
 
 def fewer(model: nn.Module, names: Sequence[str], count: int) -> list[str]:
     """``count`` of a network's stages: the last ones where maps get smaller from stage to stage, else evenly spread."""
-    if sum(_shrinks(module) for module in model.modules() if not module._modules) > 1:
-        return list(names[len(names) - count :])
+    return list(names[len(names) - count :]) if _narrows(model) else _evenly(names, count)
+
+
+def at_most(model: nn.Module, names: Sequence[str], count: int) -> list[str]:
+    """A network's stages, and of those that do not make their maps smaller, as a transformer's layers, ``count``."""
+    return list(names) if _narrows(model) or len(names) <= count else _evenly(names, count)
+
+
+def _narrows(model: nn.Module) -> bool:
+    return sum(_shrinks(module) for module in model.modules() if not module._modules) > 1
+
+
+def _evenly(names: Sequence[str], count: int) -> list[str]:
     return [names[(i + 1) * len(names) // count - 1] for i in range(count)]

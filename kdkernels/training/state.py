@@ -42,6 +42,7 @@ class Training:
     callbacks: Sequence[Callback] = ()
     history: list[dict[str, float]] = field(default_factory=list)
     best: float = -1.0
+    named: bool = False  # a term that drowns the others was
     stop: bool = False
 
     @property

@@ -31,7 +31,7 @@ def train_epoch(training: Training, epoch: int) -> dict[str, float]:
     share = accelerator.gradient_accumulation_steps
     together = share if method.relational else 1
     results = 0
-    first: list[dict[str, float]] = []
+    first = math.ceil(method.warmup * training.epochs * steps)  # the first step with all terms at their weights
     for group in _groups(loader, together):
         batch = results * together
         step = (epoch - 1) * steps + batch // share
@@ -41,10 +41,8 @@ def train_epoch(training: Training, epoch: int) -> dict[str, float]:
         results += 1
         for name, value in values.items():
             sums[name] += value
-        if epoch == 1 and len(first) < FIRST_STEPS:
-            first.append({name: values[name] for name in result.terms})
-            if len(first) == min(FIRST_STEPS, math.ceil(len(loader) / together)) and accelerator.is_main_process:
-                name_what_drowns(method, first)
+        if first <= step < first + FIRST_STEPS and not training.named and accelerator.is_main_process:
+            training.named = name_what_drowns(method, step + 1, {name: values[name] for name in result.terms})
         if accelerator.sync_gradients:
             for callback in training.callbacks:
                 callback.on_step(training, step + 1, values)

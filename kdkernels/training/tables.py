@@ -15,7 +15,7 @@ from .statistics import Difference, deviation, mean_and_deviation, paired
 if TYPE_CHECKING:
     from .compare import Entry
 
-HEADINGS = ("method", "lr", "seeds", "test accuracy, %", "against alone", "against kd", "s/run")
+HEADINGS = ("method", "lr", "images seen", "seeds", "test accuracy, %", "against alone", "against kd", "s/run")
 
 
 class Table:
@@ -40,7 +40,8 @@ class Table:
 
     def _row(self, entry: Entry) -> dict[str, Any]:
         values = list(entry.accuracies.values())
-        row: dict[str, Any] = {"method": entry.name, "lr": entry.lr, "epochs": entry.epochs, "seeds": len(values)}
+        row: dict[str, Any] = {"method": entry.name, "lr": entry.lr, "epochs": entry.epochs}
+        row |= {"images": entry.images, "seeds": len(values)}
         row |= {"mean": statistics.mean(values), "deviation": deviation(values)} if values else {}
         for method in ("alone", "kd"):
             if difference := self.against(entry, method):
@@ -74,6 +75,7 @@ class Table:
         return [
             entry.name,
             f"{entry.lr:g}",
+            f"{entry.images:,}".replace(",", " "),
             str(len(values)),
             accuracy,
             f"**{against}**" if alone is not None and alone.clear else against,
@@ -105,7 +107,8 @@ class Table:
             f"{args.epochs} epochs of batches of {args.batch_size}{few}, seeds {', '.join(map(str, args.seeds))}. Test "
             "accuracy after the last epoch: mean and standard deviation over the seeds, and mean differences, paired "
             "by seed, with their standard errors. Alone and kd are those of their rows that are best here, on the test "
-            "images. In bold: better than the student alone by more than two standard errors.\n\n"
+            "images. Images seen are those of a run, each view that a method makes of one counted. In bold: better "
+            "than the student alone by more than two standard errors.\n\n"
             f"{self.text()}\n"
         )
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from checking import DEVICE, DTYPES, check_close, check_compiled, check_contract, check_op, gradients
 from torch import Tensor
 
+from kdkernels import BackendError, use_backend
+from kdkernels.ops.backend import why_not
 from kdkernels.ops.channel_gram import GramPairs, channel_gram, reference
 from kdkernels.ops.channel_gram import channel_distance as op
 from kdkernels.ops.channel_gram.op import KINDS
 
-each_kind = pytest.mark.parametrize("kind", KINDS)
+
+@pytest.fixture(params=[*KINDS, "ickd in PyTorch"])
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ICKD alone has kernels, on CPUs."""
+    name, *reference = request.param.split(" ", 1)
+    with use_backend("reference" if reference else "auto"):
+        yield name
+
+
 # C, and the pixels: fewer than channels, more, and one of each
 SIZES = [(5, (2, 2)), (3, (4, 3)), (1, (3, 3)), (4, (1, 1))]
 
@@ -34,7 +45,6 @@ def layers_of(kind: str, *, channels: int, size: tuple[int, ...], dtype: torch.d
     return [activations(3, c, *size, dtype=dtype) for c in widths]
 
 
-@each_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("channels", "size"), SIZES, ids=str)
 def test_distance_meets_the_definition(channels: int, size: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
@@ -45,7 +55,6 @@ def test_distance_meets_the_definition(channels: int, size: tuple[int, ...], dty
     check_op(lambda *x: distance(list(x[:n]), list(x[n:]), kind), student, constants=teacher, upstream=1e3)
 
 
-@each_kind
 def test_in_parts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "CACHED", 1)
     student, teacher = ([torch.cat([x, x.flip(0)]) for x in layers_of(kind, channels=5, size=(4, 3))] for _ in range(2))
@@ -65,7 +74,6 @@ def test_nst_with_other_channels(student: int, teacher: int, size: tuple[int, in
     )
 
 
-@each_kind
 @pytest.mark.parametrize("reductions", [("mean", "mean"), ("sum", "none"), ("none", "sum"), ("none", "none")])
 def test_several_layers(reductions: tuple[str, str], kind: str) -> None:
     pairs = [layers_of(kind, channels=c, size=size) for c, size in ((4, (5, 5)), (6, (2, 2)))]
@@ -80,7 +88,6 @@ def test_several_layers(reductions: tuple[str, str], kind: str) -> None:
     )
 
 
-@each_kind
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "half"])
 def test_strides_and_mixed_dtypes(layout: str, kind: str) -> None:
     views = {
@@ -96,20 +103,16 @@ def test_strides_and_mixed_dtypes(layout: str, kind: str) -> None:
         assert all(g.is_contiguous(memory_format=torch.channels_last) for g in found)
 
 
-@each_kind
 def test_contract(kind: str) -> None:
     teacher = layers_of(kind, channels=4, size=(3, 3))
     check_contract(lambda s: distance([s, s.repeat(1, 2, 1, 1)[:, :6]][: len(teacher)], teacher, kind), teacher[0] + 1)
 
 
 def test_compiled() -> None:
-    x, y = activations(3, 4, 3, 3), activations(3, 4, 3, 3)
-
-    def function(s: Tensor) -> Tensor:
-        losses = [distance([s, s * s], [y, y], kind) for kind in KINDS]
-        return sum(losses) + channel_gram(s, s).square().sum()
-
-    check_compiled(function, x)
+    x, other, y = (activations(3, 4, 3, 3) for _ in range(3))
+    for kind in KINDS:
+        check_compiled(lambda s, kind=kind: distance([s, other], [y, y], kind), x)
+    check_compiled(lambda s: channel_gram(s, s), x)
 
 
 def test_opcheck() -> None:
@@ -140,7 +143,6 @@ def test_gram(dtype: torch.dtype) -> None:
             check_close("gradient", actual, truth, 1e-6, dtype)
 
 
-@each_kind
 def test_gradcheck(kind: str) -> None:
     for size in ((2, 2), (3, 4)):
         student, teacher = (layers_of(kind, channels=3, size=size, dtype=torch.float64) for _ in range(2))
@@ -148,7 +150,6 @@ def test_gradcheck(kind: str) -> None:
         assert torch.autograd.gradcheck(lambda *s, t=teacher: distance(list(s), t, kind, reduction="none"), leaves)
 
 
-@each_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_identical_networks(dtype: torch.dtype, kind: str) -> None:
     for size in ((2, 2), (5, 5)):
@@ -178,7 +179,6 @@ def test_ickd_of_one_channel_is_zero() -> None:
     assert (gradients(loss, [student])[0].abs() < 1e-6).all()
 
 
-@each_kind
 @pytest.mark.parametrize("shape", [(0, 3, 2, 2), (2, 3, 0, 2)], ids=str)
 def test_empty(shape: tuple[int, ...], kind: str) -> None:
     student = [torch.zeros(shape, device=DEVICE, requires_grad=True) for _ in range(2 if kind == "fsp" else 1)]
@@ -187,7 +187,6 @@ def test_empty(shape: tuple[int, ...], kind: str) -> None:
     assert all(g.shape == shape for g in gradients(loss, student))
 
 
-@each_kind
 def test_dead_channels_and_samples(kind: str) -> None:
     for size in ((2, 2), (4, 4)):
         student, teacher = (layers_of(kind, channels=4, size=size) for _ in range(2))
@@ -203,7 +202,6 @@ def test_dead_channels_and_samples(kind: str) -> None:
         assert gradient.isfinite().all()
 
 
-@each_kind
 @pytest.mark.parametrize("which", [0, 1])
 def test_nan_comes_out(which: int, kind: str) -> None:
     for size in ((2, 2), (4, 4)):
@@ -215,3 +213,25 @@ def test_nan_comes_out(which: int, kind: str) -> None:
         gradient = gradients(loss, student)[0]
         assert gradient[1].isnan().any()
         assert gradient[[0, 2]].isfinite().all()
+
+
+def test_kernels_run_on_the_cpu() -> None:
+    x = activations(2, 3, 2, 2).cpu()
+    if why_not("channel_gram", "native", x):
+        pytest.skip("there are no native kernels here")
+    with use_backend("native"):
+        native = distance([x], [x.flip(0)], "ickd")
+    with use_backend("reference"):
+        check_close("loss", distance([x], [x.flip(0)], "ickd"), native, 1e-6)
+    with use_backend("triton"), pytest.raises(BackendError, match="no triton implementation of channel_gram"):
+        distance([x], [x], "ickd")
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e12])
+def test_ickd_kernels_at_any_scale(scale: float) -> None:
+    """Squares of K, and 1 over them, are beyond floats."""
+    student, teacher = (scale * activations(3, 5, 4, 4).cpu() for _ in range(2))
+    if why_not("channel_gram", "native", student):
+        pytest.skip("there are no native kernels here")
+    with use_backend("native"):
+        check_op(lambda s, t: distance([s], [t], "ickd"), [student], constants=[teacher], upstream=scale)

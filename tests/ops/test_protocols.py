@@ -10,6 +10,7 @@ import pytest
 
 from kdkernels.ops import backend
 from kdkernels.ops.angular_margin.op import AngularMargin
+from kdkernels.ops.channel_gram.op import ChannelDistance
 from kdkernels.ops.energy.op import Energy
 from kdkernels.ops.gram.op import Gram
 from kdkernels.ops.multi_level.op import MultiLevel
@@ -22,6 +23,7 @@ from kdkernels.ops.softmax_pearson.op import SoftmaxPearson
 PROTOCOLS = {"softmax_kl": SoftmaxKL, "gram": Gram, "energy": Energy, "angular_margin": AngularMargin}
 CPU_PROTOCOLS = {
     "relation": Relation,
+    "channel_gram": ChannelDistance,
     "neighbour_correlation": NeighbourCorrelation,
     "nkd": NKD,
     "softmax_pearson": SoftmaxPearson,
@@ -45,7 +47,7 @@ def implementation(op: str, name: str) -> ModuleType:
 def test_every_op_has_its_protocol() -> None:
     assert set(PROTOCOLS) == set(backend.OPS)
     assert set(CPU_PROTOCOLS) == set(backend.CPU_OPS)
-    assert len(METHODS) == 3 + 8 + 4 + 2 + 4 + 4 * 3
+    assert len(METHODS) == 3 + 8 + 4 + 2 + 4 + 2 + 4 * 3
 
 
 @pytest.mark.parametrize(

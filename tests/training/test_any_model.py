@@ -231,10 +231,10 @@ class Same(Method):
 class Transformer(nn.Module):
     """(B, 1, 8, 8) to a class token and 16 tokens of 2 x 2 pixels."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layers: int = 2) -> None:
         super().__init__()
         self.embed = nn.Linear(4, width)
-        self.blocks = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
+        self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(layers)])
         self.head = nn.Linear(width, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -275,8 +275,26 @@ def test_adapters_are_checked() -> None:
         Distillation(network(), network(), "sp", adapt="mlp")
     with pytest.raises(ValueError, match=r"adapt='conv' depends on the features' widths: give .*example="):
         Distillation(network(6, 7, 8), network(), "sp", adapt="conv")
-    with pytest.raises(ValueError, match="method CORSD has no teacher"):
-        Distillation(None, network(), "corsd", adapt="pool")
+    with pytest.raises(ValueError, match="method CORSD has no teacher: 'map' alone is of use to it"):
+        Distillation(None, network(), "corsd", adapt=["map", "pool"])
+
+
+def test_a_transformer_teaches_itself() -> None:
+    torch.manual_seed(0)
+    x, y = images()
+    net = Transformer(6, layers=12).to(DEVICE)
+    module = Distillation(None, net, "corsd", adapt="map").to(DEVICE)
+    assert module._student_taps.names == ["blocks.2", "blocks.5", "blocks.8", "blocks.11"]
+    s, _ = module.outputs(x)
+    assert [f.shape for f in s.features] == [(6, 6, 4, 4)] * 4
+    tokens = net.embed(nn.functional.unfold(x, 2, stride=2).transpose(1, 2))
+    deep = nn.Sequential(*net.blocks)(tokens)  # without the class token, which is no place of the map
+    torch.testing.assert_close(s.features[3], deep.transpose(1, 2).unflatten(2, (4, 4)))
+    result = module(x, y[::3], y[2::3])
+    result.loss.backward()
+    assert result.terms["corsd"] > 0
+    assert all(p.grad is not None for p in module.method.parameters())
+    assert net.blocks[0].weight.grad.norm() > 0
 
 
 def test_heads_are_built_for_adapted_features() -> None:

@@ -120,7 +120,7 @@ def test_tokens_are_refused_where_maps_are_needed(method: str) -> None:
 
 def test_corsd_refuses_tokens() -> None:
     x, y = images()
-    message = r"CORSD: the student's features must be maps .*\(\d+, 16, 6\) are tokens: name layers that return maps"
+    message = r"CORSD: the student's features must be maps .*\(\d+, 16, 6\) are tokens: adapt='map' makes such of them"
     with pytest.raises(ValueError, match=message):
         Distillation(None, Tokens(), "corsd", example=x)
     with pytest.raises(ValueError, match=message):

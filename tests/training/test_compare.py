@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kdkernels import cli
-from kdkernels.training import METHODS, Callback, compare
+from kdkernels.training import METHODS, Callback, compare, output_cache
 from kdkernels.training.methods.spelling import parse
 from kdkernels.training.statistics import Difference, deviation, mean_and_deviation, paired
 
@@ -112,6 +112,11 @@ def test_a_comparison_from_the_first_run_to_the_last(tmp_path: Path, capsys: pyt
     assert results["settings"]["model"] == "small_student"
     assert results["versions"]["kdkernels"] == "0.1.0"
 
+    # 48 images in 4 batches; the teacher's outputs, the same for all seeds, were kept
+    assert [row["images"] for row in results["rows"]] == [144, 144, 4 * 144, 144]
+    (outputs,) = (folder / "teacher-outputs").iterdir()
+    assert (outputs / "shard-00000.safetensors").is_file()
+
     # again: only what failed, and what is new
     with mock.patch.object(compare, "fit", side_effect=ArithmeticError("it trains")) as fit:
         assert cli.main([*line[:-4], "--methods", "kd,at", "--lrs", "0.1,0.2"]) == 0
@@ -163,6 +168,30 @@ def test_an_interrupted_run_goes_on_and_is_what_train_makes(tmp_path: Path, caps
     again = json.loads((tmp_path / "given/results.json").read_text())
     assert again["teacher"] == pytest.approx(results["teacher"])
     assert (tmp_path / "train/last.safetensors").read_bytes() == (run / "last.safetensors").read_bytes()
+
+
+def test_numbers_are_those_without_the_teachers_outputs(tmp_path: Path) -> None:
+    line = command(
+        tmp_path, "--methods", "kd,amd,mlkd:views=1+sp,corsd", "--seeds", "1", "--epochs", "2", "--per-class", "12"
+    )
+    teacher = ["--teacher", str(tmp_path / "with/teacher/last.safetensors")]
+    rows = {}
+    for choice, more in (("with", []), ("without", ["--teacher-cache", "no", *teacher])):
+        assert cli.main([*line, "--output", str(tmp_path / choice), *more]) == 0
+        found = json.loads((tmp_path / choice / "results.json").read_text())["rows"]
+        rows[choice] = [{k: v for k, v in row.items() if k != "seconds"} for row in found]
+    assert rows["with"] == rows["without"]
+    assert len(list((tmp_path / "with/teacher-outputs").glob("*-0"))) == 3  # logits, all stages, the last one
+    assert not (tmp_path / "without/teacher-outputs").exists()
+    for run in (tmp_path / "with/runs").glob("*/seed-0/last.safetensors"):
+        assert run.read_bytes() == (tmp_path / "without" / run.relative_to(tmp_path / "with")).read_bytes()
+
+
+def test_a_disk_without_room_is_no_reason_to_stop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with mock.patch.object(output_cache.shutil, "disk_usage", return_value=mock.Mock(free=100)):
+        assert cli.main(command(tmp_path, "--methods", "kd", "--seeds", "1", "--epochs", "1")) == 0
+    assert "are free; the teacher runs in every epoch instead" in caplog.text
+    assert "kd" in (tmp_path / "out/results.md").read_text()
 
 
 def test_nothing_but_failures_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,8 +47,8 @@ def test_distillation_is_the_sum_of_the_methods_terms(method: str) -> None:
             "nkd": ce + kdkernels.nkd_loss(z_s, z_t, y),
             "dist": ce + 2 * kdkernels.dist_loss(z_s, z_t),
             "mlld": 0.1 * ce + 0.9 * kdkernels.mlld_loss(z_s, z_t),
-            "at": ce + 1000 * kdkernels.at_loss(stages_s, stages_t),
-            "nst": ce + 50 * kdkernels.nst_loss(stages_s, stages_t),
+            "at": ce + 10 * kdkernels.at_loss(stages_s, stages_t),
+            "nst": ce + kdkernels.nst_loss(stages_s, stages_t),
             "amd": 0.1 * ce + 0.9 * kd + 0.2 * kdkernels.amd_loss(stages_s, stages_t, layer_weights="area"),
         }[method]
     torch.testing.assert_close(result.loss.detach(), expected)

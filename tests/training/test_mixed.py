@@ -134,6 +134,7 @@ def test_weights_follow_their_schedule() -> None:
     x, y = images(12)
     history = fit(module, DataLoader(TensorDataset(x.cpu(), y.cpu()), 6), epochs=2, lr=1e-9, progress=False)
     assert seen == [0, 0.25, 0.5, 0.75]
+    assert sp.grown == 1
     assert sp.weight == 75
     assert history[0]["sp"] * 5 == pytest.approx(history[1]["sp"], rel=0.01)  # 0 and 25, then 50 and 75
     with pytest.raises(ValueError, match=r"KD: weight must be in \[0, 1\], got 1.5"):
@@ -145,6 +146,26 @@ def test_weights_follow_their_schedule() -> None:
     mlkd = make_method("mlkd", alignment_weight=lambda share: share)
     Distillation(network(), network(), mlkd).schedule(0.5)
     assert mlkd.loss.options["alignment_weight"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["mlkd", "sp", "at", "nst", "ickd", "rkd"])
+def test_a_term_warms_up(name: str) -> None:
+    x, y = images(6)
+    loader = DataLoader(TensorDataset(x.cpu().repeat(2, 1, 1, 1), y.cpu().repeat(2)), 6)  # one batch twice
+    runs = {}
+    for warmup in (0.4, 0.0):
+        torch.manual_seed(0)
+        method = make_method(name, warmup=warmup)
+        module = Distillation(network(6, 7, 8), network(), [method, "kd"])
+        whole = module(x, y).terms[name]
+        assert method.grown == 1  # nobody has said that a training begins
+        assert whole > 0
+        runs[warmup] = [row[name] for row in fit(module, loader, epochs=5, lr=1e-9, progress=False)]
+        assert method.grown == 1
+    grown = [now / whole for now, whole in zip(runs[0.4], runs[0.0], strict=True)]
+    assert grown == pytest.approx([0.125, 0.625, 1, 1, 1], rel=1e-3)  # of 10 steps at 0, 1/4, 2/4, 3/4, 1
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, 1\], got 2"):
+        make_method(name, warmup=2)
 
 
 def test_the_option_behind_a_term_of_a_mixture() -> None:

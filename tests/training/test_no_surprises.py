@@ -176,9 +176,13 @@ def test_a_term_that_drowns_the_others_is_named_once(caplog: pytest.LogCaptureFi
         module = Distillation(small_student(1, 10), small_student(1, 10), make_method("sp", weight=1e5))
         fit(module, train, epochs=2, progress=False)
         fit(make("kd"), train, epochs=1, progress=False)
-    (message,) = [r.getMessage() for r in caplog.records if "hardly count" in r.getMessage()]
-    assert message.startswith("in step 1 'sp' is ")
-    assert message.endswith("it is scaled by weight= of SP")
+        weights = {"correlation_weight": 1e5, "warmup": 0.5}
+        module = Distillation(small_student(1, 10), small_student(1, 10), make_method("mlkd", **weights))
+        fit(module, train, epochs=2, lr=1e-9, progress=False)
+    first, second = [r.getMessage() for r in caplog.records if "hardly count" in r.getMessage()]
+    assert first.startswith("in step 4 'sp' is ")  # the first at its weight, after a fifth of 12
+    assert first.endswith("it is scaled by weight= of SP")
+    assert second.startswith("in step 7 'mlkd' is ")
 
 
 @pytest.mark.parametrize("method", ["mlkd", "corsd"])

@@ -59,7 +59,7 @@ def train(
     return module.state_dict(), teacher.passes - before
 
 
-@pytest.mark.parametrize(("method", "accumulate"), [("kd", 1), ("sp", 2), ("amd+ickd", 1)])
+@pytest.mark.parametrize(("method", "accumulate"), [("kd", 1), ("sp", 2), ("amd+ickd", 1), ("mlkd+kd", 1)])
 def test_weights_are_those_without_a_cache(tmp_path: Path, method: str, accumulate: int) -> None:
     plain, passes = train(method, None, accumulate=accumulate)
     assert passes == 12 * accumulate  # a relational method's micro-batches run twice
@@ -105,7 +105,7 @@ class Stream(IterableDataset[Any]):
         ("kd", Noisy(0), r"image 0 is another one each time it is read, as by augmentation: .*leave out teacher_cache"),
         ("kd", Noisy(60), r"image \d+ is not the one whose outputs are in .*augmentation"),
         ("stkd", None, "method STKD makes other images of each batch"),
-        ("mlkd+kd", None, "method Mixed makes other images of each batch"),
+        ("corsd+kd", None, "method Mixed makes other images of each batch"),
         ("kd", DataLoader(dataset(), BATCH, collate_fn=tuple), "without a collate_fn"),
     ],
 )

@@ -8,11 +8,12 @@ of 1.
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..backend import choose
 from ..checks import compute_dtype, grad_like
 from ..energy.op import of_layers_and_samples, sample_factors
 from ..library import Differentiable, build, may_hand_on, register
@@ -50,6 +51,16 @@ class GramPairs(NamedTuple):
         return self.reduction == "none"
 
 
+class ChannelDistance(Protocol):
+    """What an implementation has."""
+
+    def supports(self, *tensors: Tensor) -> str | None:
+        """None, or the reason why these tensors cannot be computed."""
+
+    def forward(self, x: GramPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+        """The loss, and the gradients of all student tensors for an upstream one of 1, one behind the other (n,)."""
+
+
 def channel_gram(a: Tensor, b: Tensor) -> Tensor:
     """(B, C, C') of (B, C, ...) and (B, C', ...): float32 (float64 if an input is), under autocast too.
 
@@ -61,9 +72,9 @@ def channel_gram(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from .reference import forward  # needs this module's records
-
-    return forward(build(GramPairs, args), args[-1])
+    x = build(GramPairs, args)
+    implementation: ChannelDistance = choose("channel_gram", *x.student, *x.teacher)
+    return implementation.forward(x, args[-1])
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,15 @@ Gradients = Callable[..., object]
 Distance = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Gradients]]
 
 
+def supports(*tensors: Tensor) -> str | None:
+    return None
+
+
 def forward(x: GramPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
+    return by_parts(x, need_grad, DISTANCES[x.kind])
+
+
+def by_parts(x: GramPairs, need_grad: bool, distance: Distance) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(*x.student, *x.teacher)
     like = x.student[0].new_empty(0, dtype=dtype)
     sizes = [s.numel() if need_grad else 0 for s in x.student]
@@ -31,7 +39,7 @@ def forward(x: GramPairs, need_grad: bool) -> tuple[Tensor, Tensor]:
     pairs = zip(x.pairs(x.student), x.pairs(x.teacher), target_pairs, x.factors(), strict=True)
     for i, (student, teacher, target_pair, factor) in enumerate(pairs):
         for part in _parts(*student, *teacher):
-            values, gradients = DISTANCES[x.kind](*(t[part].to(dtype) for t in (*student, *teacher)))
+            values, gradients = distance(*(t[part].to(dtype) for t in (*student, *teacher)))
             losses[i, part] = values.mul_(factor)
             if target_pair is not None:
                 gradients(factor, *(t[part] for t in target_pair))

@@ -1,4 +1,8 @@
-"""linear_kd's two passes: tokens in chunks, each to logits, losses, their gradient in place, and shares of the sums."""
+"""linear_kd's two passes: tokens in chunks, each to logits, losses, their gradient in place, and shares of the sums.
+
+A chunk is as many tokens as the memory allows, since each reads the weights anew. On CPUs its matrices are in pieces of
+some tokens, none of which is half of all logits.
+"""
 
 from __future__ import annotations
 
@@ -55,18 +59,23 @@ class Tokens(NamedTuple):
 
 
 def chunk_size(x: LinearKD, columns: Columns) -> int:
-    """Tokens at a time: what the budget allows, and about a third of all; where they are many, by the block."""
+    """Tokens at a time: what the budget allows."""
     if x.options.chunk:
         return x.options.chunk
     matrices = 2 + (x.softcap != 0) + (x.teacher.ids is not None and x.terms.ce != 0)
     of_weight = x.weight.numel() * x.dtype.itemsize
     budget = max(BUDGET_CPU, of_weight) if x.hidden.is_cpu else BUDGET_ACCELERATOR
-    rows = budget // max(matrices * columns.share * x.dtype.itemsize, 1)
+    rows = max(1, budget // max(matrices * columns.share * x.dtype.itemsize, 1))
+    if not x.hidden.is_cpu:
+        rows = min(rows, piece_size(x))
+    return rows - rows % BLOCK if rows > BLOCK else rows
+
+
+def piece_size(x: LinearKD) -> int:
+    """Tokens whose logits are one tensor: about a third of all, less than half; where they are many, by the block."""
     tokens = x.hidden.shape[0]
-    third = -(-tokens // 3)
-    if tokens > 6 * BLOCK:  # so that a block more is less than half of all
-        third += -third % BLOCK
-    return max(1, min(rows - rows % BLOCK if rows > BLOCK else rows, third))
+    third = max(1, -(-tokens // 3))
+    return third + (-third % BLOCK if tokens > 6 * BLOCK else 0)
 
 
 def _nothing(x: LinearKD, columns: Columns) -> Gradients:
@@ -86,23 +95,42 @@ def _nothing(x: LinearKD, columns: Columns) -> Gradients:
 
 def sweep(x: LinearKD, tokens: Tokens, columns: Columns, gradients: Gradients | None, upstream: Tensor) -> Tensor:
     """The rows' losses (N,); with ``gradients``, theirs times ``upstream``, (N,) or one for all, are added to them."""
-    n = x.hidden.shape[0]
+    n, size = x.hidden.shape[0], chunk_size(x, columns)
     head = Linear(x.weight, x.bias, x.scale, x.softcap).narrow(columns.size)
-    size = chunk_size(x, columns)
-    buffers = [torch.empty(min(size, n), columns.size, dtype=x.dtype, device=x.hidden.device) for _ in range(2)]
     losses = torch.empty(n, dtype=x.dtype, device=x.hidden.device)
+    student = _memory(x, columns, min(size, n))
+    other = _memory(x, columns, min(size, n), gradients)
     for begin in range(0, n, size):
         rows = slice(begin, min(begin + size, n))
-        part = tokens.narrow(rows)
-        h = _counted(x.hidden[rows], part.keep)
-        z, other = (b[: h.shape[0]] for b in buffers)
-        z = logits(head, h, z)
-        cap = slope(head, z) if gradients is not None else None
-        weight = None if gradients is None else upstream[rows] if upstream.ndim else upstream
-        losses[rows], g = _row_pass(x, rows, z, other, part, columns, weight)
-        if gradients is not None and g is not None:
-            gradients.add(head, h, g if cap is None else g.mul_(cap), begin)
+        h = _counted(x.hidden[rows], tokens.narrow(rows).keep)
+        z, t = _first(student, len(h)), _first(other, len(h))
+        logits(head, h, z)
+        _teacher_logits(x, rows, t, tokens, columns)
+        losses[rows], g = _row_passes(x, head, begin, z, t, tokens, columns, None if gradients is None else upstream)
+        if gradients is not None:
+            gradients.add(head, h, g, begin)
     return losses
+
+
+def _memory(x: LinearKD, columns: Columns, size: int, gradients: Gradients | None = None) -> list[Tensor]:
+    """For so many tokens' logits, on CPUs in pieces.
+
+    With ``gradients`` it may be the weights': where all tokens are one chunk, they are written after the teacher's
+    logits were read.
+    """
+    piece = piece_size(x) if x.hidden.is_cpu else size
+    lengths = [min(piece, size - begin) for begin in range(0, size, piece)]
+    if gradients is not None and gradients.weight is not None and x.teacher.ids is None and size == len(x.hidden):
+        lent = gradients.weight[: columns.size].view(-1)
+        if lent.numel() >= size * columns.size:
+            return list(lent[: size * columns.size].view(size, -1).split(piece))
+    return [torch.empty(n, columns.size, dtype=x.dtype, device=x.hidden.device) for n in lengths]
+
+
+def _first(memory: list[Tensor], rows: int) -> list[Tensor]:
+    """Its first rows: those of a chunk, of which the last may be shorter."""
+    piece = len(memory[0])
+    return [m[: rows - i * piece] for i, m in enumerate(memory) if i * piece < rows]
 
 
 def _counted(h: Tensor, keep: Tensor | None) -> Tensor:
@@ -110,14 +138,53 @@ def _counted(h: Tensor, keep: Tensor | None) -> Tensor:
     return h if keep is None else h.masked_fill(~keep[:, None], 0)
 
 
+def _teacher_logits(x: LinearKD, rows: slice, out: list[Tensor], tokens: Tokens, columns: Columns) -> None:
+    """Into ``out``, where they are still to be made and wanted."""
+    t = x.teacher
+    if t.teacher_hidden is None or not x.terms.soft:
+        return
+    assert t.teacher_weight is not None
+    head = Linear(t.teacher_weight, t.teacher_bias, t.teacher_scale, t.teacher_softcap).narrow(columns.size)
+    logits(head, _counted(t.teacher_hidden[rows], tokens.narrow(rows).keep), out)
+
+
+def _row_passes(
+    x: LinearKD,
+    head: Linear,
+    begin: int,
+    student: list[Tensor],
+    other: list[Tensor],
+    tokens: Tokens,
+    columns: Columns,
+    upstream: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """A chunk's losses, and the gradients of its pieces of h W^T + b."""
+    losses, gradients = [], []
+    for z, memory in zip(student, other, strict=True):
+        rows = slice(begin, begin + len(z))
+        begin = rows.stop
+        cap = None if upstream is None else slope(head, z)
+        weight = upstream[rows] if upstream is not None and upstream.ndim else upstream
+        values, g = _row_pass(x, rows, z, memory, tokens.narrow(rows), columns, weight)
+        losses.append(values)
+        if g is not None:
+            gradients.append(g if cap is None else g.mul_(cap))
+    return torch.cat(losses), gradients
+
+
 def _row_pass(
     x: LinearKD, rows: slice, z: Tensor, other: Tensor, tokens: Tokens, columns: Columns, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The chunk's losses, and their gradient, in z's memory where possible; ``other`` is memory like z's."""
+    """A piece's losses, and their gradient, in z's memory where possible.
+
+    ``other`` is memory like z's, and has the logits of a teacher that is a head.
+    """
     if x.teacher.ids is not None and x.teacher.logprobs is not None:
         entries = x.teacher.ids[rows], x.teacher.logprobs[rows]
         return top_k.row_pass(x, z, other, *entries, tokens.keep, tokens.target, columns, upstream)
-    t = _teacher_logits(x, rows, other, tokens, columns) if x.terms.soft else z
+    t = other if x.terms.soft else z
+    if x.teacher.teacher_logits is not None and x.terms.soft:
+        t = x.teacher.teacher_logits[rows, : columns.size]
     if columns.group is not None:
         return ranks.row_pass(x, z, t, tokens.keep, tokens.target, columns, upstream)
     labels = Labels(tokens.target, ignore_index=IGNORED, smoothing=x.options.smoothing)
@@ -128,16 +195,6 @@ def _row_pass(
     if upstream is None:
         return losses, None
     return losses, implementation.backward(upstream, record, stats, scale, in_place=True)
-
-
-def _teacher_logits(x: LinearKD, rows: slice, out: Tensor, tokens: Tokens, columns: Columns) -> Tensor:
-    t = x.teacher
-    if t.teacher_logits is not None:
-        return t.teacher_logits[rows, : columns.size]
-    assert t.teacher_hidden is not None
-    assert t.teacher_weight is not None
-    head = Linear(t.teacher_weight, t.teacher_bias, t.teacher_scale, t.teacher_softcap).narrow(columns.size)
-    return logits(head, _counted(t.teacher_hidden[rows], tokens.keep), out)
 
 
 def forward(x: LinearKD, need_grad: bool, columns: Columns | None = None) -> tuple[Tensor, ...]:

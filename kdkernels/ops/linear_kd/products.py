@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SLICE = 1 << 21  # elements of the weights that a CPU takes at a time: 8 MB of fp32
+SLICE = 1 << 20  # elements of the weights that a CPU takes at a time: 4 MB of fp32
+WIDE_SLICE = 1 << 23  # in the gradients' products, where a slice costs more
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -35,31 +36,43 @@ def has_half_products(h: Tensor, weight: Tensor, out: Tensor) -> bool:
     return h.is_cuda and h.dtype == weight.dtype and h.dtype in HALF and out.dtype == torch.float32
 
 
-def _slices(weight: Tensor, dtype: torch.dtype, always: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of the weights in ``dtype``: all at once, or in slices if they are widened, or ``always``."""
+def _slices(weight: Tensor, dtype: torch.dtype, size: int = 0) -> Iterator[tuple[slice, Tensor]]:
+    """The weights' rows in ``dtype``: in slices of ``size`` elements, and if they are widened; else all at once."""
     rows, width = weight.shape
-    step = max(1, SLICE // max(width, 1) if always or weight.dtype != dtype else rows)
+    size = size or (0 if weight.dtype == dtype else SLICE)
+    # a third: with all tokens, a slice's logits are less than half of all
+    step = max(1, min(size // max(width, 1), -(-rows // 3))) if size else max(rows, 1)
     for begin in range(0, rows, step):
         part = slice(begin, begin + step)
         yield part, weight[part].to(dtype)
 
 
-def logits(head: Linear, h: Tensor, out: Tensor) -> Tensor:
-    """The logits (n, V) of hidden states (n, D), written into ``out``."""
-    if has_half_products(h, head.weight, out):
-        torch.mm(h, head.weight.t(), out_dtype=out.dtype, out=out)
+def logits(head: Linear, h: Tensor, pieces: list[Tensor]) -> None:
+    """The logits (n, V) of hidden states (n, D), written into ``pieces``, some rows each; one piece but on CPUs."""
+    first = pieces[0]
+    if has_half_products(h, head.weight, first):
+        torch.mm(h, head.weight.t(), out_dtype=first.dtype, out=first)
     else:
-        h = h.to(out.dtype)
+        h = h.to(first.dtype)
         # few tokens' products are up to a seventh faster from slices of the weights; the gradients' are not
-        for columns, weight in _slices(head.weight, out.dtype, always=out.is_cpu):
-            torch.mm(h, weight.t(), out=out[:, columns])
-    if head.bias is not None:
-        out.add_(head.bias)
-    if head.scale != 1:
-        out.mul_(head.scale)
-    if head.softcap:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    return out
+        for columns, weight in _slices(head.weight, first.dtype, SLICE if h.is_cpu else 0):
+            if len(pieces) == 1:
+                torch.mm(h, weight.t(), out=first[:, columns])
+                continue
+            for rows, out in _rows(torch.mm(h, weight.t()), pieces):
+                out[:, columns] = rows
+    for out in pieces:
+        if head.bias is not None:
+            out.add_(head.bias)
+        if head.scale != 1:
+            out.mul_(head.scale)
+        if head.softcap:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
+
+
+def _rows(x: Tensor, pieces: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those of x (n, ...) that belong to each of the pieces."""
+    return zip(x.split([len(piece) for piece in pieces]), pieces, strict=True)
 
 
 def slope(head: Linear, z: Tensor) -> Tensor | None:
@@ -74,25 +87,39 @@ class Gradients(NamedTuple):
     weight: Tensor | None  # (V, D)
     bias: Tensor | None  # (V,)
 
-    def add(self, head: Linear, h: Tensor, g: Tensor, begin: int) -> None:
-        """A chunk's share: its hidden states h, those from row ``begin`` on, and the gradient g of h W^T + b."""
-        end, columns = begin + h.shape[0], g.shape[1]
-        d_hidden = None if self.hidden is None else self.hidden[begin:end]
+    def add(self, head: Linear, h: Tensor, pieces: list[Tensor], begin: int) -> None:
+        """A chunk's share: its hidden states h, rows ``begin`` and on, and the gradient of h W^T + b in pieces."""
+        columns = pieces[0].shape[1]
+        d_hidden = None if self.hidden is None else self.hidden[begin : begin + len(h)]
         d_weight = None if self.weight is None else self.weight[:columns]
-        if head.scale != 1:
-            g.mul_(head.scale)
-        if self.bias is not None:
-            self.bias[:columns] += g.sum(0)
-        keep = float(begin > 0)  # the first chunk overwrites what was in memory
-        if has_half_products(h, head.weight, g):
-            g = g.to(h.dtype)
+        for g in pieces:
+            if head.scale != 1:
+                g.mul_(head.scale)
+            if self.bias is not None:
+                self.bias[:columns] += g.sum(0)
+        if has_half_products(h, head.weight, pieces[0]):
+            g = pieces[0].to(h.dtype)
             if d_hidden is not None:
                 torch.mm(g, head.weight, out_dtype=d_hidden.dtype, out=d_hidden)
             if d_weight is not None:
-                torch.addmm(d_weight, g.t(), h, out_dtype=d_weight.dtype, beta=keep, out=d_weight)
+                torch.addmm(d_weight, g.t(), h, out_dtype=d_weight.dtype, beta=float(begin > 0), out=d_weight)
             return
         if d_hidden is not None:
-            for part, weight in _slices(head.weight, g.dtype):
-                d_hidden.addmm_(g[:, part], weight, beta=float(part.start > 0))
+            _add_d_hidden(d_hidden, head.weight, pieces)
         if d_weight is not None:
-            d_weight.addmm_(g.t(), h.to(g.dtype), beta=keep)
+            _add_d_weight(d_weight, h.to(d_weight.dtype), pieces, begin > 0)
+
+
+def _add_d_hidden(d_hidden: Tensor, weight: Tensor, pieces: list[Tensor]) -> None:
+    """G W, of all rows by a slice of the weights: many rows read them once."""
+    size = WIDE_SLICE if len(pieces) > 1 else 0
+    for part, w in _slices(weight, d_hidden.dtype, size):
+        g = pieces[0][:, part] if len(pieces) == 1 else torch.cat([piece[:, part] for piece in pieces])
+        d_hidden.addmm_(g, w, beta=float(part.start > 0))
+
+
+def _add_d_weight(d_weight: Tensor, h: Tensor, pieces: list[Tensor], keep: bool) -> None:
+    """G^T h, of all pieces by a slice, before it leaves the cache; the first chunk overwrites what was in memory."""
+    for part, d in _slices(d_weight, d_weight.dtype, WIDE_SLICE if len(pieces) > 1 else 0):
+        for i, (rows, g) in enumerate(_rows(h, pieces)):
+            d.addmm_(g[:, part].t(), rows, beta=float(keep or i > 0))

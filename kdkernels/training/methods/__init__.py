@@ -52,8 +52,9 @@ def make_method(name: str | Method | Sequence[Part], **options: Any) -> Method:
 
     ``make_method("sp", weight=300)``; ``make_method("kd+sp")`` and ``make_method(["kd", ("sp", {"weight": 300})])`` are
     the sum of the two, with cross entropy counted once (see ``Mixed``). A weight may be a schedule: a function of the
-    share of the training that is done, 0 to 1, as ``weight=lambda share: 300 * share``. ``fit`` and the integrations
-    follow it; a loop of your own calls ``distillation.schedule(share)``.
+    share of the training that is done, 0 to 1, as ``weight=lambda share: 300 * share``. Methods that compare features
+    have an option ``warmup``: without a schedule, their weight grows over that share of the training, a fifth. ``fit``
+    and the integrations follow both; a loop of your own calls ``distillation.schedule(share)``.
 
     Raises:
         ValueError: a method that does not exist, invalid options, methods that cannot be mixed.
@@ -81,8 +82,11 @@ def _part(part: Part) -> Method:
 def _method(name: str, options: Mapping[str, Any]) -> Method:
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {name!r}")
-    numbers = {n for n, p in signature(METHODS[name]).parameters.items() if isinstance(p.default, float)}
+    parameters = signature(METHODS[name]).parameters.items()
+    numbers = {option for option, p in parameters if isinstance(p.default, float) and option != "warmup"}
     schedules = {option: value for option, value in options.items() if option in numbers and callable(value)}
+    if schedules and any(option == "warmup" for option, _ in parameters):
+        options = {"warmup": 0.0, **options}  # a weight with a schedule has no other
     for share in (1.0, 0.5, 0.0):  # the constructor checks the values; that at the start remains
         method = METHODS[name](**{**options, **{option: value(share) for option, value in schedules.items()}})
         if not schedules:

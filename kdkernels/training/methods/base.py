@@ -20,6 +20,7 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
+WARMUP = 0.2  # of methods that compare features: at full weight, their first gradients exceed cross entropy's by far
 Schedule = Callable[[float], float]  # the share of the training that is done, 0 to 1, to a weight
 
 
@@ -57,6 +58,7 @@ class Method(nn.Module):
 
     stages: ClassVar[str] = "none"  # which stages' features it needs where none are named: "none", "last" or "all"
     maps: ClassVar[bool] = False  # its features must be maps (N, C, H, W)
+    most_layers: ClassVar[int | None] = None  # of a transformer's, evenly spread, where none are named
     needs_teacher: ClassVar[bool] = True
     needs_widths: ClassVar[bool] = False  # build() has to see the features' widths
     needs_classes: ClassVar[bool] = True  # ... and the logits' width; False spares it to read off a layer
@@ -64,18 +66,27 @@ class Method(nn.Module):
     scales: ClassVar[dict[str, str]] = {}  # the option that scales a term, where it is not one called weight
     relational: ClassVar[bool] = False  # the terms compare rows, so that a batch is more than its micro-batches
     triplets: ClassVar[bool] = False  # batches are (images, target, target_neg) of training.triplets
+    weight: float = 1.0  # of its own term, where it has one weight
     named_layers: bool = False  # the user named the layers; set by Distillation
     built: bool = False  # build() has run; set by Distillation
     group: dist.ProcessGroup | None = None  # rows that are compared, and batch norms of heads, are of the whole group
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: float = 0.0) -> None:
+        """``warmup`` is the share of the training in which the method's own terms grow to their weights."""
         super().__init__()
+        check_share(f"{type(self).__name__}: warmup", warmup)
         self.schedules: dict[str, Schedule] = {}
+        self.warmup, self.grown = warmup, 1.0  # whole, unless somebody says how far the training is
 
     def schedule(self, share: float) -> None:
         """Set the options that are schedules to their values after that share of the training."""
+        self.grown = min(1.0, share / self.warmup) if self.warmup else 1.0
         for option, value in self.schedules.items():
             self.set_option(option, check_scheduled(self, option, value(share)))
+
+    def weighted(self, loss: Tensor) -> Tensor:
+        """The method's own term, at its weight of this step."""
+        return self.grown * self.weight * loss
 
     def set_option(self, option: str, value: float) -> None:
         """Change a weight; a method that keeps its weights elsewhere than in attributes overrides this."""
@@ -95,6 +106,11 @@ class Method(nn.Module):
         options = signature(type(self)).parameters
         weights = [name for name in options if name == "weight"] or [n for n in options if n.endswith("_weight")]
         return f"{self.scales.get(term, ', '.join(weights) or 'weight')}= of {type(self).__name__}"
+
+    @property
+    def fixed_views(self) -> int:
+        """How many images ``prepare`` makes of each, the same ones each time; 0 where it draws or mixes them."""
+        return int(type(self).prepare is Method.prepare and not self.triplets)
 
     def own_rows(self, images: int) -> slice:
         """Which of the rows that ``prepare`` made are the images as they came; a mixture's other methods see them."""

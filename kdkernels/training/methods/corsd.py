@@ -18,6 +18,7 @@ class CORSD(Method):
 
     stages = "all"
     maps = True
+    most_layers = 4  # as the paper's networks have; each has networks of its own
     needs_teacher = False
     needs_widths = True
     triplets = True

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from ...batch_norm import BatchNorm2d, set_group
 from ...ickd_loss import ickd_loss
 from ...ops.checks import check_weight
-from .base import Batch, Method, Outputs
+from .base import WARMUP, Batch, Method, Outputs
 
 
 class ICKD(Method):
@@ -19,8 +19,8 @@ class ICKD(Method):
     needs_widths = True
     needs_classes = False
 
-    def __init__(self, weight: float = 2.5) -> None:
-        super().__init__()
+    def __init__(self, weight: float = 2.5, warmup: float = WARMUP) -> None:
+        super().__init__(warmup)
         check_weight("ICKD", weight=weight)
         self.weight = weight
         self.projection: nn.Module | None = None
@@ -37,5 +37,5 @@ class ICKD(Method):
         set_group(self.projection, self.group)
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
-            "ickd": self.weight * ickd_loss(self.projection(student.features[0]), teacher.features[0]),
+            "ickd": self.weighted(ickd_loss(self.projection(student.features[0]), teacher.features[0])),
         }

@@ -22,7 +22,7 @@ class Mixed(Method):
     """
 
     def __init__(self, methods: Sequence[Method]) -> None:
-        super().__init__()
+        super().__init__(max((method.warmup for method in methods), default=0.0))
         changing = [method for method in methods if _changes(method)]
         if not methods:
             raise ValueError("a mixture needs at least one method, got none")
@@ -39,8 +39,13 @@ class Mixed(Method):
             for name in ("maps", "needs_teacher", "needs_widths", "needs_classes", "relational", "triplets")
         }
         needs["stages"] = max((method.stages for method in methods), key=("none", "last", "all").index)
+        needs["most_layers"] = min((method.most_layers for method in methods if method.most_layers), default=None)
         for name, value in needs.items():  # class attributes of other methods
             setattr(self, name, value)
+
+    @property
+    def fixed_views(self) -> int:
+        return self.parts[0].fixed_views
 
     @property
     def parts(self) -> list[Method]:

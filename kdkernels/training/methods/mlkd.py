@@ -11,7 +11,7 @@ from ...mlkd_loss import MLKDLoss
 from ...ops.checks import check_weight
 from ..layouts import Layout, layout_pair, pooled
 from ..views import rotate_views
-from .base import Batch, Method, Outputs
+from .base import WARMUP, Batch, Method, Outputs
 
 
 class MLKD(Method):
@@ -33,8 +33,9 @@ class MLKD(Method):
         alignment_weight: float = 20.0,
         views: int = 4,
         layout: Layout = None,
+        warmup: float = WARMUP,
     ) -> None:
-        super().__init__()
+        super().__init__(warmup)
         self.weights: dict[str, Any] = {
             "correlation_weight": correlation_weight,
             "supervised_weight": supervised_weight,
@@ -59,6 +60,10 @@ class MLKD(Method):
         s, t = self._pooled(student, teacher)
         return [s.shape[1]], [t.shape[1]]
 
+    @property
+    def fixed_views(self) -> int:
+        return self.views
+
     def own_rows(self, images: int) -> slice:
         return slice(None, None, self.views)
 
@@ -74,7 +79,7 @@ class MLKD(Method):
             self.loss.group = self.group
             dtype = next(self.loss.parameters()).dtype  # the networks may be in two dtypes
             s, t = (x.to(dtype) for x in self._pooled(student, teacher))
-            terms["mlkd"] = self.loss(s, t, batch.target)
+            terms["mlkd"] = self.grown * self.loss(s, t, batch.target)
         return terms
 
     def _pooled(self, student: Outputs, teacher: Outputs | None) -> tuple[Tensor, Tensor]:

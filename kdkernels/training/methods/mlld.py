@@ -35,6 +35,10 @@ class MLLD(Method):
         # side by side, so that micro-batches one after another are one batch of the same order
         return Batch(torch.stack([images, self.strong(images)], 1).flatten(0, 1), target)
 
+    @property
+    def fixed_views(self) -> int:
+        return int(self.strong is None)
+
     def own_rows(self, images: int) -> slice:
         return slice(None, None, 1 if self.strong is None else 2)
 

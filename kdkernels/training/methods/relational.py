@@ -14,7 +14,7 @@ from ...ops.checks import check_weight
 from ...pkt_loss import pkt_loss
 from ...rkd_loss import rkd_loss
 from ..layouts import Layout, layout_pair, pooled
-from .base import Batch, Method, Outputs
+from .base import WARMUP, Batch, Method, Outputs
 
 
 class _Relational(Method):
@@ -25,8 +25,8 @@ class _Relational(Method):
     name: ClassVar[str]
     loss: ClassVar[Callable[..., Tensor]]
 
-    def __init__(self, weight: float, layout: Layout) -> None:
-        super().__init__()
+    def __init__(self, weight: float, layout: Layout, warmup: float) -> None:
+        super().__init__(warmup)
         check_weight(type(self).__name__, weight=weight)
         self.weight, self.layouts = weight, layout_pair(layout, type(self).__name__)
 
@@ -36,7 +36,7 @@ class _Relational(Method):
         s, t = (pooled(x, axes, type(self).__name__) for x, axes in zip(features, self.layouts, strict=True))
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
-            self.name: self.weight * type(self).loss(s, t, group=self.group),
+            self.name: self.weighted(type(self).loss(s, t, group=self.group)),
         }
 
 
@@ -45,8 +45,8 @@ class RKD(_Relational):
 
     name, loss = "rkd", rkd_loss
 
-    def __init__(self, weight: float = 1.0, layout: Layout = None) -> None:
-        super().__init__(weight, layout)
+    def __init__(self, weight: float = 1.0, layout: Layout = None, warmup: float = WARMUP) -> None:
+        super().__init__(weight, layout, warmup)
 
 
 class PKT(_Relational):
@@ -54,8 +54,8 @@ class PKT(_Relational):
 
     name, loss = "pkt", pkt_loss
 
-    def __init__(self, weight: float = 30000.0, layout: Layout = None) -> None:
-        super().__init__(weight, layout)
+    def __init__(self, weight: float = 30000.0, layout: Layout = None, warmup: float = WARMUP) -> None:
+        super().__init__(weight, layout, warmup)
 
 
 class CC(_Relational):
@@ -63,8 +63,8 @@ class CC(_Relational):
 
     name, loss = "cc", cc_loss
 
-    def __init__(self, weight: float = 100.0, layout: Layout = None) -> None:
-        super().__init__(weight, layout)
+    def __init__(self, weight: float = 100.0, layout: Layout = None, warmup: float = WARMUP) -> None:
+        super().__init__(weight, layout, warmup)
 
 
 class IRG(_Relational):
@@ -72,5 +72,5 @@ class IRG(_Relational):
 
     name, loss = "irg", irg_loss
 
-    def __init__(self, weight: float = 5.0, layout: Layout = None) -> None:
-        super().__init__(weight, layout)
+    def __init__(self, weight: float = 5.0, layout: Layout = None, warmup: float = WARMUP) -> None:
+        super().__init__(weight, layout, warmup)

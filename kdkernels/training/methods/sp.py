@@ -7,17 +7,17 @@ from torch.nn import functional as F
 
 from ...ops.checks import check_weight
 from ...sp_loss import sp_loss
-from .base import Batch, Method, Outputs
+from .base import WARMUP, Batch, Method, Outputs
 
 
 class SP(Method):
-    """Tung & Mori 2019. The usual weight, 3000, is for long training; short runs on small data want 100 to 1000."""
+    """Tung & Mori 2019, with RepDistiller's weight."""
 
     stages = "last"
     relational = True
 
-    def __init__(self, weight: float = 3000.0) -> None:
-        super().__init__()
+    def __init__(self, weight: float = 3000.0, warmup: float = WARMUP) -> None:
+        super().__init__(warmup)
         check_weight("SP", weight=weight)
         self.weight = weight
 
@@ -25,5 +25,5 @@ class SP(Method):
         assert teacher is not None
         return {
             "ce": F.cross_entropy(student.logits, batch.target),
-            "sp": self.weight * sp_loss(student.features, teacher.features, group=self.group),
+            "sp": self.weighted(sp_loss(student.features, teacher.features, group=self.group)),
         }
