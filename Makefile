@@ -1,6 +1,7 @@
 # make demo    distil a student on real images, print a table, draw a picture
 # make test    everything that CI checks but the linters;  make lint: the linters
 # make test-fast    what an edit is likely to break, in about a minute
+# make harden    20,000 random cases, 10,000 steps of every loss
 # make docs    the documentation, into site/
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 # tests with the same xdist_group share a worker, all others go to whichever is free
 PARALLEL := $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: demo test test-fast faults killed lint docs bench wheel clean
+.PHONY: demo test test-fast harden properties resources sanitizers mutants faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
@@ -20,13 +21,35 @@ OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.p
 
 test: .venv/installed
 	$(PARALLEL)
-	TRITON_INTERPRET=1 $(PARALLEL) tests/ops tests/test_golden.py
+	TRITON_INTERPRET=1 $(PARALLEL) $(OPS) tests/ops/test_triton.py
 	KDKERNELS_TEST_CUDA=plain $(PARALLEL) $(OPS) tests/test_losses.py
 	KDKERNELS_TEST_CUDA=checked $(PARALLEL) $(OPS) -k "not compiled and not many_columns"
 
 test-fast: .venv/installed
 	$(PARALLEL) tests/ops $(addprefix tests/test_,golden.py losses.py errors.py edges.py map_losses.py) \
 	  -k "not compil and not opcheck and not float16"
+
+# the search for faults; what it found so far is in docs/hardening.md
+harden: properties resources sanitizers mutants faults
+
+# 20,000 random cases against the definitions
+DEFINITIONS := $(wildcard tests/properties/test_*_properties.py)
+properties: .venv/installed
+	KDKERNELS_PROPERTIES=52 $(PARALLEL) tests/properties --hypothesis-seed=16
+	KDKERNELS_TEST_CUDA=plain KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=17
+	TRITON_INTERPRET=1 KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=18
+
+# 10,000 steps of every loss, and the memory of one large one
+resources: .venv/installed
+	KDKERNELS_STEPS=10000 $(PARALLEL) tests/test_resources.py
+
+# the CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+sanitizers: .venv/installed
+	$(BIN)/python tests/sanitizers
+
+# small changes to ops, losses and csrc, which the tests must notice; another sample: MUTANTS="--count 50 --seed 1 gram"
+mutants: .venv/installed
+	PYTHONPATH=tests $(BIN)/python -m mutants $(MUTANTS)
 
 # each seeded fault must be caught by the checks; some five minutes the first time
 faults: .venv/installed

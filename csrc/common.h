@@ -8,7 +8,8 @@
 #define KD_BOTH __host__ __device__
 #define KD_ISA cuda
 #else
-#define KD_BOTH
+// what loops call must be inlined for them to be vectorised, however much else the compiler has inlined before
+#define KD_BOTH __attribute__((always_inline))
 #ifndef KD_ISA
 #define KD_ISA base
 #endif

@@ -55,6 +55,10 @@ __device__ inline Exponentials<T> unit_exp(T x) {
   return {exp(x), expm1(x)};
 }
 template <typename T>
+__device__ inline T unit_expm1(T x) {
+  return x > T(-87) ? expm1(x) : T(-1);
+}
+template <typename T>
 __device__ inline T log_1m(T y, T u) {
   return y < T(0.5) ? log1p(-y) : log(u);
 }

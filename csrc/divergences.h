@@ -27,22 +27,6 @@ struct Shares {
         student(static_cast<T>(x.divergence == Divergence::skew_reverse ? x.beta : 1 - x.beta)) {}
 };
 
-// d of a class, from the logits
-template <typename T>
-struct LogRatio {
-  T s_max, t_max, inverse_t, more, constant;
-  KD_BOTH explicit LogRatio(const RowStats<T>& r)
-      : s_max(r.s.max),
-        t_max(r.t.max),
-        inverse_t(static_cast<T>(r.t.inverse_t)),
-        more(static_cast<T>(r.t.inverse_t - r.s.inverse_t)),
-        constant(static_cast<T>(r.log_ratio)) {}
-  KD_BOTH T operator()(T s, T t) const {
-    const T a = t - t_max, b = s - s_max, d = (a - b) * inverse_t - constant;
-    return more == 0 ? d : d + b * more;
-  }
-};
-
 template <typename T>
 struct Mixture {
   T log_p, log_q, ratio;  // log(p / m), log(q / m), (q - p) / m

@@ -75,7 +75,7 @@ inline double fast_exp(double x) { return std::exp(x); }
 struct ReducedExp {
   float p, power;
 };
-inline ReducedExp reduced_exp(float x) {
+KD_BOTH inline ReducedExp reduced_exp(float x) {
   const float shifted = KD_FMA(x, 1.44269504088896341f, 12582912.0f);  // 1.5 * 2^23 rounds to an integer
   const float n = shifted - 12582912.0f;
   float r = KD_FMA(n, -0.693359375f, x);
@@ -91,23 +91,30 @@ inline ReducedExp reduced_exp(float x) {
 
 // exp of x <= 0 to 1 ulp or so. Results below 2^-126 are 0, NaN stays NaN, and x > 88 gives nonsense: every caller has
 // its maximum subtracted, or throws such a result away.
-inline float fast_exp(float x) {
+KD_BOTH inline float fast_exp(float x) {
   const ReducedExp e = reduced_exp(x);
   return x < -87.33654f ? 0.0f : (e.p + 1.0f) * e.power;
 }
 
 // exp(x) and exp(x) - 1 of x <= 0, each to its own digits
-inline Exponentials<float> unit_exp(float x) {
+KD_BOTH inline Exponentials<float> unit_exp(float x) {
   const ReducedExp e = reduced_exp(x);
   const bool none = x < -87.33654f;
   return {none ? 0.0f : (e.p + 1.0f) * e.power, none ? -1.0f : KD_FMA(e.p, e.power, e.power - 1.0f)};
 }
 inline Exponentials<double> unit_exp(double x) { return {std::exp(x), std::expm1(x)}; }
 
+// exp(x) - 1 of x <= 0, and -1 of NaN
+KD_BOTH inline float unit_expm1(float x) {
+  const ReducedExp e = reduced_exp(x > -87.0f ? x : -87.0f);
+  return KD_FMA(e.p, e.power, e.power - 1.0f);
+}
+inline double unit_expm1(double x) { return x > -700 ? std::expm1(x) : -1; }
+
 inline double unit_log1p(double y) { return std::log1p(y); }
 
 // log(1 + y) for y in [0, 1] to 1 ulp or so, as 2 atanh of (1 + y - a) / (1 + y + a) with a = 1, or 2 above sqrt 2
-inline float unit_log1p(float y) {
+KD_BOTH inline float unit_log1p(float y) {
   const bool high = y > 0.41421356f;
   const float top = high ? y - 1.0f : y, bottom = high ? y + 3.0f : y + 2.0f;
   const float z = top / bottom, w = z * z;
@@ -123,7 +130,7 @@ inline double log_1m(double y, double u) { return y < 0.5 ? std::log1p(-y) : std
 
 // log(1 - y) of y in [0, 1) to 2 ulp or so, given u = 1 - y too: k ln 2 + 2 atanh(f / (2 + f)), u = 2^k (1 + f). NaN
 // stays
-inline float log_1m(float y, float u) {
+KD_BOTH inline float log_1m(float y, float u) {
   const uint32_t b = bits<uint32_t>(u) + (0x3f800000u - 0x3f3504f3u);  // 1 + f in [1 / sqrt 2, sqrt 2)
   const float k = static_cast<float>(static_cast<int32_t>(b >> 23) - 127);
   const float f = k == 0.0f ? -y : bits<float>((b & 0x7fffffu) + 0x3f3504f3u) - 1.0f;

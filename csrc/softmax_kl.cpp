@@ -31,9 +31,9 @@ Sums row_sums(const SoftmaxKl& x, const Logits<T>& z, RowStats<T>& r) {
   }
   r.standardise(x, of_s, of_t);
   Sums sums;
+  const LogRatio<T> apart = r.class_log_ratio();
   choose_variant(ce, soft, integer_temperature(x), [&](auto variant) {
-    sums = sum_classes(variant, z.s, z.t, x.classes, r.s.max, r.t.max, static_cast<T>(r.s.inverse_t),
-                       static_cast<T>(r.t.inverse_t));
+    choose_near(apart.near, [&](auto near) { sums = sum_classes(variant, near, z.s, z.t, x.classes, apart); });
   });
   if (ce) r.log_p = std::log(sums.p);
   if (soft) r.set_log_z(std::log(sums.s), log_ratio(sums));
@@ -63,16 +63,12 @@ double sum_of_logits(const SoftmaxKl& x, const Logits<T>& z, const RowStats<T>& 
   return sum;
 }
 
-// z / T - max of a row, with the labelled classes at -inf, and what the non-target softmax counts from
+// A row's logits with the labelled classes at -inf, and the largest of the others
 template <typename T>
-T non_target_logits(const T* z, int64_t n, const Softmax<T>& q, const Labels& l, T* out) {
-  const T max = q.max, inverse_t = static_cast<T>(q.inverse_t);
-#pragma omp simd
-  for (int64_t k = 0; k < n; ++k) out[k] = (z[k] - max) * inverse_t;
+T non_target_logits(const T* z, int64_t n, const Labels& l, T* out) {
+  std::memcpy(out, z, static_cast<size_t>(n) * sizeof(T));
   out[l.a] = out[l.b] = -HUGE_VALF;
-  const T top = largest(out, n);
-  // log Z is NaN if anything in the row is, or infinite: it must not hide behind the non-target classes
-  return (top == -HUGE_VALF ? T(0) : top) + static_cast<T>(q.log_z * 0);
+  return largest(out, n);
 }
 
 // The decoupled terms, and the non-target part of `r`.
@@ -80,11 +76,11 @@ template <typename T>
 double decoupled_terms(const SoftmaxKl& x, const Logits<T>& z, const Labels& l, RowStats<T>& r) {
   const int64_t n = x.classes;
   T *s = z.spare, *t = z.spare + n;
-  r.s.non_target_max = non_target_logits(z.s, n, r.s, l, s);
-  r.t.non_target_max = non_target_logits(z.t, n, r.t, l, t);
-  const Sums sums = sum_classes(Variant<false, true, 0>(), s, t, n, r.s.non_target_max, r.t.non_target_max, T(1), T(1));
-  r.s.non_target_log_z = std::log(sums.s);
-  r.t.non_target_log_z = std::log(sums.t);
+  const T top_s = non_target_logits(z.s, n, l, s), top_t = non_target_logits(z.t, n, l, t), none = -HUGE_VALF;
+  const LogRatio<T> apart(top_s == none ? T(0) : top_s, top_t == none ? T(0) : top_t, r.s.inverse_t, r.t.inverse_t, 0);
+  Sums sums;
+  choose_near(apart.near, [&](auto near) { sums = sum_classes(Variant<false, true, 0>(), near, s, t, n, apart); });
+  r.set_non_target(top_s, top_t, sums);
   double result = (r.s.log_z + r.t.log_z) * 0;  // NaN and infinity show here too
   if (x.non_target_kl != 0) result += x.non_target_kl * non_target_divergence(sums);
   if (x.target_kl != 0) result += x.target_kl * target_divergence(l, z.s, z.t, r);
@@ -97,7 +93,9 @@ double row_divergence(const SoftmaxKl& x, const Logits<T>& z, const Sums& sums, 
   double result = 0;
   choose_divergence(x.divergence, [&](auto kind) {
     if constexpr (kind.value == Divergence::forward) result = divergence(sums, r.log_ratio);
-    else result = sum_parts(kind, z, x.classes, Shares<T>(x), r);
+    else
+      choose_near(r.class_log_ratio().near,
+                  [&](auto near) { result = sum_parts(kind, near, z, x.classes, Shares<T>(x), r); });
   });
   return result;
 }
@@ -106,14 +104,17 @@ double row_divergence(const SoftmaxKl& x, const Logits<T>& z, const Sums& sums, 
 template <typename T>
 void soft_gradient(const SoftmaxKl& x, const Logits<T>& z, const Labels& l, const RowStats<T>& r, double upstream,
                    Factors<T>& f, T* out) {
-  choose_divergence(x.divergence, [&](auto kind) {
-    if (x.kl == 0) gradient(Variant<false, false, 0>(), z, x.classes, f, out);
-    else if constexpr (kind.value == Divergence::forward) gradient(Variant<false, true, 0>(), z, x.classes, f, out);
-    else slope_gradient(kind, z, x.classes, f, Shares<T>(x), r, out);
+  const int64_t n = x.classes;
+  choose_near(r.class_log_ratio().near, [&](auto near) {
+    choose_divergence(x.divergence, [&](auto kind) {
+      if (x.kl == 0) std::memset(out, 0, static_cast<size_t>(n) * sizeof(T));
+      else if constexpr (kind.value == Divergence::forward) gradient(Variant<false, true, 0>(), near, z, n, f, r, out);
+      else slope_gradient(kind, near, z, n, f, Shares<T>(x), r, out);
+    });
   });
   if (!x.decoupled()) return;
   add_decoupled(x, l, z.s, z.t, r, upstream, f);
-  decoupled_gradient(z, l, x.classes, f, out);
+  choose_near(non_target_class_log_ratio(r, f).near, [&](auto near) { decoupled_gradient(near, z, l, n, f, r, out); });
 }
 
 // <dL/dz', z'>, whose share the gradient loses on its way from the standardised logits z'
@@ -190,7 +191,10 @@ void row_gradient(const SoftmaxKlBackward& x, int64_t row, const Labels& l, T* b
   for (int64_t k = 0; y && k < n; ++k) y_sum += y[k];
   Factors<T> f = gradient_factors(x, r, upstream, y_sum);
   if (in_one_loop(x)) {
-    choose_variant(ce, x.kl != 0, integer_temperature(x), [&](auto variant) { gradient(variant, z, n, f, out); });
+    choose_near(r.class_log_ratio().near, [&](auto near) {
+      choose_variant(ce, x.kl != 0, integer_temperature(x),
+                     [&](auto variant) { gradient(variant, near, z, n, f, r, out); });
+    });
   } else {
     soft_gradient(x, z, l, r, upstream, f, out);
     if (x.standardize) standard_gradient(z.s, n, f, out);

@@ -33,6 +33,7 @@ __device__ void write_packs(const SoftmaxKlBackward& x, R& row, const Labels& l,
                             const Factors<T>& f) {
   constexpr int N = R::count;
   const Exponent<T> e(x, r);
+  const LogRatio<T> log_ratio = r.class_log_ratio(), non_target_log_ratio = non_target_class_log_ratio(r, f);
   const LabelShares<T> of_labels(l, f);
   const Line out_row = gradient_of(x, row.team.row);
   const bool kl = x.kl != 0, decoupled = DECOUPLED && x.decoupled(), ce = e.ce && x.target;
@@ -41,17 +42,22 @@ __device__ void write_packs(const SoftmaxKlBackward& x, R& row, const Labels& l,
     R::Format::split(student, s);
     R::Format::split(teacher, t);
 #pragma unroll
-    for (int j = 0; j < N; ++j) es[j] = exp2_of((s[j] - f.s_max) * e.s);
-    if (kl)
-#pragma unroll
-      for (int j = 0; j < N; ++j) g[j] = f.soft * (es[j] - f.ratio * exp2_of((t[j] - f.t_max) * e.t));
+    for (int j = 0; j < N; ++j) {
+      if (kl) {
+        const Parted<T> q = parted_by_2(f.student(s[j]), f.teacher(t[j]), log_ratio(s[j], t[j]));
+        es[j] = q.student;
+        g[j] = f.soft * q.difference;
+      } else {
+        es[j] = exp2_of((s[j] - f.s_max) * e.s);
+      }
+    }
     const bool labelled = v == row.label_a || v == row.label_b;
     if (decoupled) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         const int k = row.layout.index(v, j);
         g[j] += labelled && l.has(k) ? static_cast<T>(k == l.a ? f.target_a : f.target_b)
-                                     : non_target_gradient(f, s[j], t[j]);
+                                     : non_target_gradient(f, non_target_log_ratio, s[j], t[j]);
       }
     }
     if (ce) {

@@ -29,6 +29,13 @@ inline void choose_variant(bool ce, bool kl, int power, const F& f) {
   }
 }
 
+// f of whether the networks' logits are near, as a type
+template <typename F>
+inline void choose_near(bool near, const F& f) {
+  if (near) f(std::true_type());
+  else f(std::false_type());
+}
+
 // A row of each network's logits, converted where need be. Of the buffer's four rows two are left for the caller.
 template <typename T>
 struct Logits {
@@ -42,8 +49,11 @@ struct Logits {
 
 // ---- forward ----
 
-template <typename T, typename V>
-Sums sum_classes(V, const T* s, const T* t, int64_t n, T s_max, T t_max, T inverse_s, T inverse_t) {
+// Logits are counted from the maxima in `apart`, whose constant is 0.
+template <typename T, typename V, typename Near>
+Sums sum_classes(V, Near, const T* s, const T* t, int64_t n, const LogRatio<T>& apart) {
+  const LogRatio<T> log_ratio = apart;
+  const T s_max = apart.s_max, t_max = apart.t_max, inverse_s = apart.inverse_s, inverse_t = apart.inverse_t;
   Sums total;
   for (int64_t begin = 0; begin < n; begin += kChunk) {
     const int64_t end = min(n, begin + kChunk);
@@ -52,12 +62,12 @@ Sums sum_classes(V, const T* s, const T* t, int64_t n, T s_max, T t_max, T inver
     for (int64_t k = begin; k < end; ++k) {
       const T d = s[k] - s_max;
       if (V::kl) {
-        const T x = d * inverse_s, y = (t[k] - t_max) * inverse_t;
-        const T es = fast_exp(x), et = fast_exp(y);
+        const T es = fast_exp(d * inverse_s), et = fast_exp((t[k] - t_max) * inverse_t);
+        const T x = log_ratio.template of<Near::value>(s[k], t[k]);
         zs += es;
         zt += et;
-        cross += et == 0 ? T(0) : et * (y - x);  // a class without teacher probability adds nothing
-        gap += divergence_term(y - x, es, et);
+        cross += et == 0 ? T(0) : et * x;  // a class without teacher probability adds nothing
+        gap += divergence_term(x, es, et);
         if (V::ce && V::power) p += power(es, V::power);
       }
       if (V::ce && !(V::kl && V::power)) p += fast_exp(d);
@@ -83,10 +93,10 @@ Spread spread(const T* z, int64_t n, T max) {
 }
 
 // The divergence, and the mean of its slopes into `r`, which has all else
-template <typename T, typename D>
-double sum_parts(D, const Logits<T>& z, int64_t n, const Shares<T>& shares, RowStats<T>& r) {
+template <typename T, typename D, typename Near>
+double sum_parts(D, Near, const Logits<T>& z, int64_t n, const Shares<T>& shares, RowStats<T>& r) {
   const T *s = z.s, *t = z.t;
-  const LogRatio<T> log_ratio(r);
+  const LogRatio<T> log_ratio = r.class_log_ratio();
   const T s_max = r.s.max, t_max = r.t.max, inverse_s = static_cast<T>(r.s.inverse_t),
           inverse_t = static_cast<T>(r.t.inverse_t), of_s = static_cast<T>(std::exp(-r.s.log_z)),
           of_t = static_cast<T>(std::exp(-r.t.log_z));
@@ -97,7 +107,7 @@ double sum_parts(D, const Logits<T>& z, int64_t n, const Shares<T>& shares, RowS
 #pragma omp simd reduction(+ : values, slopes)
     for (int64_t k = begin; k < end; ++k) {
       const T q = fast_exp((s[k] - s_max) * inverse_s) * of_s, p = fast_exp((t[k] - t_max) * inverse_t) * of_t;
-      const Part<T> x = part<D::value>(log_ratio(s[k], t[k]), p, q, shares);
+      const Part<T> x = part<D::value>(log_ratio.template of<Near::value>(s[k], t[k]), p, q, shares);
       values += x.value;
       slopes += of_student(q, x.slope);
     }
@@ -110,34 +120,34 @@ double sum_parts(D, const Logits<T>& z, int64_t n, const Shares<T>& shares, RowS
 
 // ---- backward; out may be the student's logits ----
 
-template <typename T, typename V>
-void gradient(V, const Logits<T>& z, int64_t n, const Factors<T>& f, T* out) {
+template <typename T, typename V, typename Near>
+void gradient(V, Near, const Logits<T>& z, int64_t n, const Factors<T>& f, const RowStats<T>& r, T* out) {
   const T *s = z.s, *t = z.t;
   const Factors<T> c = f;
+  const LogRatio<T> log_ratio = r.class_log_ratio();
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
-    const T d = s[k] - c.s_max;
     T g = 0;
     if (V::kl) {
-      const T es = fast_exp(d * c.inverse_s), et = fast_exp((t[k] - c.t_max) * c.inverse_t);
-      g = c.soft * (es - c.ratio * et);
-      if (V::ce && V::power) g += c.hard * power(es, V::power);
+      const Parted<T> q = parted(c.student(s[k]), c.teacher(t[k]), log_ratio.template of<Near::value>(s[k], t[k]));
+      g = c.soft * q.difference;
+      if (V::ce && V::power) g += c.hard * power(q.student, V::power);
     }
-    if (V::ce && !(V::kl && V::power)) g += c.hard * fast_exp(d);
+    if (V::ce && !(V::kl && V::power)) g += c.hard * fast_exp(s[k] - c.s_max);
     if (V::ce) g -= c.uniform;
     out[k] = g;
   }
 }
 
-template <typename T, typename D>
-void slope_gradient(D, const Logits<T>& z, int64_t n, const Factors<T>& f, const Shares<T>& shares,
+template <typename T, typename D, typename Near>
+void slope_gradient(D, Near, const Logits<T>& z, int64_t n, const Factors<T>& f, const Shares<T>& shares,
                     const RowStats<T>& r, T* out) {
   const T *s = z.s, *t = z.t;
   const T s_max = f.s_max, inverse_s = f.inverse_s, soft = f.soft, mean = r.slope;
-  const LogRatio<T> log_ratio(r);
+  const LogRatio<T> log_ratio = r.class_log_ratio();
 #pragma omp simd
   for (int64_t k = 0; k < n; ++k) {
-    const T h = slope<D::value>(log_ratio(s[k], t[k]), shares);
+    const T h = slope<D::value>(log_ratio.template of<Near::value>(s[k], t[k]), shares);
     out[k] = of_student(soft * fast_exp((s[k] - s_max) * inverse_s), h - mean);
   }
 }
@@ -145,14 +155,18 @@ void slope_gradient(D, const Logits<T>& z, int64_t n, const Factors<T>& f, const
 // ---- backward; out is not the student's logits ----
 
 // Adds the decoupled terms. At the labelled classes the loop's numbers mean nothing and are replaced.
-template <typename T>
-void decoupled_gradient(const Logits<T>& z, const Labels& l, int64_t n, const Factors<T>& f, T* out) {
+template <typename T, typename Near>
+void decoupled_gradient(Near, const Logits<T>& z, const Labels& l, int64_t n, const Factors<T>& f, const RowStats<T>& r,
+                        T* out) {
   const Factors<T> c = f;
+  const LogRatio<T> log_ratio = non_target_class_log_ratio(r, f);
   const T *s = z.s, *t = z.t, before_a = out[l.a], before_b = out[l.b];
 #pragma omp simd
-  for (int64_t k = 0; k < n; ++k)
-    out[k] += c.non_target_s * fast_exp((s[k] - c.s_max) * c.inverse_s - c.non_target_s_max) -
-              c.non_target_t * fast_exp((t[k] - c.t_max) * c.inverse_t - c.non_target_t_max);
+  for (int64_t k = 0; k < n; ++k) {
+    const Parted<T> q =
+        parted(c.non_target_student(s[k]), c.non_target_teacher(t[k]), log_ratio.template of<Near::value>(s[k], t[k]));
+    out[k] += c.non_target * q.difference + c.non_target_mass * q.student;
+  }
   out[l.a] = static_cast<T>(before_a + c.target_a);
   if (l.two()) out[l.b] = static_cast<T>(before_b + c.target_b);
 }

@@ -80,10 +80,36 @@ KD_BOTH inline double log_ratio(const Sums& z) {
 
 KD_BOTH inline double divergence(const Sums& z, double log_ratio) { return z.cross / z.t - log_ratio; }
 
-// The same over the non-target classes, which may have no mass left.
+// The same over the non-target classes, which may have no mass left: the logarithm of none counts as 0 beside some.
+KD_BOTH inline double non_target_log_ratio(const Sums& z) {
+  return z.s == 0 || z.t == 0 ? std::log(z.t) : log_ratio(z);
+}
 KD_BOTH inline double non_target_divergence(const Sums& z) {
   return z.t == 0 ? 0 : z.s == 0 ? z.cross : divergence(z, log_ratio(z));
 }
+
+// log(q_t / q_s) of a class from its logits, less `constant`. Where the maxima are near, the logits are subtracted from
+// each other first, which rounds nothing where the networks are close.
+template <typename T>
+struct LogRatio {
+  T s_max, t_max, inverse_s, inverse_t, constant, shift;
+  bool near;
+  KD_BOTH LogRatio(T top_s, T top_t, double over_s, double over_t, double less)
+      : s_max(top_s),
+        t_max(top_t),
+        inverse_s(static_cast<T>(over_s)),
+        inverse_t(static_cast<T>(over_t)),
+        constant(static_cast<T>(less)) {
+    const double apart = (double(top_t) - double(top_s)) * over_t;
+    near = over_s == over_t && apart < 1 && apart > -1;
+    shift = static_cast<T>(apart + less);
+  }
+  template <bool NEAR>
+  KD_BOTH T of(T s, T t) const {
+    return NEAR ? (t - s) * inverse_t - shift : (t - t_max) * inverse_t - constant - (s - s_max) * inverse_s;
+  }
+  KD_BOTH T operator()(T s, T t) const { return near ? of<true>(s, t) : of<false>(s, t); }
+};
 
 // A row's mean, counted from its maximum, and its unbiased standard deviation: 0 for a single class
 struct Spread {
@@ -94,7 +120,8 @@ struct Spread {
   KD_BOTH double inverse() const { return 1 / (std + 1e-7); }
 };
 
-// One network's softmax at temperature T, and that of its non-target classes; logits are counted from `max`.
+// One network's softmax at temperature T, whose logits are counted from `max`, and that of its non-target classes,
+// whose logits are counted from their own.
 template <typename T>
 struct Softmax {
   T max = 0;
@@ -108,8 +135,15 @@ struct Softmax {
     inverse_std = inverse;
     inverse_t = double(inverse) * over_temperature;
   }
-  KD_BOTH double log_q(T z) const { return double(z - max) * inverse_t - log_z; }
-  KD_BOTH double non_target_log_mass() const { return double(non_target_max) + non_target_log_z - log_z; }
+  KD_BOTH double over(T z) const { return (double(z) - double(max)) * inverse_t; }
+  KD_BOTH double log_q(T z) const { return over(z) - log_z; }
+  KD_BOTH double non_target_log_mass() const { return over(non_target_max) + non_target_log_z - log_z; }
+
+  // log Z is NaN if anything in the row is, or infinite: it must not hide behind the non-target classes
+  KD_BOTH void set_non_target(T top, double sum) {
+    non_target_max = (top == -HUGE_VALF ? T(0) : top) + static_cast<T>(log_z * 0);
+    non_target_log_z = std::log(sum);
+  }
 };
 
 // What is saved of a row.
@@ -118,6 +152,7 @@ struct RowStats {
   Softmax<T> s, t;
   double log_p = 0;
   double log_ratio = 0;  // log(Z_t / Z_s)
+  double non_target_log_ratio = 0;
   T slope = 0;           // the mean of the divergence's slopes
   double std = 0;        // of the standardised student: 1, or 0 without spread
   T mean = 0, lost = 0;  // its mean, counted from its maximum; how much of it the gradient by it loses
@@ -139,6 +174,12 @@ struct RowStats {
     log_ratio = ratio;
     t.log_z = of_s + ratio;
   }
+  KD_BOTH void set_non_target(T top_s, T top_t, const Sums& z) {
+    s.set_non_target(top_s, z.s);
+    t.set_non_target(top_t, z.t);
+    non_target_log_ratio = kd::KD_ISA::non_target_log_ratio(z);
+  }
+  KD_BOTH LogRatio<T> class_log_ratio() const { return {s.max, t.max, s.inverse_t, t.inverse_t, log_ratio}; }
 };
 
 template <typename T>
@@ -155,7 +196,7 @@ KD_BOTH inline void save_stats(const SoftmaxKlForward& x, int64_t row, const Row
     to[0] = r.s.non_target_max;
     to[x.rows] = r.t.non_target_max;
     to[2 * x.rows] = static_cast<T>(r.s.non_target_log_z);
-    to[3 * x.rows] = static_cast<T>(r.t.non_target_log_z);
+    to[3 * x.rows] = static_cast<T>(r.non_target_log_ratio);
     to += 4 * x.rows;
   }
   if (x.divergence != Divergence::forward) {
@@ -182,8 +223,10 @@ KD_BOTH inline RowStats<T> read_stats(const SoftmaxKlBackward& x, int64_t row) {
   if (x.decoupled()) {
     r.s.non_target_max = from[0];
     r.t.non_target_max = from[x.rows];
-    r.s.non_target_log_z = from[2 * x.rows];
-    r.t.non_target_log_z = from[3 * x.rows];
+    const double log_z = from[2 * x.rows];
+    r.s.non_target_log_z = log_z;
+    r.non_target_log_ratio = from[3 * x.rows];
+    r.t.non_target_log_z = (log_z == -HUGE_VAL ? 0 : log_z) + r.non_target_log_ratio;
     from += 4 * x.rows;
   }
   if (x.divergence != Divergence::forward) {
@@ -211,33 +254,6 @@ KD_BOTH inline double cross_entropy(const Labels& l, const Logits& s, const RowS
 // CE with smoothed labels, from CE and the sum over classes of z - max
 KD_BOTH inline double smoothed(const SoftmaxKl& x, double ce, double z_sum, double log_p) {
   return (1 - x.smoothing) * ce + x.smoothing * (log_p - z_sum / double(x.classes));
-}
-
-// log of the non-target mass: log1p of the labelled mass where that is small, else the non-target classes' own log-sum
-template <typename T>
-KD_BOTH inline double log_non_target(double labelled, const Softmax<T>& q) {
-  return labelled < 0.5 ? std::log1p(-labelled) : q.non_target_log_mass();
-}
-
-// q_a and q_b of one network, the second 0 where both labels are one
-struct Labelled {
-  double a, b;
-  KD_BOTH double mass() const { return a + b; }
-};
-
-template <typename T, typename Logits>
-KD_BOTH inline Labelled labelled(const Labels& l, const Logits& z, const Softmax<T>& q) {
-  return {std::exp(q.log_q(z[l.a])), l.two() ? std::exp(q.log_q(z[l.b])) : 0};
-}
-
-// sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s) for the non-target mass S
-template <typename T, typename Logits>
-KD_BOTH inline double target_divergence(const Labels& l, const Logits& s, const Logits& t, const RowStats<T>& r) {
-  const Labelled qs = labelled(l, s, r.s), qt = labelled(l, t, r.t);
-  double sum = weighted(qt.a, r.t.log_q(t[l.a]) - r.s.log_q(s[l.a]));
-  if (l.two()) sum += weighted(qt.b, r.t.log_q(t[l.b]) - r.s.log_q(s[l.b]));
-  const double log_s = log_non_target(qs.mass(), r.s), log_t = log_non_target(qt.mass(), r.t);
-  return sum + weighted(std::exp(log_t), log_t - log_s);
 }
 
 }  // namespace

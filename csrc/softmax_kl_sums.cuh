@@ -49,6 +49,26 @@ __device__ inline float gap_term(float d, float es, float et) {
 }
 __device__ inline double gap_term(double d, double es, double et) { return divergence_term(d, es, et); }
 
+// exp(x) - 1 of x <= 0, and -1 of NaN
+__device__ inline float minus_1_of(float x) {
+  float series = 1.996183e-4f;  // as above
+  series = series * x + 1.3981895e-3f;
+  series = series * x + 8.3331826e-3f;
+  series = series * x + 4.16657948e-2f;
+  series = series * x + 1.666666713e-1f;
+  series = series * x + 0.5f;
+  x = x > -87.0f ? x : -87.0f;
+  return x > -0.5f ? x * x * series + x : exp2_of(x * float(kLog2E)) - 1;
+}
+__device__ inline double minus_1_of(double x) { return unit_expm1(x); }
+
+// parted() by powers of two
+template <typename T>
+__device__ Parted<T> parted_by_2(T log_s, T log_t, T d) {
+  const T larger = exp2_of(fmax(log_s, log_t) * T(kLog2E)), lost = larger * minus_1_of(-fabs(d));
+  return {d > 0 ? lost : -lost, d > 0 ? larger + lost : larger};
+}
+
 // Sums over a part of a row's classes.
 template <typename T>
 struct Running {
@@ -157,21 +177,10 @@ __device__ Running<T> sum_row(R& row, const Exponent<T>& e, const Labels& l, boo
   return z;
 }
 
-// One network's softmax over the classes that are not labelled, from their sum, which counts from their maximum
-template <typename T>
-__device__ void set_non_target(Softmax<T>& q, T max, T sum) {
-  const double over_row = max == -infinity<T>() ? 0 : (double(max) - double(q.max)) * q.inverse_t;
-  q.non_target_max = static_cast<T>(over_row);
-  q.non_target_log_z = log(double(sum)) + (over_row - double(q.non_target_max));
-  // log Z is NaN if anything in the row is, or infinite: it must not hide behind the non-target classes
-  q.non_target_max += static_cast<T>(q.log_z * 0);
-}
-
 template <typename T, typename Z>
 __device__ double decoupled_terms(const SoftmaxKl& x, const Z& s, const Z& t, const Labels& l, const Running<T>& others,
                                   RowStats<T>& r) {
-  set_non_target(r.s, others.s_max, others.s);
-  set_non_target(r.t, others.t_max, others.t);
+  r.set_non_target(others.s_max, others.t_max, others.sums());
   double result = (r.s.log_z + r.t.log_z) * 0;  // NaN and infinity show here too
   if (x.non_target_kl != 0) result += x.non_target_kl * non_target_divergence(others.sums());
   if (x.target_kl != 0) result += x.target_kl * target_divergence(l, s, t, r);

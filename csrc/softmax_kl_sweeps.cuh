@@ -97,7 +97,7 @@ struct Exponentiated {
 template <typename R, typename T>
 __device__ double sum_parts(const SoftmaxKl& x, R& row, RowStats<T>& r) {
   const Shares<T> shares(x);
-  const LogRatio<T> log_ratio(r);
+  const LogRatio<T> log_ratio = r.class_log_ratio();
   const Exponentiated<T> e(r);
   const T of_s = static_cast<T>(exp(-r.s.log_z)), of_t = static_cast<T>(exp(-r.t.log_z));
   T sum[2] = {};
@@ -113,12 +113,11 @@ __device__ double sum_parts(const SoftmaxKl& x, R& row, RowStats<T>& r) {
   return total[0];
 }
 
-// The decoupled terms' part at a class that is not labelled. What counts from the maximum among those is not made into
-// powers of two before: between large numbers the difference keeps its digits.
+// The decoupled terms' part at a class that is not labelled; log_ratio is that among those classes
 template <typename T>
-__device__ T non_target_gradient(const Factors<T>& f, T s, T t) {
-  const T a = (s - f.s_max) * f.inverse_s - f.non_target_s_max, b = (t - f.t_max) * f.inverse_t - f.non_target_t_max;
-  return f.non_target_s * exp2_of(a * T(kLog2E)) - f.non_target_t * exp2_of(b * T(kLog2E));
+__device__ T non_target_gradient(const Factors<T>& f, const LogRatio<T>& log_ratio, T s, T t) {
+  const Parted<T> q = parted_by_2(f.non_target_student(s), f.non_target_teacher(t), log_ratio(s, t));
+  return f.non_target * q.difference + f.non_target_mass * q.student;
 }
 
 // The gradient of the terms with a teacher by the student's logit of class k, or by the standardised one
@@ -128,24 +127,31 @@ struct SoftGradient {
   const Labels& l;
   const Factors<T>& f;
   const Exponentiated<T> e;
-  const LogRatio<T> log_ratio;
+  const LogRatio<T> log_ratio, non_target_log_ratio;
   const Shares<T> shares;
   T mean_slope;
 
   __device__ SoftGradient(const SoftmaxKl& call, const Labels& labels, const RowStats<T>& r, const Factors<T>& factors)
-      : x(call), l(labels), f(factors), e(r), log_ratio(r), shares(call), mean_slope(r.slope) {}
+      : x(call),
+        l(labels),
+        f(factors),
+        e(r),
+        log_ratio(r.class_log_ratio()),
+        non_target_log_ratio(non_target_class_log_ratio(r, factors)),
+        shares(call),
+        mean_slope(r.slope) {}
 
   __device__ T operator()(int k, T s, T t) const {
     T g = 0;
     if (x.kl != 0 && x.divergence == Divergence::forward) {
-      g = f.soft * (e.student(s) - f.ratio * e.teacher(t));
+      g = f.soft * parted_by_2(f.student(s), f.teacher(t), log_ratio(s, t)).difference;
     } else if (x.kl != 0) {
       const T h = class_slope(x.divergence, log_ratio(s, t), shares);
       g = of_student(f.soft * e.student(s), h - mean_slope);
     }
     if (!x.decoupled()) return g;
     if (l.has(k)) return static_cast<T>(g + (k == l.a ? f.target_a : f.target_b));
-    return g + non_target_gradient(f, s, t);
+    return g + non_target_gradient(f, non_target_log_ratio, s, t);
   }
 };
 

@@ -1,6 +1,7 @@
 """Knowledge alignment of MLKD (Ding et al., arXiv 2012.00573): the cosine between projected features, row by row.
 
-L = 2 - 2 mean over rows of cos(student, teacher)
+L = 2 - 2 mean over rows of cos(student, teacher), as the squared distance of the rows' unit vectors: between close rows
+2 - 2 cos has no digits left.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops.checks import check_reduction, check_rows, compute_dtype
+from .ops.gram.op import COSINE_EPS
 
 
 def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -20,8 +22,8 @@ def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean")
         reduction: "mean" over rows, "sum", or "none" (N,).
 
     Returns:
-        float32 (float64 if an input is), each row between 0 and 4. A row shorter than 1e-8 counts as 1e-8 long; an
-        empty batch gives 0.
+        float32 (float64 if an input is), each row between 0 and 4. A row shorter than 1e-8 counts as 1e-8 long, which
+        is a constant to the gradient; an empty batch gives 0.
 
     Raises:
         TypeError, ValueError: invalid dtypes, shapes, devices or options, with both shapes.
@@ -31,10 +33,23 @@ def alignment_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean")
     check_rows(student, teacher, "alignment_loss", same_width=True)
     reduction = check_reduction(reduction, "alignment_loss", batchmean=True)
     dtype = compute_dtype(student, teacher)
-    rows = 2 - 2 * torch.nn.functional.cosine_similarity(student.to(dtype), teacher.detach().to(dtype), dim=1)
+    s, missing_s = _unit(student.to(dtype))
+    t, missing_t = _unit(teacher.detach().to(dtype))
+    rows = (s - t).square().sum(1) + missing_s + missing_t
     if reduction == "none":
         return rows
     return rows.sum() / (max(student.shape[0], 1) if reduction == "mean" else 1)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, or shorter under the eps, and what their squares lack of 1: 0 unless a row is under it."""
+    if x.numel() == 0:
+        return x, x.new_ones(x.shape[0])
+    top = x.detach().abs().amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.vector_norm(x / top, dim=1, keepdim=True) * top  # squares of large features overflow
+    short = norm < COSINE_EPS
+    unit = x / norm.where(~short, COSINE_EPS)
+    return unit, (1 - unit.square().sum(1)).where(short[:, 0], 0)
 
 
 class AlignmentLoss(nn.Module):

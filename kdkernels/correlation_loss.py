@@ -52,7 +52,7 @@ def correlation_loss(
 
     Returns:
         float32 (float64 if an input is). B = 1 and an empty batch give 0. A row shorter than 1e-8 counts as 1e-8 long:
-        the gradient of an all-zero row is about 1e8 / rows, more than float16 can hold.
+        the gradient of an all-zero row is about 1e8 / rows. Float16 cannot hold that: there such a row gets none.
         Memory is (V - 1) B x B numbers, where the published code takes d times that.
 
     Raises:

@@ -105,7 +105,7 @@ def corsd_loss(
 def _reduce(triplets: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return triplets
-    return triplets.sum() / (max(len(triplets), 1) if reduction == "mean" else 1)
+    return triplets.sum() / (max(triplets.shape[0], 1) if reduction == "mean" else 1)
 
 
 def _classes(

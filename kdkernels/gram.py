@@ -85,4 +85,4 @@ def _as_rows(caller: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _centered(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.to(dtype)
-    return x - x.mean(0, keepdim=True) if len(x) else x
+    return x - x.mean(0, keepdim=True) if x.shape[0] else x

@@ -78,7 +78,7 @@ def _supervised(similarity: Tensor, target: Tensor, temperature: float, reductio
     anchors = denominator.log() - (logits * positive).sum(1) / positive.sum(1)
     if reduction == "none":
         return anchors
-    return anchors.sum() / (max(len(anchors), 1) if reduction == "mean" else 1)
+    return anchors.sum() / (max(anchors.shape[0], 1) if reduction == "mean" else 1)
 
 
 class SupervisedContrastiveLoss(nn.Module):

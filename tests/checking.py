@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -13,32 +12,8 @@ import torch
 from torch import Tensor
 
 import kdkernels
+from benchmarks.definitions import by_definition
 from kdkernels.ops import backend as backends
-from kdkernels.ops.angular_margin import definition as angular_definition
-from kdkernels.ops.angular_margin import op as angular_op
-from kdkernels.ops.channel_gram import definition as channel_definition
-from kdkernels.ops.channel_gram import op as channel_op
-from kdkernels.ops.checks import compute_dtype
-from kdkernels.ops.correlation import definition as correlation_definition
-from kdkernels.ops.correlation import op as correlation_op
-from kdkernels.ops.energy import definition as energy_definition
-from kdkernels.ops.energy import op as energy_op
-from kdkernels.ops.gram import definition as gram_definition
-from kdkernels.ops.gram import op as gram_op
-from kdkernels.ops.linear_kd import definition as linear_definition
-from kdkernels.ops.linear_kd import op as linear_op
-from kdkernels.ops.multi_level import definition as multi_level_definition
-from kdkernels.ops.multi_level import op as multi_level_op
-from kdkernels.ops.neighbour_correlation import definition as neighbour_definition
-from kdkernels.ops.neighbour_correlation import op as neighbour_op
-from kdkernels.ops.nkd import definition as nkd_definition
-from kdkernels.ops.nkd import op as nkd_op
-from kdkernels.ops.relation import definition as relation_definition
-from kdkernels.ops.relation import op as relation_op
-from kdkernels.ops.softmax_kl import definition as softmax_definition
-from kdkernels.ops.softmax_kl import op as softmax_op
-from kdkernels.ops.softmax_pearson import definition as pearson_definition
-from kdkernels.ops.softmax_pearson import op as pearson_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = (torch.float16, torch.bfloat16)
@@ -51,30 +26,6 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES = {torch.float64: Tolerance(1e-11, 1e-11)} | dict.fromkeys((torch.float32, *HALF), Tolerance(1e-5, 1e-5))
-
-
-@contextmanager
-def by_definition() -> Iterator[None]:
-    """Every op by its definition.py, under autograd, in the precision of its tensors. Whoever calls an op meets it."""
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(softmax_op, "_op", softmax_definition.softmax_kl)
-        patch.setattr(gram_op, "_sp_op", gram_definition.sp_gram)
-        patch.setattr(gram_op, "_cosine_op", lambda x: gram_definition.cosine_similarity(*x))
-        patch.setattr(gram_op, "_own_op", lambda x: gram_definition.gram(x.q.to(compute_dtype(x.q))))
-        patch.setattr(gram_op, "_pair_op", lambda x: gram_definition.products(*x))
-        patch.setattr(relation_op, "_op", relation_definition.relation)
-        patch.setattr(energy_op, "_energy_op", energy_definition.energy)
-        patch.setattr(energy_op, "_attention_op", energy_definition.attention)
-        patch.setattr(channel_op, "_distance_op", channel_definition.channel_distance)
-        patch.setattr(angular_op, "_op", angular_definition.angular_margin)
-        patch.setattr(correlation_op, "_op", correlation_definition.correlation)
-        patch.setattr(linear_op, "_op", linear_definition.linear_kd)
-        patch.setattr(neighbour_op, "_op", neighbour_definition.neighbour_correlation)
-        patch.setattr(nkd_op, "_op", nkd_definition.nkd)
-        patch.setattr(pearson_op, "_op", pearson_definition.softmax_pearson)
-        patch.setattr(multi_level_op, "_op", multi_level_definition.multi_level)
-        yield
 
 
 def backends_under_test() -> list[str]:
@@ -190,11 +141,14 @@ def check_contract(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
     assert torch.equal(torch.autograd.grad(cast.sum() * 3, x)[0], first)
 
 
-def check_compiled(function: Callable[[Tensor], Tensor], x: Tensor) -> None:
-    """torch.compile(fullgraph=True), forward and backward, gives what eager gives."""
+def check_compiled(function: Callable[[Tensor], Tensor], x: Tensor, compiler: str = "inductor") -> None:
+    """torch.compile(fullgraph=True), forward and backward, gives what eager gives.
+
+    Inductor makes C++ of what stands around an op, and compiles it for seconds: give it ops alone, and losses to
+    "aot_eager", which traces the same graphs. test_compiled.py has whole losses under Inductor.
+    """
     x = x.detach().requires_grad_()
     torch._dynamo.reset()
-    eager = function(x).sum() * 3
-    compiled = torch.compile(lambda y: function(y).sum() * 3, fullgraph=True)(x)
+    eager, compiled = function(x), torch.compile(function, fullgraph=True, backend=compiler)(x)
     check_close("compiled loss", compiled, eager, 1e-6)
-    check_close("compiled gradient", gradients(compiled, [x])[0], gradients(eager, [x])[0], 1e-6)
+    check_close("compiled gradient", gradients(compiled, [x], 3.0)[0], gradients(eager, [x], 3.0)[0], 1e-6)

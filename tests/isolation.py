@@ -27,8 +27,10 @@ def _environment(run: Path) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(KEPT / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(run / "inductor"),
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # there are as many workers of pytest as cores
+        "TORCHINDUCTOR_VEC_ISA_OK": "1",  # or Inductor first compiles a program for each instruction set
         "OMP_WAIT_POLICY": "PASSIVE",  # and their threads must not spin
         "HF_HUB_OFFLINE": "1",
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(run / "hypothesis"),
     }
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
     if compiler and compiler != str(ROOT / "tests" / "compiler"):

@@ -80,7 +80,7 @@ def test_a_backend_that_cannot_run_raises_on_every_rank(ranks: Results) -> None:
     for out in results["on_backends"]:
         assert list(out["triton"]) == list(CALLS)
         for message in out["triton"].values():
-            assert message.startswith("BackendError after 0 s: backend 'triton' was asked for by name and cannot run")
+            assert message.startswith("BackendError: backend 'triton' was asked for by name and cannot run")
     check_same(
         [out["afterwards"] for out in results["on_backends"]], *one_process("sp", size, torch.float32), torch.float32
     )
@@ -151,11 +151,12 @@ def test_a_missing_rank_raises_within_the_timeout(tmp_path: Path) -> None:
     assert len(results) == 2  # rank 1 left without a result, as it was told to
     for out in results:
         for what in ("another group", "another backend", "died"):
-            assert "Error after" in out[what], out[what]
-            assert int(out[what].split(" after ")[1].split(" s")[0]) < TIMEOUT.total_seconds() / 2, out[what]
+            message, seconds = out[what]
+            assert "Error: " in message
+            assert seconds < TIMEOUT.total_seconds() / 2, message
         # backends are part of the call that the ranks agree on, so nobody waits for a rank that cannot make it
-        assert out["another backend"].startswith("ValueError")
-        assert "backend triton" in out["another backend"]
+        assert out["another backend"][0].startswith("ValueError")
+        assert "backend triton" in out["another backend"][0]
 
 
 def test_import_needs_no_process_group() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from checking import check_close
+from forks import start_ranks
 from ranks import raised
 from test_linear_kd import DEFINED, LABELS, VOCABULARY, heads, teacher_of
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from kdkernels import Head, TopK, linear_kd_loss
 from kdkernels.kd_loss import DIVERGENCES
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("linear_kd ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 SLICES = (slice(0, 6), slice(6, 14))  # uneven, the second with three columns of padding
 UPSTREAM = 2.5
@@ -107,7 +107,7 @@ def collectives(kind: str, columns: slice, world: Any) -> int:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("linear_kd")
-    mp.start_processes(work, (str(folder),), 2, start_method="spawn")
+    start_ranks(work, (str(folder),))
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

@@ -28,7 +28,7 @@ def kl_per_sample(
     if student.dim() == 2:
         return loss()
     total = loss(class_dim=1, reduction="sum")
-    return total / max(len(student), 1)
+    return total / max(student.shape[0], 1)
 
 
 def published_sp(

@@ -143,7 +143,8 @@ def _of_chunks(head: Head, settings: dict[str, Any]) -> Iterator[tuple[Tensor, T
     hidden, columns = head.hidden, settings["vocab_size"]
     linear = Linear(head.weight, head.bias, head.scale, head.softcap or 0.0).narrow(columns)
     for part in hidden.split(max(1, CHUNK_BYTES // (4 * columns))):
-        z = logits(linear, part, part.new_empty(len(part), columns, dtype=compute_dtype(hidden, head.weight)))
+        z = part.new_empty(len(part), columns, dtype=compute_dtype(hidden, head.weight))
+        logits(linear, part, [z])
         z.div_(settings["temperature"])
         top, found = z.topk(settings["top_k"], dim=1)
         yield top - z.logsumexp(1, keepdim=True), found

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import two_processes
+from forks import start_ranks
 from sequence_tools import by_whole_logits, gpt2
 from torch.utils.data import DataLoader
 
 from kdkernels.training import fit
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.mark.parametrize("name", ["hf", "lightning"])
@@ -30,28 +26,18 @@ def test_rows_are_compared_over_both_processes(name: str, tmp_path: Path) -> Non
         lr=two_processes.LR,
         progress=False,
     )
-    run(name, tmp_path)
+    start_ranks(two_processes.work, (name, str(tmp_path)))
     check(name, tmp_path, expected.student.state_dict(), 1e-5)
 
 
 def test_a_step_of_both_processes_is_divided_by_the_tokens_of_both(tmp_path: Path) -> None:
     student = gpt2()
     by_whole_logits(student, ce_weight=0.5)
-    run("language", tmp_path)
+    start_ranks(two_processes.work, ("language", str(tmp_path)))
     expected = student.state_dict()
     for name in [name for name in expected if name.endswith("c_attn.bias")]:
         del expected[name]  # a third are keys', which change nothing: Adam makes steps of their gradients' rounding
     check("language", tmp_path, expected, 1e-3)
-
-
-def run(name: str, folder: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = Path(two_processes.__file__)
-    done = subprocess.run(
-        [*command, str(script), name, str(folder)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def check(name: str, folder: Path, expected: dict[str, torch.Tensor], tolerance: float) -> None:

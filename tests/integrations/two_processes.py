@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: each trainer on its half of the batches; the students go to a file."""
+"""What two processes do: each trainer on its half of the batches; the students go to a file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from forks import be_rank
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -75,7 +76,6 @@ def with_lightning() -> Distillation:
 
 def with_language_models(folder: str) -> Any:
     """Rows of unequal length, some with prompts: each process has another number of tokens."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from sequence_tools import BATCH, LR, ROWS, STEPS, gpt2, teacher
     from transformers import TrainingArguments
 
@@ -101,11 +101,12 @@ def with_language_models(folder: str) -> Any:
 
 RUNS = {"hf": with_transformers, "lightning": lambda folder: with_lightning(), "language": with_language_models}
 
-if __name__ == "__main__":
-    name, folder = sys.argv[1:]
+
+def work(rank: int, name: str, folder: str) -> None:
+    be_rank(rank, 2, folder)
     distillation = RUNS[name](folder)
     assert dist.get_world_size() == 2
-    torch.save(distillation.student.state_dict(), Path(folder) / f"{name}-{dist.get_rank()}.pt")
+    torch.save(distillation.student.state_dict(), Path(folder) / f"{name}-{rank}.pt")
     dist.barrier()  # no rank leaves while another still needs it
     sys.stdout.flush()
     os._exit(0)  # tearing gloo's threads down aborts a process that has done its work now and then

@@ -47,8 +47,7 @@ def features(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).relu().add(0.01).to(DEVICE, dtype)
 
 
-@pytest.mark.parametrize("row_norm", ["l2", "l1"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "row_norm"), [*((dtype, "l2") for dtype in DTYPES), (torch.float32, "l1")], ids=str)
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
 def test_sp_meets_the_definition(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, row_norm: str) -> None:
     student, teacher = (features(*shape, dtype=dtype) for shape in shapes)
@@ -86,9 +85,10 @@ def test_strides(layout: str) -> None:
         assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_sums_over_many_columns_keep_their_digits() -> None:
+def test_sums_over_many_columns_keep_their_digits(backend: str) -> None:
     """Grams of non-negative features are nearly equal, and one fp32 sum over all columns loses what they differ by."""
-    student, teacher = (torch.rand(16, 65536, device=DEVICE) for _ in range(2))
+    columns = 16384 if backend == "triton" and DEVICE == "cpu" else 65536  # the interpreter takes its time
+    student, teacher = (torch.rand(16, columns, device=DEVICE) for _ in range(2))
     check_op(lambda s, t: sp_gram(s, t, scale=1.0), [student], constants=[teacher], upstream=100.0)
 
 
@@ -111,8 +111,8 @@ def test_contract() -> None:
 
 
 def test_compiled() -> None:
-    teacher = features(6, 11)
-    check_compiled(lambda s: sp_gram([s, s * s], [teacher, teacher], scale=1.0), features(6, 3, 2, 2))
+    teacher, other = features(6, 11), features(6, 3, 2, 2)
+    check_compiled(lambda s: sp_gram([s, other], [teacher, teacher], scale=1.0), features(6, 3, 2, 2))
 
 
 def test_opcheck() -> None:

@@ -1,4 +1,4 @@
-"""Every method in two processes: run by torchrun from test_processes.py. What they end with goes to a file."""
+"""What the two processes of test_processes.py do: train by every method. What they end with goes to a file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["OMP_NUM_THREADS"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from forks import be_rank
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -100,13 +98,12 @@ def sharded(method: str) -> dict[str, Tensor]:
     return trained(method, 2, accelerator, test_loader=loader(method, 2))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
+def work(rank: int, folder: Path) -> None:
+    be_rank(rank, 2, str(folder))
     ends = {method: trained(method, 2) for method in METHODS}
     ends["sp cached"] = trained("sp", 2, teacher_cache=folder / "teacher")
     ends |= {f"{method} sharded": sharded(method) for method in SHARDED}
-    torch.save(ends, folder / f"{dist.get_rank()}.pt")
+    torch.save(ends, folder / f"{rank}.pt")
     dist.barrier()  # no rank leaves while another still needs it
     sys.stdout.flush()
     os._exit(0)  # tearing gloo's threads down aborts a process that has done its work now and then

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,12 +11,13 @@ import processes
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from forks import start_ranks
 from torch import Tensor
 from training_tools import network
 
 from kdkernels.training import METHODS, Distillation, sharding
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 Ends = dict[str, dict[str, Tensor]]
 
@@ -27,11 +25,7 @@ Ends = dict[str, dict[str, Tensor]]
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> list[Ends]:
     folder = tmp_path_factory.mktemp("ends")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    script = str(Path(processes.__file__))
-    done = subprocess.run([*command, script, str(folder)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    start_ranks(processes.work, (folder,))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

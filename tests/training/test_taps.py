@@ -61,7 +61,7 @@ def test_taps_work_on_a_compiled_model() -> None:
     torch._dynamo.reset()
     model, (x, _) = network(), images()
     expected = model.stages[:2](x)
-    compiled = torch.compile(model, fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with FeatureTaps(compiled, ["stages.1"]) as taps:
         compiled(x).sum().backward()
         torch.testing.assert_close(taps.pop()[0], expected, rtol=1e-4, atol=1e-5)

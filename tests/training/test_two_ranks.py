@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,8 @@ from two_ranks import JOBS, launch
 from kdkernels import cli
 from kdkernels.training.traffic import LOSSES, Collective, Job, sp
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -21,10 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(path / "set.npz", x_train=x, y_train=y, x_test=x[:30], y_test=y[:30])
     options = ["--methods", "nkd,sp:weight=30,mlkd", "--seeds", "2", "--batch-size", "12"]
     options += ["--epochs", "2", "--teacher-epochs", "1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch(port, path, ["compare", "--data", str(path / "set.npz"), "--output", str(path / "out"), *options])
+    launch(path, ["compare", "--data", str(path / "set.npz"), "--output", str(path / "out"), *options])
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import be_rank, start_ranks
 from torch import Tensor
 
 from kdkernels import MLKDLoss, cc_loss, cli, irg_loss, pkt_loss, rkd_loss, sp_loss
@@ -59,11 +58,8 @@ def counted(loss: Callable[[Tensor, Tensor], Tensor], job: Job) -> list[tuple[st
     return sorted(calls)
 
 
-def work(rank: int, port: int, folder: str, command: list[str]) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    dist.init_process_group("gloo")
+def work(rank: int, folder: str, command: list[str]) -> None:
+    be_rank(rank, 2, folder)
     calls = [{name: counted(loss, job) for name, loss in losses(job).items()} for job in JOBS]
     Path(folder, f"calls-{rank}.json").write_text(json.dumps(calls))
     if rank:  # a method whose loss is not a number here alone: the other process must not wait for this one
@@ -74,5 +70,5 @@ def work(rank: int, port: int, folder: str, command: list[str]) -> None:
         sys.exit(cli.main(command))  # which leaves by itself
 
 
-def launch(port: int, folder: Path, command: list[str]) -> None:
-    mp.start_processes(work, (port, str(folder), command), 2, start_method="spawn")
+def launch(folder: Path, command: list[str]) -> None:
+    start_ranks(work, (str(folder), command))

@@ -136,7 +136,7 @@ class CCKDLoss(nn.Module):
         options = {"gamma": self.gamma, "order": self.max_p} if self.kernel_type == "gaussian" else {}
         squared = cc_loss(student, teacher, kernel=self.kernel_type, normalize=False, reduction="sum", **options)
         distance = root(squared)
-        return distance / max(len(student), 1) ** 2 if self.reduction == "batchmean" else distance
+        return distance / max(student.shape[0], 1) ** 2 if self.reduction == "batchmean" else distance
 
 
 class ATLoss(nn.Module):
@@ -160,7 +160,7 @@ class ATLoss(nn.Module):
         loss: Tensor | int = 0
         for student, teacher, weight in zip(students, teachers, weights, strict=True):
             difference = energy(student, normalize=True) - energy(teacher.detach(), normalize=True)
-            loss = loss + weight * torch.linalg.vector_norm(difference, dim=(1, 2)).sum() / max(len(student), 1)
+            loss = loss + weight * torch.linalg.vector_norm(difference, dim=(1, 2)).sum() / max(student.shape[0], 1)
         return loss
 
 

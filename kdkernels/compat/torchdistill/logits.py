@@ -79,8 +79,8 @@ class KDLoss(nn.KLDivLoss):
     def reduced(self, student: Tensor, loss: Tensor) -> Tensor:
         """From the sum over N."""
         if self.reduction == "sum":
-            return loss * len(student)
-        return loss * (len(student) / max(student.numel(), 1)) if self.reduction == "mean" else loss
+            return loss * student.shape[0]
+        return loss * (student.shape[0] / max(student.numel(), 1)) if self.reduction == "mean" else loss
 
 
 class LogitStdKDLoss(KDLoss):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backend import choose
 from ..checks import compute_dtype
-from ..gram.op import Gram
+from ..gram.op import COSINE_EPS, Gram
 from ..library import Differentiable, build, register, schema
 from ..softmax_kl.op import STATS, Rows, SoftmaxKL
 
@@ -107,6 +107,8 @@ def backward(
     d_s = kl.backward(grad, _rows(s, t, options), stats, scale)
     others, base = view_rows(student, options.views)
     own = inverse_a.dtype
+    if student.dtype == torch.float16:  # an all-zero row's gradient is larger than it can hold: it gets none
+        inverse_a, inverse_b = (i.masked_fill(i >= 1 / COSINE_EPS, 0) for i in (inverse_a, inverse_b))
     if options.views == 1:  # both sides are the same rows, whose gradients are rounded once, as a sum
         wide = student.to(own)
         d_others, d_base = gram.cosine_backward(_with_diagonal(d_s.to(own)), wide, wide, s, inverse_a, inverse_b)

@@ -98,7 +98,11 @@ def cosine_forward(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inverse_norm(x: Tensor) -> Tensor:
-    return 1 / torch.linalg.vector_norm(x, dim=1).clamp(min=COSINE_EPS)
+    """By way of the largest number: squares of large features overflow."""
+    if x.numel() == 0:
+        return x.new_full((len(x),), 1 / COSINE_EPS)
+    top = x.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(x.dtype).tiny)
+    return 1 / torch.linalg.vector_norm(x / top, dim=1).mul_(top[:, 0]).clamp_(min=COSINE_EPS)
 
 
 def cosine_backward(

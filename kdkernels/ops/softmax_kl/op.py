@@ -84,8 +84,9 @@ class SoftmaxKL(Protocol):
 
         stats: the maxima of s and t; log Z of p_s and of q_s, relative to the maximum; and log(Z of q_t / Z of q_s),
         which keeps its digits where the networks are close.
-        With decoupled terms, of the non-target classes: the maxima of s and t relative to the row's, over T; log Z of
-        s and t.
+        With decoupled terms, of the non-target classes: the maxima of s and t; log Z of s, relative to that; and the
+        log of Z of q_t over Z of q_s. The logarithm of an empty sum is -inf, and counts as 0 in the last where the
+        other is not.
         Unless the divergence is "forward": the mean under q_s of its slopes (see reference_divergences.py).
         With standardize, z' being the standardised s: the inverse standard deviations of s and t; the mean of z'
         relative to its maximum; and how much of z' is to be taken from dL/dz' on its way to s.

@@ -15,18 +15,13 @@ from torch import Tensor
 
 from ..checks import compute_dtype
 from .op import STANDARD_EPS, STATS, Rows
-from .reference_common import RowLabels, bregman, read_labels, weighted
-from .reference_decoupled import decoupled, decoupled_gradient
+from .reference_common import RowLabels, difference, forward_kl, may_hold, read_labels, weighted
+from .reference_decoupled import Network, decoupled, decoupled_gradient
 from .reference_divergences import divergence, slope
 
 
 def supports(*tensors: Tensor) -> str | None:
     return None
-
-
-def may_hold(condition: Tensor) -> bool:
-    """False if the condition holds nowhere. Only on a CPU is that looked up: elsewhere the host would wait for it."""
-    return condition.device.type != "cpu" or bool(condition.any())
 
 
 def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,7 +70,7 @@ def _soft_terms(s: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels | Non
     zs, zt = (_over_temperature(z, x, spread and spread.inverse) for z, spread in ((s, spread_s), (t, spread_t)))
     stats[3] = _logz(zs)
     if x.divergence == "forward":
-        kl, stats[4] = _kl(zs, stats[3], zt)
+        kl, stats[4] = forward_kl(zs, stats[3], zt)
     else:
         logz_t = _logz(zt)
         stats[4] = logz_t - stats[3]
@@ -83,14 +78,15 @@ def _soft_terms(s: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels | Non
         kl, stats[STATS] = divergence(x, (zt - logz_t).exp_(), (zs - stats[3]).exp_(), d)
     rows = x.terms.kl * kl if x.terms.kl else torch.zeros_like(kl)
     if labels is not None and x.terms.decoupled:
-        terms, stats[STATS : STATS + 4] = decoupled(zs, zt, stats[:STATS], x, labels)
+        inverse = (None, None) if spread_s is None or spread_t is None else (spread_s.inverse, spread_t.inverse)
+        terms, stats[STATS : STATS + 4] = decoupled(*_networks(zs, zt, stats, x, *inverse), stats[4], x, labels)
         rows = rows + terms
     if spread_s is not None and spread_t is not None:
         mean, std = spread_s.mean * spread_s.inverse, 1 - STANDARD_EPS * spread_s.inverse  # of z'
+        stats[-4:-2] = spread_s.inverse, spread_t.inverse
         gradient = _soft_gradient(zs, zt, stats, x, labels)
         inner = gradient.mul_(zs.mul_(x.temperature).sub_(mean)).sum(1, keepdim=True)  # <dL/dz', z'>
-        lost = (inner / (max(s.shape[1] - 1, 1) * std)).masked_fill(spread_s.std == 0, 0)
-        stats[-4:] = spread_s.inverse, spread_t.inverse, mean, lost
+        stats[-2:] = mean, (inner / (max(s.shape[1] - 1, 1) * std)).masked_fill(spread_s.std == 0, 0)
     return rows
 
 
@@ -113,26 +109,18 @@ def _over_temperature(z: Tensor, x: Rows, inverse_std: Tensor | None) -> Tensor:
     return z.mul_(1 / x.temperature if inverse_std is None else inverse_std / x.temperature)
 
 
+def _networks(
+    zs: Tensor, zt: Tensor, stats: list[Tensor], x: Rows, inverse_s: Tensor | None, inverse_t: Tensor | None
+) -> tuple[Network, Network]:
+    """What the decoupled terms need of both; the inverse deviations where logits are standardised."""
+    s_max, t_max, _, logz_s, log_ratio = stats[:STATS]
+    over_s, over_t = ((1.0 if i is None else i) / x.temperature for i in (inverse_s, inverse_t))
+    return Network(x.student, zs, s_max, logz_s, over_s), Network(x.teacher, zt, t_max, logz_s + log_ratio, over_t)
+
+
 def _logz(z: Tensor) -> Tensor:
     """log Z of z - max: the largest logit stands for exp(0), so its probability is 1 / Z. exp().sum() is slower."""
     return -z.softmax(1).amax(1, keepdim=True).log_()
-
-
-def _kl(zs: Tensor, logz_s: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_k q_t log(q_t / q_s), and log(Z_t / Z_s); a class that the teacher gives no probability adds 0."""
-    qt = zt.softmax(1)
-    log_ratio = -qt.amax(1, keepdim=True).log() - logz_s
-    terms = torch.sub(zt, zs).mul_(qt)
-    mean = terms.sum(1, keepdim=True)
-    if may_hold(mean.isnan()):  # 0 times the infinity of a class at -inf
-        mean = terms.masked_fill_(qt == 0, 0).sum(1, keepdim=True)
-    kl = mean - log_ratio
-    close = kl < 0.02  # so small a difference of numbers of order ten has lost too many digits
-    if may_hold(close):
-        delta = torch.sub(zt, zs).sub_(log_ratio)
-        kl = torch.where(close, bregman(delta, torch.sub(zs, logz_s).exp_(), qt), kl)
-        log_ratio = torch.where(close, mean - kl, log_ratio)
-    return kl, log_ratio
 
 
 def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool = False) -> Tensor:
@@ -140,7 +128,8 @@ def backward(grad: Tensor, x: Rows, stats: Tensor, scale: Tensor, in_place: bool
     labels = read_labels(x.labels, x.student.shape[1], dtype)
     saved = list(stats[:, :, None].unbind(0))
 
-    s = x.student.sub_(saved[0]) if in_place and x.student.dtype == dtype else x.student - saved[0]
+    overwrite = in_place and x.student.dtype == dtype and not x.terms.decoupled  # which reads the logits again
+    s = x.student.sub_(saved[0]) if overwrite else x.student - saved[0]
     result = _ce_gradient(s, saved[2], x, labels) if x.terms.ce else None
     if x.terms.soft:
         soft = _soft_gradient_of_logits(s, saved, x, labels)
@@ -175,14 +164,18 @@ def _soft_gradient(
     if x.divergence != "forward":
         h = slope(x, torch.sub(zt, zs).sub_(stats[4])).sub_(stats[STATS])
         return weighted(torch.sub(zs, stats[3]).exp_(), h).mul_(x.terms.kl * alpha)
+    result = None
     if labels is not None and x.terms.decoupled:
-        q_s, q_t = zs.softmax(1), zt.softmax(1)
-        result = decoupled_gradient(zs, zt, q_s, q_t, stats, x, labels)
-        return result.add_(q_s.sub_(q_t), alpha=x.terms.kl).mul_(alpha)
-    factor_s, ratio = stats[3].neg().exp_(), stats[4].neg().exp_()
-    q_s = torch.exp(zs, out=zs if overwrite else None).mul_(factor_s)
-    q_t = torch.exp(zt, out=zt if overwrite else None).mul_(factor_s * ratio)
-    return q_s.sub_(q_t).mul_(x.terms.kl * alpha)
+        inverse = (stats[-4], stats[-3]) if x.standardize else (None, None)
+        networks = _networks(zs, zt, stats, x, *inverse)
+        result = decoupled_gradient(*networks, stats[4], stats[STATS : STATS + 4], x, labels).mul_(alpha)
+        if not x.terms.kl:
+            return result
+    d = torch.sub(zt, zs).sub_(stats[4])
+    q_s = torch.exp(zs, out=zs if overwrite else None).mul_(stats[3].neg().exp_())
+    q_t = torch.exp(zt, out=zt if overwrite else None).mul_((stats[3] + stats[4]).neg_().exp_())
+    kl = difference(q_s, q_t, d).mul_(x.terms.kl * alpha)
+    return kl if result is None else result.add_(kl)
 
 
 def _ce_gradient(s: Tensor, logz: Tensor, x: Rows, labels: RowLabels | None) -> Tensor:

@@ -46,3 +46,34 @@ def bregman(delta: Tensor, qs: Tensor, qt: Tensor) -> Tensor:
     series = 1 / 6 - delta * (1 / 24 - delta * (1 / 120 - delta * (1 / 720 - delta / 5040)))
     terms = torch.where(small, qt * delta.square() * (0.5 - delta * series), qt * (delta - 1) + qs)
     return torch.where(qt == 0, qs, terms).sum(1, keepdim=True)
+
+
+def may_hold(condition: Tensor) -> bool:
+    """False if the condition holds nowhere. Only on a CPU is that looked up: elsewhere the host would wait for it."""
+    return condition.device.type != "cpu" or bool(condition.any())
+
+
+def forward_kl(zs: Tensor, logz_s: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_k q_t log(q_t / q_s), and log(Z_t / Z_s); a class that the teacher gives no probability adds 0."""
+    qt = zt.softmax(1)
+    logz_t = -qt.amax(1, keepdim=True).log()
+    log_ratio = logz_t - logz_s
+    terms = torch.sub(zt, zs).mul_(qt)
+    mean = terms.sum(1, keepdim=True)
+    if may_hold(mean.isnan()):  # 0 times the infinity of a class at -inf
+        mean = terms.masked_fill_(qt == 0, 0).sum(1, keepdim=True)
+    kl = mean - log_ratio
+    close = kl < 0.02  # so small a difference of numbers of order ten has lost too many digits
+    if may_hold(close):
+        delta = torch.sub(zt, zs)
+        # Z_s / Z_t = 1 + u: the logarithm of a quotient near 1 has lost digits too
+        u = bregman(delta, torch.sub(zs, logz_t).exp_(), qt) - mean
+        log_ratio = torch.where(close, -torch.log1p(u), log_ratio)
+        kl = torch.where(close, bregman(delta.sub_(log_ratio), torch.sub(zs, logz_s).exp_(), qt), kl)
+    return kl, log_ratio
+
+
+def difference(qs: Tensor, qt: Tensor, d: Tensor) -> Tensor:
+    """q_s - q_t from d = log(q_t / q_s), which is overwritten: nothing cancels where the networks are close."""
+    d.nan_to_num_(nan=0.0)  # where both are 0; those of a row with NaN are NaN themselves
+    return d.mul_(-0.5).tanh_().mul_(qs + qt)

@@ -1,4 +1,8 @@
-"""The decoupled terms of softmax_kl's reference, TCKD and NCKD, and their gradient."""
+"""The decoupled terms of softmax_kl's reference, TCKD and NCKD, and their gradient.
+
+All is made from d = log(q_t / q_s), of a class or of the mass of several, so that nothing cancels where the networks
+are close.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .op import Rows
-from .reference_common import RowLabels, bregman, weighted
+from .reference_common import RowLabels, bregman, difference, forward_kl
 
 NEG_INF = -math.inf
 
@@ -17,91 +21,99 @@ NEG_INF = -math.inf
 class NonTarget(NamedTuple):
     """The softmax over the classes that a row is not labelled with, for one network."""
 
-    z: Tensor  # (N, C) z / T - max, labelled classes at -inf
-    max: Tensor  # (N, 1), 0 where no other class has any probability
+    z: Tensor  # (N, C) (z - max) / T, labelled classes at -inf
+    max: Tensor  # (N, 1) of the logits, 0 where no other class has any probability
     logz: Tensor  # (N, 1), -inf there
 
 
-def _non_target(z: Tensor, z_max: Tensor, labels: RowLabels) -> NonTarget:
-    z = z.scatter(1, labels.a, NEG_INF).scatter(1, labels.b, NEG_INF)
+class Network(NamedTuple):
+    """A network's rows. Scales are numbers, or (N, 1) where logits are standardised."""
+
+    logits: Tensor  # (N, C), as they are
+    z: Tensor  # (N, C) (z - max) / T
+    max: Tensor  # (N, 1)
+    logz: Tensor  # (N, 1)
+    over_t: Tensor | float  # 1 / T
+
+
+class Share(NamedTuple):
+    """(N, 1) each: a probability of both networks, and d."""
+
+    s: Tensor
+    t: Tensor
+    d: Tensor
+
+    def difference(self) -> Tensor:
+        return difference(self.s, self.t, self.d.clone())
+
+
+def _masked(net: Network, labels: RowLabels) -> Tensor:
+    """The logits with -inf at the labelled classes."""
+    return net.logits.to(net.z.dtype).scatter(1, labels.a, NEG_INF).scatter(1, labels.b, NEG_INF)
+
+
+def _non_target(net: Network, labels: RowLabels) -> NonTarget:
+    z = _masked(net, labels)
     top = z.amax(1, keepdim=True)
     top = torch.where(top == NEG_INF, torch.zeros_like(top), top)  # no other class: its mass is exp(-inf) = 0
-    top = top + (z_max - z_max)  # an infinity or NaN among the labelled classes must not hide
-    return NonTarget(z, top, (z - top).exp().sum(1, keepdim=True).log())
+    top = top + (net.max - net.max)  # an infinity or NaN among the labelled classes must not hide
+    z = z.sub_(top).mul_(net.over_t)
+    return NonTarget(z, top, z.exp().sum(1, keepdim=True).log())
 
 
-def _non_target_log_q(z: Tensor, top: Tensor, logz: Tensor) -> Tensor:
-    return torch.where(logz == NEG_INF, NEG_INF, z - top - logz)
-
-
-def _labelled(values: Tensor, labels: RowLabels) -> tuple[Tensor, Tensor]:
-    """values at a and at b, b's replaced by 0 where it is a."""
-    at_b = values.gather(1, labels.b)
-    return values.gather(1, labels.a), torch.where(labels.b == labels.a, torch.zeros_like(at_b), at_b)
-
-
-def _log_mass(labelled_mass: Tensor, others: NonTarget, logz: Tensor) -> Tensor:
-    """log of the other classes' probability: log1p of the labelled mass where that is small, else their log-sum."""
-    return torch.where(labelled_mass < 0.5, torch.log1p(-labelled_mass), others.max + others.logz - logz)
-
-
-def decoupled(
-    zs: Tensor, zt: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels
-) -> tuple[Tensor | float, list[Tensor]]:
+def decoupled(s: Network, t: Network, log_ratio: Tensor, x: Rows, labels: RowLabels) -> tuple[Tensor, list[Tensor]]:
     """w_target TCKD + w_non_target NCKD, and the statistics of the classes that are not labelled."""
-    s_max, t_max, _, logz_s, log_ratio = stats
-    logz_t = logz_s + log_ratio
-    others_s, others_t = _non_target(zs, s_max, labels), _non_target(zt, t_max, labels)
-    rows: Tensor | float = 0.0
+    others_s, others_t = _non_target(s, labels), _non_target(t, labels)
+    kl, ratio = forward_kl(others_s.z, others_s.logz, others_t.z)
+    empty = (others_s.logz == NEG_INF) | (others_t.logz == NEG_INF)
+    ratio = torch.where(empty, others_t.logz, ratio)  # the logarithm of no mass counts as 0 beside some
+    kl = torch.where(empty, torch.where(others_t.logz == NEG_INF, 0.0, math.inf), kl)
+    stats = [others_s.max, others_t.max, others_s.logz, ratio]
+    rows = torch.zeros_like(kl)
     if x.terms.target_kl:
-        rows = x.terms.target_kl * _target_kl(zs - logz_s, zt - logz_t, logz_s, logz_t, others_s, others_t, labels)
+        shares = _target_shares(s, t, log_ratio, stats, labels)
+        rows = x.terms.target_kl * sum((bregman(q.d, q.s, q.t) for q in shares), rows)
     if x.terms.non_target_kl:
-        rows = rows + x.terms.non_target_kl * _non_target_kl(others_s, others_t)
-    return rows, [others_s.max, others_t.max, others_s.logz, others_t.logz]
+        rows = rows + x.terms.non_target_kl * kl
+    return rows, stats
 
 
-def _non_target_kl(others_s: NonTarget, others_t: NonTarget) -> Tensor:
-    """The KL of the other classes, renormalised; 0 where the teacher has no mass there."""
-    log_s, log_t = _non_target_log_q(*others_s), _non_target_log_q(*others_t)
-    kl = bregman(log_t - log_s, log_s.exp(), log_t.exp())
-    return kl.masked_fill(others_t.logz == NEG_INF, 0)
+def _target_shares(s: Network, t: Network, log_ratio: Tensor, stats: list[Tensor], labels: RowLabels) -> list[Share]:
+    """What the target term compares: the labels' probabilities, that of b being 0 where it is a, and the others' mass:
+    from the labels' where that is less, else from their own log-sum."""
+    at_labels = []
+    for index in (labels.a, labels.b):
+        z_s, z_t = s.z.gather(1, index), t.z.gather(1, index)
+        at_labels.append(Share((z_s - s.logz).exp(), (z_t - t.logz).exp(), z_t - z_s - log_ratio))
+    one = labels.a == labels.b
+    a, b = at_labels[0], Share(*(x.masked_fill(one, 0) for x in at_labels[1]))
+    mass_s, mass_t = a.s + b.s, a.t + b.t
+    little = (mass_s < 0.5) & (mass_t < 0.5)
+    more = (a.difference() + b.difference()).masked_fill(~little, 0)
+    max_s, max_t, logz_s, ratio = stats
+    top_s, top_t = (max_s - s.max) * s.over_t, (max_t - t.max) * t.over_t
+    log_s, log_t = top_s + logz_s - s.logz, top_t + _other_logz(logz_s, ratio) - t.logz
+    d = torch.where((log_s == NEG_INF) | (log_t == NEG_INF), log_t - log_s, top_t - top_s + ratio - log_ratio)
+    d = torch.where(little, torch.log1p(more / (1 - mass_s)), d)
+    return [a, b, Share(torch.where(little, 1 - mass_s, log_s.exp()), torch.where(little, 1 - mass_t, log_t.exp()), d)]
 
 
-def _target_kl(
-    log_qs: Tensor,
-    log_qt: Tensor,
-    logz_s: Tensor,
-    logz_t: Tensor,
-    others_s: NonTarget,
-    others_t: NonTarget,
-    labels: RowLabels,
-) -> Tensor:
-    """sum over the labelled classes of q_t log(q_t / q_s), plus S_t log(S_t / S_s) for the mass S of the others."""
-    qt = _labelled(log_qt.exp(), labels)
-    qs = _labelled(log_qs.exp(), labels)
-    log_ss = _log_mass(qs[0] + qs[1], others_s, logz_s)
-    log_st = _log_mass(qt[0] + qt[1], others_t, logz_t)
-    result = weighted(log_st.exp(), log_st - log_ss)
-    for q, index in zip(qt, (labels.a, labels.b), strict=True):
-        result = result + weighted(q, log_qt.gather(1, index) - log_qs.gather(1, index))
-    return result
+def _other_logz(logz_s: Tensor, ratio: Tensor) -> Tensor:
+    """log Z of the teacher's other classes."""
+    return logz_s.masked_fill(logz_s == NEG_INF, 0) + ratio
 
 
 def decoupled_gradient(
-    s: Tensor, t: Tensor, qs: Tensor, qt: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels
+    s: Network, t: Network, log_ratio: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels
 ) -> Tensor:
-    """d(w_target TCKD + w_non_target NCKD)/ds, s being z_s / T, from the probabilities of both networks."""
-    logz_s, log_ratio, max_s, max_t, other_logz_s, other_logz_t = stats[3:9]
-    logz_t = logz_s + log_ratio
-    others_s = _non_target_log_q(s, max_s, other_logz_s).exp()
-    others_t = _non_target_log_q(t, max_t, other_logz_t).exp()
-    (qs_a, qs_b), (qt_a, qt_b) = _labelled(qs, labels), _labelled(qt, labels)
-    mass_s, mass_t = qs_a + qs_b, qt_a + qt_b
-    # S_s - S_t from whichever side has the smaller numbers
-    others = (max_s + other_logz_s - logz_s).exp() - (max_t + other_logz_t - logz_t).exp()
-    difference = torch.where(mass_s < 0.5, mass_t - mass_s, others)
-    w_target, w_non_target = x.terms.target_kl, x.terms.non_target_kl
-    gradient = others_s * (w_target * difference + w_non_target) - w_non_target * others_t
-    for index in (labels.a, labels.b):
-        gradient.scatter_(1, index, w_target * (qs.gather(1, index) - qt.gather(1, index)))
-    return gradient
+    """d(w_target TCKD + w_non_target NCKD)/dz_s / T."""
+    max_s, max_t, logz_s, ratio = stats
+    logz_t = _other_logz(logz_s, ratio)
+    z_s = _masked(s, labels).sub_(max_s).mul_(s.over_t)
+    z_t = _masked(t, labels).sub_(max_t).mul_(t.over_t)
+    d = torch.sub(z_t, z_s).sub_(ratio.masked_fill((logz_s == NEG_INF) | (logz_t == NEG_INF), 0))
+    q_s, q_t = (z.sub_(logz.masked_fill(logz == NEG_INF, 0)).exp_() for z, logz in ((z_s, logz_s), (z_t, logz_t)))
+    a, b, others = (share.difference() for share in _target_shares(s, t, log_ratio, stats, labels))
+    gradient = difference(q_s, q_t, d).mul_(x.terms.non_target_kl).addcmul_(q_s, x.terms.target_kl * others)
+    gradient.scatter_(1, labels.b, x.terms.target_kl * b)
+    return gradient.scatter_(1, labels.a, x.terms.target_kl * a)

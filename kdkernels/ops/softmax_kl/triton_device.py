@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ..triton_common import aligned, log1p
+from ..triton_common import aligned
 
 NEG_INF = tl.constexpr(float("-inf"))
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -85,14 +85,15 @@ class Softmax(NamedTuple):
     inverse_std: Any  # 1 unless logits are standardised; below they are
     logz_p: Any  # log sum exp(z - top): the student's, for CE, of logits as they are
     logz: Any  # log sum exp((z - top) / T)
-    non_target_top: Any  # max (z - top) / T of the non-target classes
-    non_target_logz: Any  # log sum exp((z - top) / T - non_target_top) of those
+    non_target_top: Any  # max z of the non-target classes
+    non_target_logz: Any  # log sum exp((z - non_target_top) / T) of those
 
 
 class Saved(NamedTuple):
     """[R] each: what is saved of both networks together."""
 
     ratio: Any  # the teacher's logz - the student's
+    non_target_ratio: Any  # the same of the non-target classes
     slope: Any  # the mean of the divergence's slopes
     mean: Any  # of the student's standardised logits, relative to the maximum
     lost: Any  # how much of those the gradient loses
@@ -154,16 +155,6 @@ def scaled(z, inverse_std, x, HAS: tl.constexpr):
 
 
 @triton.jit
-def online(top, total, z, scale):
-    """[R] maximum of z and sum of exp(scale (z - maximum)) with one more chunk; a row of -inf keeps -inf and 0. scale
-    is [R] too."""
-    new = tl.maximum(top, tl.max(z, 1))
-    safe = tl.where(new == NEG_INF, 0.0, new)
-    old = total * tl.where(top == NEG_INF, 0.0, tl.exp((top - safe) * scale))
-    return new, old + tl.sum(tl.exp((z - safe[:, None]) * scale[:, None]), 1)
-
-
-@triton.jit
 def running(top, total, z, scale):
     """[R, K] maxima by column of the tiles so far, and sums of exp(scale (z - maximum)), with one more tile. They begin
     with LOWEST and 0. One exponential: it is the sum or the new number that shrinks, and the other one stays."""
@@ -199,7 +190,7 @@ def store_stats(stats, rows, inside, N, of_s, of_t, saved, HAS: tl.constexpr):
         tl.store(stats + rows, of_s.non_target_top, mask=inside)
         tl.store(stats + step + rows, of_t.non_target_top, mask=inside)
         tl.store(stats + 2 * step + rows, of_s.non_target_logz, mask=inside)
-        tl.store(stats + 3 * step + rows, of_t.non_target_logz, mask=inside)
+        tl.store(stats + 3 * step + rows, saved.non_target_ratio, mask=inside)
         stats += 4 * step
     if HAS.divergence != "forward":
         tl.store(stats + rows, saved.slope, mask=inside)
@@ -217,6 +208,7 @@ def load_stats(stats, rows, N, HAS: tl.constexpr):
     step = rows * 0 + N
     zero = tl.zeros(rows.shape, tl.float32)
     s_non_target_top, t_non_target_top, s_non_target_logz, t_non_target_logz = zero, zero, zero, zero
+    non_target_ratio = zero
     slope, inverse_s, inverse_t, mean, lost = zero, zero, zero, zero, zero
     s_top = tl.load(stats + rows)
     t_top = tl.load(stats + step + rows)
@@ -228,7 +220,8 @@ def load_stats(stats, rows, N, HAS: tl.constexpr):
         s_non_target_top = tl.load(stats + rows)
         t_non_target_top = tl.load(stats + step + rows)
         s_non_target_logz = tl.load(stats + 2 * step + rows)
-        t_non_target_logz = tl.load(stats + 3 * step + rows)
+        non_target_ratio = tl.load(stats + 3 * step + rows)
+        t_non_target_logz = tl.where(s_non_target_logz == NEG_INF, 0.0, s_non_target_logz) + non_target_ratio
         stats += 4 * step
     if HAS.divergence != "forward":
         slope = tl.load(stats + rows)
@@ -240,29 +233,15 @@ def load_stats(stats, rows, N, HAS: tl.constexpr):
         lost = tl.load(stats + 3 * step + rows)
     of_s = Softmax(s_top, inverse_s, logz_p, s_logz, s_non_target_top, s_non_target_logz)
     of_t = Softmax(t_top, inverse_t, zero, s_logz + ratio, t_non_target_top, t_non_target_logz)
-    return of_s, of_t, Saved(ratio, slope, mean, lost)
+    return of_s, of_t, Saved(ratio, non_target_ratio, slope, mean, lost)
 
 
 @triton.jit
-def label_log_q(x, logits, rows, of, y, HAS: tl.constexpr):
-    """[R] log q of a and of b, and their mass together."""
-    log_q_a = scaled(load_at(logits, rows, y.a) - of.top, of.inverse_std, x, HAS) - of.logz
-    log_q_b = scaled(load_at(logits, rows, y.b) - of.top, of.inverse_std, x, HAS) - of.logz
-    return log_q_a, log_q_b, tl.exp(log_q_a) + tl.where(y.a == y.b, 0.0, tl.exp(log_q_b))
-
-
-@triton.jit
-def log_non_target_mass(label_mass, of):
-    """[R] log S: log1p of the labels' mass where that is little, else from the sum over the non-target classes."""
-    little = label_mass < 0.5
-    return tl.where(little, log1p(-tl.where(little, label_mass, 0.0)), of.non_target_top + of.non_target_logz - of.logz)
-
-
-@triton.jit
-def non_target_log_q(z, of, non_target):
+def non_target_log_q(x, z, of, non_target, HAS: tl.constexpr):
     """[R, K] log of the non-target classes' probabilities renormalised, -inf on the labels and where these have all."""
     inside = non_target & (of.non_target_logz != NEG_INF)[:, None]
-    return tl.where(inside, z - of.non_target_top[:, None] - of.non_target_logz[:, None], NEG_INF)
+    over_t = scaled(z - of.non_target_top[:, None], of.inverse_std, x, HAS)
+    return tl.where(inside, over_t - of.non_target_logz[:, None], NEG_INF)
 
 
 @triton.jit
@@ -273,9 +252,3 @@ def kl_term(d, qs, qt):
     series = 0.5 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d / 5040))))
     terms = tl.where(tl.abs(d) < 0.25, qt * (d * d) * series, qt * (d - 1.0) + qs)
     return tl.where(qt == 0, qs, terms)
-
-
-@triton.jit
-def kl(log_qs, log_qt):
-    """[R, K] whose sum is that of q_t log(q_t / q_s)."""
-    return kl_term(log_qt - log_qs, tl.exp(log_qs), tl.exp(log_qt))

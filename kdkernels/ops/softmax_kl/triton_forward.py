@@ -19,23 +19,18 @@ from .triton_device import (
     Softmax,
     is_non_target,
     joined,
-    kl,
-    label_log_q,
-    load_at,
     load_labels,
     load_tile,
-    log_non_target_mass,
     log_sum,
-    non_target_log_q,
-    online,
     running,
     scaled,
     store_stats,
-    weighted,
 )
-from .triton_gradient import divergence, soft_gradient
+from .triton_gradient import soft_gradient, target_gradient
+from .triton_ratio import Share, ratio_of
 from .triton_reduction import store_loss
 from .triton_standard import Spread, along, chunked_spread, lost, moments, spread
+from .triton_terms import chunked_terms, class_terms, label_terms, row_terms
 
 
 class Sums(NamedTuple):
@@ -72,7 +67,7 @@ def rows_kernel(
     else:
         result, of_s, of_t, saved = _long_rows(x, y, rows, C, HAS, STATS, ALIGN, BLOCK_C)
     if HAS.labels:
-        result += _label_terms(x, y, of_s, of_t, rows, HAS)
+        result += label_terms(x, y, of_s, of_t, saved, rows, HAS)
     if HAS.decoupled:
         result += (of_s.logz + of_t.logz) * 0.0  # NaN or inf among the labelled logits must not hide behind the others
     result = tl.where(y.keep, tl.where(y.valid, result, float("nan")), 0.0)
@@ -90,54 +85,69 @@ def _whole_rows(x, y, rows, C, HAS: tl.constexpr, STATS: tl.constexpr, ALIGN: tl
     logz_p = zero
     s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN)
     s_top = tl.max(s, 1)
-    s = s - s_top[:, None]
     if HAS.ce:
-        logz_p = log_sum(tl.sum(tl.exp(s), 1))
+        logz_p = log_sum(tl.sum(tl.exp(s - s_top[:, None]), 1))
     of_s, of_t, t = Softmax(s_top, zero, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero, zero), s
-    saved = Saved(zero, zero, zero, zero)
+    saved = Saved(zero, zero, zero, zero, zero)
     if HAS.soft:
         t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
         t_top = tl.max(t, 1)
-        t = t - t_top[:, None]
         spread_s, spread_t = Spread(zero, zero, zero), Spread(zero, zero, zero)
         if HAS.standardize:
-            spread_s, spread_t = spread(moments(s, cols, C, 0), C), spread(moments(t, cols, C, 0), C)
-        t = scaled(t, spread_t.inverse, x, HAS)
-        over_t = scaled(s, spread_s.inverse, x, HAS)
-        sums_s, sums_t = _tile_sums(s_top, over_t, non_target, HAS), _tile_sums(t_top, t, non_target, HAS)
-        of_s, of_t, ratio = _softmaxes(sums_s, sums_t, spread_s, spread_t, logz_p)
-        saved = Saved(ratio, zero, zero, zero)
-        terms, slopes = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
-        result, slope = tl.sum(terms, 1), tl.sum(slopes, 1)
-        saved = Saved(ratio, slope, spread_s.mean * spread_s.inverse, zero)
-        if HAS.standardize and STATS:
-            inner = along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s, saved)
-            saved = Saved(ratio, slope, saved.mean, lost(inner, spread_s, C))
-        return result, of_s, of_t, saved
-    terms, _ = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
-    return tl.sum(terms, 1), of_s, of_t, saved
+            spread_s = spread(moments(s - s_top[:, None], cols, C, 0), C)
+            spread_t = spread(moments(t - t_top[:, None], cols, C, 0), C)
+        sums_s = _tile_sums(x, s, s_top, spread_s, non_target, HAS)
+        sums_t = _tile_sums(x, t, t_top, spread_t, non_target, HAS)
+        of_s, of_t, saved = _softmaxes(sums_s, sums_t, spread_s, spread_t, logz_p)
+    terms = class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
+    result, of_t, saved = row_terms(x, terms, of_s, of_t, saved, HAS)
+    if HAS.soft and HAS.standardize and STATS:
+        saved = _with_mean(saved, spread_s.mean * spread_s.inverse, zero)
+        target = _target(x, rows, y, of_s, of_t, saved, HAS)
+        inner = along(
+            soft_gradient(x, y, s, t, of_s, of_t, saved, cols, target, HAS), s - of_s.top[:, None], of_s, saved
+        )
+        saved = _with_mean(saved, saved.mean, lost(inner, spread_s, C))
+    return result, of_s, of_t, saved
 
 
 @triton.jit
-def _tile_sums(top, z, non_target, HAS: tl.constexpr):
-    """Of rows that lie in one tile; z is relative to their maximum, over T."""
+def _with_mean(saved, mean, lost_share):
+    return Saved(saved.ratio, saved.non_target_ratio, saved.slope, mean, lost_share)
+
+
+@triton.jit
+def _target(x, rows, y, of_s, of_t, saved, HAS: tl.constexpr):
+    """What soft_gradient needs of the labels."""
+    if HAS.decoupled:
+        return target_gradient(x, rows, y, of_s, of_t, saved, HAS)
+    else:
+        zero = tl.zeros(rows.shape, tl.float32)
+        return Share(zero, zero, zero)
+
+
+@triton.jit
+def _tile_sums(x, z, top, spread, non_target, HAS: tl.constexpr):
+    """Of rows that lie in one tile."""
     non_target_top = tl.full(top.shape, NEG_INF, tl.float32)
     non_target_total = tl.zeros(top.shape, tl.float32)
-    total = tl.sum(tl.exp(z), 1)
+    total = tl.sum(tl.exp(scaled(z - top[:, None], spread.inverse, x, HAS)), 1)
     if HAS.decoupled:
         others = tl.where(non_target, z, NEG_INF)
-        non_target_top, non_target_total = online(
-            non_target_top, non_target_total, others, tl.full(top.shape, 1.0, tl.float32)
-        )
+        non_target_top = tl.max(others, 1)
+        from_top = others - tl.where(non_target_top == NEG_INF, 0.0, non_target_top)[:, None]
+        non_target_total = tl.sum(tl.exp(scaled(from_top, spread.inverse, x, HAS)), 1)
     return Sums(top, total, non_target_top, non_target_total)
 
 
 @triton.jit
 def _softmaxes(s, t, spread_s, spread_t, logz_p):
-    """Both networks' statistics from sums whose non_target_top is relative to the maximum, over T, and the ratio."""
+    """Both networks' statistics, and the ratios but for their last digits."""
+    zero = logz_p * 0.0
     ratio = tl.log(t.total / s.total)  # not the difference of two logarithms: it keeps its digits near 0
     of_s = _softmax(s, spread_s, logz_p, log_sum(s.total))
-    return of_s, _softmax(t, spread_t, logz_p * 0.0, of_s.logz + ratio), ratio
+    of_t = _softmax(t, spread_t, zero, of_s.logz + ratio)
+    return of_s, of_t, Saved(ratio, ratio_of(s.non_target_total, t.non_target_total), zero, zero, zero)
 
 
 @triton.jit
@@ -154,19 +164,20 @@ def _long_rows(x, y, rows, C, HAS: tl.constexpr, STATS: tl.constexpr, ALIGN: tl.
     if HAS.standardize:
         spread_s = chunked_spread(x.student, rows, C, ALIGN, BLOCK_C)
         spread_t = chunked_spread(x.teacher, rows, C, ALIGN, BLOCK_C)
-    of_s, of_t, ratio = _chunked_softmax(x, y, spread_s, spread_t, rows, C, HAS, ALIGN, BLOCK_C)
-    saved = Saved(ratio, zero, zero, zero)
-    result, slope = _chunked_terms(x, y, of_s, of_t, saved, rows, C, HAS, ALIGN, BLOCK_C)
-    saved = Saved(ratio, slope, spread_s.mean * spread_s.inverse, zero)
-    if HAS.standardize and STATS:
+    of_s, of_t, saved = _chunked_softmax(x, y, spread_s, spread_t, rows, C, HAS, ALIGN, BLOCK_C)
+    result, of_t, saved = chunked_terms(x, y, of_s, of_t, saved, rows, C, HAS, ALIGN, BLOCK_C)
+    if HAS.soft and HAS.standardize and STATS:
+        saved = _with_mean(saved, spread_s.mean * spread_s.inverse, zero)
+        target = _target(x, rows, y, of_s, of_t, saved, HAS)
         inner = zero
         for start in range(0, C, BLOCK_C):
             cols = start + tl.arange(0, BLOCK_C)
-            s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN) - of_s.top[:, None]
-            t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN) - of_t.top[:, None]
-            over_t, t = scaled(s, of_s.inverse_std, x, HAS), scaled(t, of_t.inverse_std, x, HAS)
-            inner += along(soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS), s, of_s, saved)
-        saved = Saved(ratio, slope, saved.mean, lost(inner, spread_s, C))
+            s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN)
+            t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
+            inner += along(
+                soft_gradient(x, y, s, t, of_s, of_t, saved, cols, target, HAS), s - of_s.top[:, None], of_s, saved
+            )
+        saved = _with_mean(saved, saved.mean, lost(inner, spread_s, C))
     return result, of_s, of_t, saved
 
 
@@ -196,7 +207,8 @@ def _chunked_softmax(x, y, spread_s, spread_t, rows, C, HAS: tl.constexpr, ALIGN
     of_rows = _join(sums_s, inverse_s, HAS)
     if HAS.soft:
         return _softmaxes(of_rows, _join(sums_t, inverse_t, HAS), spread_s, spread_t, logz_p)
-    return Softmax(of_rows.top, zero, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero, zero), zero
+    none = Saved(zero, zero, zero, zero, zero)
+    return Softmax(of_rows.top, zero, logz_p, zero, zero, zero), Softmax(zero, zero, zero, zero, zero, zero), none
 
 
 @triton.jit
@@ -211,78 +223,9 @@ def _add_chunk(sums, z, non_target, inverse_t, HAS: tl.constexpr):
 
 @triton.jit
 def _join(sums, inverse_t, HAS: tl.constexpr):
-    """The columns' sums joined. The maximum of the non-target classes is kept relative to the row's, over T."""
+    """The columns' sums joined."""
     top, total = joined(sums.top, sums.total, inverse_t)
     non_target_top, non_target_total = top, total
     if HAS.decoupled:
         non_target_top, non_target_total = joined(sums.non_target_top, sums.non_target_total, inverse_t)
-        non_target_top = (non_target_top - top) * inverse_t
     return Sums(top, total, non_target_top, non_target_total)
-
-
-@triton.jit
-def _chunked_terms(x, y, of_s, of_t, saved, rows, C, HAS: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr):
-    """[R] the terms that sum over the classes, and the mean slope, of long rows."""
-    result = tl.zeros([rows.shape[0], BLOCK_C], tl.float32)
-    slope = result
-    if HAS.kl or HAS.non_target or (HAS.ce and (HAS.dense or HAS.smooth)):
-        for start in range(0, C, BLOCK_C):
-            cols = start + tl.arange(0, BLOCK_C)
-            s = load_tile(x.student, rows, cols, C, NEG_INF, ALIGN) - of_s.top[:, None]
-            t = s
-            if HAS.soft:
-                t = load_tile(x.teacher, rows, cols, C, NEG_INF, ALIGN)
-                t = scaled(t - of_t.top[:, None], of_t.inverse_std, x, HAS)
-            non_target = is_non_target(cols, y)
-            value, more = _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS, ALIGN)
-            result += value
-            slope += more
-    return tl.sum(result, 1), tl.sum(slope, 1)
-
-
-@triton.jit
-def _class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS: tl.constexpr, ALIGN: tl.constexpr):
-    """[R, K] whose sums are the terms over the classes, and the mean slope; s is relative to the maximum, t also
-    over T."""
-    result = tl.zeros(s.shape, tl.float32)
-    slope = result
-    if HAS.ce and HAS.dense:
-        y = load_tile(x.labels.target, rows, cols, C, 0.0, ALIGN)
-        result -= x.terms.ce * (1.0 - x.labels.smoothing) * weighted(y, s - of_s.logz_p[:, None])
-    if HAS.ce and HAS.smooth:
-        log_p = tl.where((cols < C)[None, :], s - of_s.logz_p[:, None], 0.0)
-        result -= x.terms.ce * (x.labels.smoothing / C) * log_p
-    if HAS.soft:
-        s = scaled(s, of_s.inverse_std, x, HAS)
-    if HAS.kl:
-        log_qs, log_qt = s - of_s.logz[:, None], t - of_t.logz[:, None]
-        if HAS.divergence == "forward":
-            result += x.terms.kl * kl(log_qs, log_qt)
-        else:
-            d = (t - s) - saved.ratio[:, None]
-            value, slope = divergence(x, tl.exp(log_qt), tl.exp(log_qs), d, HAS.divergence)
-            result += x.terms.kl * value
-    if HAS.non_target:
-        log_qs = non_target_log_q(s, of_s, non_target)
-        result += x.terms.non_target_kl * kl(log_qs, non_target_log_q(t, of_t, non_target))
-    return result, slope
-
-
-@triton.jit
-def _label_terms(x, y, of_s, of_t, rows, HAS: tl.constexpr):
-    """[R] CE, and TCKD: sum over the labels of q_t log(q_t / q_s), plus S_t log(S_t / S_s)."""
-    result = tl.zeros(rows.shape, tl.float32)
-    if HAS.ce:
-        log_y = weighted(y.weight_a, load_at(x.student, rows, y.a) - of_s.top - of_s.logz_p)
-        if HAS.mixed:
-            log_y += weighted(y.weight_b, load_at(x.student, rows, y.b) - of_s.top - of_s.logz_p)
-        result -= x.terms.ce * (1.0 - x.labels.smoothing) * log_y
-    if HAS.target:
-        log_qs_a, log_qs_b, mass_s = label_log_q(x, x.student, rows, of_s, y, HAS)
-        log_qt_a, log_qt_b, mass_t = label_log_q(x, x.teacher, rows, of_t, y, HAS)
-        log_ss, log_st = log_non_target_mass(mass_s, of_s), log_non_target_mass(mass_t, of_t)
-        target = weighted(tl.exp(log_st), log_st - log_ss)
-        target += weighted(tl.exp(log_qt_a), log_qt_a - log_qs_a)
-        target += tl.where(y.a == y.b, 0.0, weighted(tl.exp(log_qt_b), log_qt_b - log_qs_b))
-        result += x.terms.target_kl * target
-    return result

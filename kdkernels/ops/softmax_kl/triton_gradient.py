@@ -9,14 +9,8 @@ import triton
 import triton.language as tl
 
 from ..triton_common import log1p
-from .triton_device import is_non_target, kl_term, label_log_q, non_target_log_q, weighted
-
-
-@triton.jit
-def _expm1(x):
-    """exp(x) - 1 for x <= 0."""
-    series = 1.0 + x * (1 / 4) * (1.0 + x * (1 / 5) * (1.0 + x * (1 / 6) * (1.0 + x * (1 / 7))))
-    return tl.where(x > -0.35, x * (1.0 + x * 0.5 * (1.0 + x * (1 / 3) * series)), tl.exp(x) - 1.0)
+from .triton_device import NEG_INF, is_non_target, kl_term, scaled, weighted
+from .triton_ratio import Share, difference, expm1, finite, log_ratio, parted, target_shares
 
 
 @triton.jit
@@ -24,7 +18,7 @@ def _mixture(d, teacher_share, student_share):
     """log(p / m), log(q / m) and (q - p) / m of m = teacher_share p + student_share q, from d = log(p / q)."""
     teacher = d > 0  # which of the two is larger
     x = -tl.abs(d)
-    e = -_expm1(x)
+    e = -expm1(x)
     smaller = tl.where(teacher, student_share, teacher_share)
     y = smaller * e
     near = y < 0.5
@@ -68,34 +62,43 @@ def _slope(x, d, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def soft_gradient(x, y, s, t, of_s, of_t, saved, rows, cols, HAS: tl.constexpr):
-    """[R, K] the gradient of the terms with a teacher by the student's logits, or by the standardised ones; s and t are
-    relative to the maximum, over T."""
+def soft_gradient(x, y, s, t, of_s, of_t, saved, cols, target, HAS: tl.constexpr):
+    """[R, K] the gradient of the terms with a teacher by the student's logits, or by the standardised ones. target:
+    what target_gradient gave, [R] each."""
     result = tl.zeros(s.shape, tl.float32)
-    scale = tl.exp(-of_s.logz)[:, None]
+    over_s = scaled(s - of_s.top[:, None], of_s.inverse_std, x, HAS) - of_s.logz[:, None]
+    over_t = scaled(t - of_t.top[:, None], of_t.inverse_std, x, HAS) - of_t.logz[:, None]
+    d = log_ratio(x, s, t, of_s.top, of_t.top, of_s, of_t, saved.ratio, HAS)
+    shown = (saved.ratio * 0.0)[:, None]  # NaN of a row shows in classes that have no probability too
     if HAS.divergence == "forward":
-        difference = (tl.exp(s) - tl.exp(t) * tl.exp(-saved.ratio)[:, None]) * scale  # q_s - q_t
-        if HAS.decoupled:
-            result += x.inverse_t * _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols, HAS)
         if HAS.kl:
-            result += (x.terms.kl * x.inverse_t) * difference
+            difference_of_q, _ = parted(over_s, over_t, d)
+            result += (x.terms.kl * x.inverse_t) * (difference_of_q + shown)
+        if HAS.decoupled:
+            result += x.inverse_t * (_decoupled(x, y, s, t, of_s, of_t, saved, cols, target, HAS) + shown)
     elif HAS.kl:
-        h = _slope(x, (t - s) - saved.ratio[:, None], HAS.divergence)
-        result += (x.terms.kl * x.inverse_t) * weighted(tl.exp(s) * scale, h - saved.slope[:, None])
+        h = _slope(x, d, HAS.divergence)
+        result += (x.terms.kl * x.inverse_t) * weighted(tl.exp(over_s), h - saved.slope[:, None])
     return result
 
 
 @triton.jit
-def _decoupled(x, y, s, t, difference, of_s, of_t, rows, cols, HAS: tl.constexpr):
-    """[R, K] T times the gradient of w_target TCKD + w_non_target NCKD; s and t are relative to the maximum, over T."""
+def target_gradient(x, rows, y, of_s, of_t, saved, HAS: tl.constexpr):
+    """[R] each, of q_s - q_t: of label a, of label b, of the others' mass."""
+    a, b, others = target_shares(x, rows, y, of_s, of_t, saved, HAS)
+    return Share(difference(a), difference(b), difference(others))
+
+
+@triton.jit
+def _decoupled(x, y, s, t, of_s, of_t, saved, cols, target, HAS: tl.constexpr):
+    """[R, K] T times the gradient of w_target TCKD + w_non_target NCKD."""
     non_target = is_non_target(cols, y)
-    q_s = tl.exp(non_target_log_q(s, of_s, non_target))
-    q_t = tl.exp(non_target_log_q(t, of_t, non_target))
-    _, _, mass_s = label_log_q(x, x.student, rows, of_s, y, HAS)
-    _, _, mass_t = label_log_q(x, x.teacher, rows, of_t, y, HAS)
-    non_target_s = tl.exp(of_s.non_target_top + of_s.non_target_logz - of_s.logz)
-    non_target_t = tl.exp(of_t.non_target_top + of_t.non_target_logz - of_t.logz)
-    # S_s - S_t is taken between the labels' masses or between the others', whichever is less
-    mass_difference = tl.where(mass_s < 0.5, mass_t - mass_s, non_target_s - non_target_t)
-    factor = x.terms.target_kl * mass_difference + x.terms.non_target_kl
-    return tl.where(non_target, q_s * factor[:, None] - x.terms.non_target_kl * q_t, x.terms.target_kl * difference)
+    log_s = scaled(s - of_s.non_target_top[:, None], of_s.inverse_std, x, HAS) - finite(of_s.non_target_logz)[:, None]
+    log_t = scaled(t - of_t.non_target_top[:, None], of_t.inverse_std, x, HAS) - finite(of_t.non_target_logz)[:, None]
+    empty = (of_s.non_target_logz == NEG_INF) | (of_t.non_target_logz == NEG_INF)
+    ratio = tl.where(empty, 0.0, saved.non_target_ratio)
+    d = log_ratio(x, s, t, of_s.non_target_top, of_t.non_target_top, of_s, of_t, ratio, HAS)
+    of_q, q_s = parted(log_s, log_t, d)
+    others = x.terms.non_target_kl * of_q + (x.terms.target_kl * target.d)[:, None] * q_s
+    labels = tl.where(cols[None, :] == y.a[:, None], target.s[:, None], target.t[:, None])
+    return tl.where(non_target, others, x.terms.target_kl * labels)

@@ -28,10 +28,10 @@ from .triton_device import (
     load_labels,
     load_stats,
     load_tile,
-    scaled,
 )
 from .triton_forward import rows_kernel
-from .triton_gradient import soft_gradient
+from .triton_gradient import soft_gradient, target_gradient
+from .triton_ratio import Share
 from .triton_reduction import sum_kernel
 
 WHOLE, CHUNK, TILE = 8192, 4096, 2048
@@ -61,18 +61,21 @@ def gradient_kernel(
     rows = tl.minimum(row_index, x.N - 1).to(tl.int64)
     cols = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     of_s, of_t, saved = load_stats(stats, rows, x.N, HAS)
-    s = load_tile(x.student, rows, cols, C, 0.0, ALIGN) - of_s.top[:, None]
+    s = load_tile(x.student, rows, cols, C, 0.0, ALIGN)
     y = load_labels(x.labels, rows, C, HAS)
     result = tl.zeros([ROWS, BLOCK_C], tl.float32)
     if HAS.ce:
-        result = x.terms.ce * _ce(x, y, s, of_s, rows, cols, C, HAS, ALIGN, BLOCK_C)
+        result = x.terms.ce * _ce(x, y, s - of_s.top[:, None], of_s, rows, cols, C, HAS, ALIGN, BLOCK_C)
     if HAS.soft:
-        t = scaled(load_tile(x.teacher, rows, cols, C, 0.0, ALIGN) - of_t.top[:, None], of_t.inverse_std, x, HAS)
-        over_t = scaled(s, of_s.inverse_std, x, HAS)
-        soft = soft_gradient(x, y, over_t, t, of_s, of_t, saved, rows, cols, HAS)
+        t = load_tile(x.teacher, rows, cols, C, 0.0, ALIGN)
+        zero = tl.zeros(rows.shape, tl.float32)
+        target = Share(zero, zero, zero)
+        if HAS.decoupled:
+            target = target_gradient(x, rows, y, of_s, of_t, saved, HAS)
+        soft = soft_gradient(x, y, s, t, of_s, of_t, saved, cols, target, HAS)
         if HAS.standardize:
             inverse = of_s.inverse_std[:, None]
-            soft = (soft - saved.lost[:, None] * (s * inverse - saved.mean[:, None])) * inverse
+            soft = (soft - saved.lost[:, None] * ((s - of_s.top[:, None]) * inverse - saved.mean[:, None])) * inverse
         result += soft
     factor = tl.load(grad.pointer + rows * grad.strides[0]) * tl.load(scale)
     factor = tl.where(y.valid, factor, float("nan"))

@@ -1,0 +1,56 @@
+"""What the properties found and is not mended yet: a test goes when it passes, and with it what spares its cases."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from checking import DEVICE, backends_under_test
+from judging import Loss, judge
+from torch import Tensor
+
+import kdkernels
+from kdkernels import alignment_loss, cosine_similarity, irg_loss, kd_loss, mlld_loss, nkd_loss, rkd_loss
+
+pytestmark = pytest.mark.skipif("native" not in backends_under_test() or DEVICE != "cpu", reason="faults of the CPU")
+
+
+def rows(*numbers: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([numbers], dtype=dtype)
+
+
+def nkd(s: Tensor, t: Tensor) -> Tensor:
+    return nkd_loss(s, t, torch.tensor([0]), temperature=4.0, gamma=1.0)
+
+
+def standardised(s: Tensor, t: Tensor) -> Tensor:
+    return kd_loss(s, t, temperature=20.0, divergence="skew", standardize=True)
+
+
+def levels(s: Tensor, t: Tensor) -> Tensor:
+    return mlld_loss(s, t, temperatures=[20.0], strong_temperatures=[], batch_weight=0.0, class_weight=0.0)
+
+
+FAULTS: dict[str, tuple[str, Loss, Tensor, Tensor, dict[str, Any]]] = {
+    "nkd of large logits is inf": ("reference", nkd, rows(0, 8.4e11, 0), rows(0, 0, 0), {}),
+    "nkd of -inf alone": ("native", nkd, rows(0.3, 0.5), rows(1, -math.inf), {}),
+    "irg of one row loses inf": ("native", irg_loss, rows(1, math.inf), rows(1, 1), {}),
+    "rkd of one row loses NaN": ("native", rkd_loss, rows(1, math.nan), rows(1, 1), {}),
+    "a cosine of 0": ("reference", cosine_similarity, rows(1e21, 1e20), rows(1e21, 1e20), {"overflow": True}),
+    "kd's gradient cancels": ("native", kd_loss, rows(1e-6, 0, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
+    "mlld's gradient cancels": ("reference", levels, rows(1e-2, 0, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
+    "a teacher without spread": ("native", standardised, rows(0, -16376, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
+    "alignment of long rows": ("native", alignment_loss, rows(1e21, 1e20), rows(1e21, 1e20), {"overflow": True}),
+    "2 - 2 cos": ("native", alignment_loss, rows(100, 100), rows(100, 100.1), {}),
+}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, id=i, marks=pytest.mark.xfail(strict=True, reason=i)) for i, f in FAULTS.items()]
+)
+def test_fault(fault: tuple[str, Loss, Tensor, Tensor, dict[str, Any]]) -> None:
+    backend, loss, student, teacher, options = fault
+    with kdkernels.use_backend(backend):
+        judge(loss, [student], [teacher], **options)

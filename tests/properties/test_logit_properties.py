@@ -1,0 +1,229 @@
+"""Losses of logits, whatever the logits are, against their definitions in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from checking import by_definition
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
+from strategies import fractions, labels, pairs, reductions, sizes, small, temperatures
+from torch import Tensor
+
+from kdkernels import cwd_loss, dist_loss, kd_loss, mlld_loss, nkd_loss, stkd_loss
+
+WEIGHTS = st.sampled_from([0.0, 0.1, 1.0, 8.0])
+classes = sizes.filter(bool)
+
+
+def shape_of(draw: Draw) -> tuple[int, int]:
+    """(N, C), one of them small."""
+    return (draw(small), draw(classes)) if draw(st.booleans()) else (draw(sizes), draw(small.filter(bool)))
+
+
+def kd(draw: Draw) -> Case:
+    student, teacher = draw(pairs(shape_of(draw)))
+    divergence = draw(st.sampled_from(["forward", "reverse", "jsd", "skew", "skew_reverse"]))
+    options: dict[str, Any] = {"divergence": divergence, "temperature": draw(temperatures)}
+    if divergence not in ("forward", "reverse"):
+        options["beta"] = draw(st.sampled_from([0.1, 0.5, 0.9, 1e-3]))
+    options |= {"standardize": draw(st.integers(0, 3)) == 0, "scale_by_t2": draw(st.booleans())}
+    options["reduction"] = draw(reductions)
+    if divergence != "forward" and options["standardize"]:  # see test_known_faults.py
+        assume(not without_spread(teacher))
+    with by_definition():
+        value = kd_loss(student.double(), teacher.double(), **options | {"reduction": "sum"}).nan_to_num(0, 0, 0)
+    return Case(
+        lambda s, t: kd_loss(s, t, **options),
+        [student],
+        [teacher],
+        by_row=True,
+        overflow=leaves_float32(2 if options["standardize"] else 1, student, teacher),
+        natural=across(student, options) + cancelling(options),
+        rest_of=options["standardize"] * student.shape[1] * first_order(value, options["temperature"]),
+        own=options["temperature"] ** 2,
+    )
+
+
+def first_order(value: Tensor, temperature: float) -> float:
+    """The terms of T^2 KL = T^2 sum p d that are of d's first order, and cancel."""
+    return max(temperature, 1) * (2 * value.clamp(min=0)).sqrt().item()
+
+
+def without_spread(x: Tensor) -> bool:
+    return x.shape[1] > 1 and bool((x.double().std(1) < 1e-4 * (1 + x.double().abs().amax(1))).any())
+
+
+def cancelling(options: dict[str, Any]) -> float:
+    """q_s - q_t as a difference of two exponentials: see test_known_faults.py, with which this goes."""
+    return 2 * float(options.get("kd_weight", 1)) * max(options["temperature"], 1)
+
+
+def across(student: Tensor, options: dict[str, Any]) -> Tensor | float:
+    """What standardised logits' gradient is left over from: that of z', over the standard deviation."""
+    if not options["standardize"] or student.shape[1] < 2:
+        return 0.0
+    return 2 * max(options["temperature"], 1) / (student.double().std(1) + 1e-7)
+
+
+def of_labels(options: dict[str, Any]) -> float:
+    """p sum(y) - y, which is 0 where there is one class."""
+    return 2 * float(options["ce_weight"])
+
+
+def size_of(options: dict[str, Any]) -> float:
+    """Of the terms: rows are of order 1 before they are weighted."""
+    decoupled = sum(options.get("decouple", (1.0,)))
+    return float(options["ce_weight"] + options["kd_weight"] * decoupled * max(options["temperature"], 1) ** 2)
+
+
+def labelled(draw: Draw) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    student, teacher = draw(pairs(shape_of(draw)))
+    options = {"ce_weight": draw(WEIGHTS), "kd_weight": draw(WEIGHTS), "temperature": draw(temperatures)}
+    if not options["ce_weight"] + options["kd_weight"]:
+        options["ce_weight"] = 1.0
+    if not options["kd_weight"]:  # then its terms are not computed, where the formula has 0 times NaN
+        student, teacher = (x.nan_to_num(0, 0, 0) for x in (student, teacher))
+    return student, teacher, options | {"reduction": draw(reductions)}
+
+
+def stkd(draw: Draw) -> Case:
+    student, teacher, options = labelled(draw)
+    target = draw(labels(*student.shape))
+    options |= {"label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])), "standardize": draw(st.booleans())}
+    return Case(
+        lambda s, t: stkd_loss(s, t, target, **options),
+        [student],
+        [teacher],
+        by_row=True,
+        overflow=leaves_float32(2, student, teacher),
+        natural=of_labels(options) + options["kd_weight"] * across(student, options) + cancelling(options),
+        own=size_of(options),
+    )
+
+
+def mixed(draw: Draw) -> Case:
+    """Two labels a row, decoupled or not."""
+    student, teacher, options = labelled(draw)
+    a, b = draw(labels(*student.shape)), draw(labels(*student.shape))
+    lam = draw(fractions((len(student),) if draw(st.booleans()) else ()))
+    if draw(st.booleans()):
+        options["decouple"] = draw(st.sampled_from([(1.0, 8.0), (0.0, 1.0), (1.0, 0.0)]))
+
+    def loss(s: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+        return stkd_loss(s, t, a, b, lam.clamp(0, 1), **options)
+
+    overflow = leaves_float32(1, student, teacher)
+    natural, own = of_labels(options) + 9 * cancelling(options), size_of(options)
+    return Case(loss, [student], [teacher, lam], by_row=True, overflow=overflow, natural=natural, own=own)
+
+
+def dense(draw: Draw) -> Case:
+    student, teacher, options = labelled(draw)
+    target = draw(fractions(student.shape))
+    overflow = leaves_float32(1, student, teacher)
+    return Case(
+        lambda s, t, y: stkd_loss(s, t, y, **options),
+        [student],
+        [teacher, target],
+        by_row=True,
+        overflow=overflow,
+        natural=of_labels(options) * max(student.shape[1], 1) + cancelling(options),
+        own=size_of(options),
+    )
+
+
+def nkd(draw: Draw) -> Case:
+    student, teacher = draw(pairs(shape_of(draw)))
+    if student.shape[1] == 2:  # see test_known_faults.py
+        assume(not any(x.isneginf().any() for x in (student, teacher)))
+    target = draw(labels(*student.shape))
+    options = {"temperature": draw(temperatures), "gamma": draw(WEIGHTS), "reduction": draw(reductions)}
+    return Case(
+        lambda s, t: nkd_loss(s, t, target, **options),
+        [student],
+        [teacher],
+        by_row=True,
+        overflow=True,  # see test_known_faults.py
+        natural=options["gamma"] * cancelling(options),
+        own=1 + options["gamma"] * options["temperature"] ** 2,
+    )
+
+
+def dist(draw: Draw) -> Case:
+    student, teacher = draw(pairs(shape_of(draw)))
+    options = {"temperature": draw(temperatures), "beta": draw(WEIGHTS), "gamma": draw(WEIGHTS)}
+    return Case(
+        lambda s, t: dist_loss(s, t, **options),
+        [student],
+        [teacher],
+        overflow=leaves_float32(1, student, teacher),
+        natural=pearson_size(student, **options),
+        own=max(options["temperature"], 1) ** 2 * (options["beta"] + options["gamma"]),
+    )
+
+
+def pearson_size(student: Tensor, temperature: float, beta: float, gamma: float) -> float:
+    """What a correlation's gradient is left over from: the probabilities over their spread."""
+    if not student.numel():
+        return 0.0
+    q, spreads = (student.double() / temperature).softmax(1), []
+    for weight, x in ((beta, q), (gamma, q.t())):
+        spread = (x - x.mean(1, keepdim=True)).norm(dim=1)
+        spreads.append(weight * (x.norm(dim=1) / spread.clamp(min=1e-9)).nan_to_num(0).max().item())
+    return 2 * temperature * sum(spreads)
+
+
+def mlld(draw: Draw) -> Case:
+    student, teacher = draw(pairs(shape_of(draw)))
+    if student.shape[1] == 1:  # whose gradient is 0
+        student, teacher = (x.nan_to_num(0, 0, 0) for x in (student, teacher))
+    levels = draw(st.lists(temperatures, min_size=1, max_size=3, unique=True))
+    options = {"temperatures": levels, "strong_temperatures": levels[:1], "quantile": draw(st.sampled_from([0.5, 1]))}
+    options |= {"batch_weight": draw(WEIGHTS), "class_weight": draw(WEIGHTS)}
+    with by_definition():
+        value = mlld_loss(student.double(), teacher.double(), **options).nan_to_num(0, 0, 0)
+    return Case(
+        lambda s, t: mlld_loss(s, t, **options),
+        [student],
+        [teacher],
+        overflow=leaves_float32(1, student, teacher),
+        natural=sum(cancelling({"temperature": level}) for level in levels),
+        rest_of=first_order(value, max(levels)),
+        own=sum(max(level, 1) ** 2 + 16 for level in levels) * 8,
+    )
+
+
+def cwd(draw: Draw) -> Case:
+    shape = draw(small), draw(small), *(draw(small.filter(bool)) for _ in range(2))
+    student, teacher = draw(pairs(shape))
+    options = {"temperature": draw(temperatures), "reduction": draw(reductions)}
+    return Case(
+        lambda s, t: cwd_loss(s, t, **options),
+        [student],
+        [teacher],
+        by_row=True,
+        overflow=leaves_float32(1, student, teacher),
+        natural=cancelling(options),
+        own=options["temperature"] ** 2,
+    )
+
+
+FAMILIES = {
+    "kd": Family(["softmax_kl"], kd),
+    "stkd": Family(["softmax_kl"], stkd),
+    "mixed": Family(["softmax_kl"], mixed),
+    "dense": Family(["softmax_kl"], dense),
+    "nkd": Family(["nkd"], nkd),
+    "dist": Family(["softmax_pearson"], dist),
+    "mlld": Family(["multi_level"], mlld),
+    "cwd": Family(["softmax_kl"], cwd),
+}
+
+
+@on_backends(FAMILIES)
+@MORE
+@given(data=st.data())
+def test_it_is_its_definition(family: Family, backend: str, data: st.DataObject) -> None:
+    check(data.draw, family, backend)
