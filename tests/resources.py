@@ -3,7 +3,8 @@
 steps    n small steps of each loss: resident memory, file handles and threads after them, less those before
 peaks    the peak of one step of each loss, forward and backward, beside its inputs, in numbers of float32
 
-Of a process of its own, which reads them in /proc. The losses are those of test_recompilation.py.
+Of a process of its own, which reads them in /proc; the package must be installed or in PYTHONPATH. With
+MALLOC_MMAP_THRESHOLD_=65536 freed tensors go back at once. The losses of the steps are those of test_recompilation.py.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors go back at once; read when a process begins
 
 import isolation  # noqa: F401  before kdkernels, whose native library it keeps
 import torch
@@ -69,7 +66,7 @@ def labels(n: int, classes: int) -> Tensor:
 
 
 N, C = 4096, 1000  # logits
-B, D = 1024, 4096  # features
+B, D = 1024, 3000  # features
 MAP = 32, 64, 56, 56  # feature maps: samples, channels, height, width
 Loss = Callable[[Tensor, Tensor], Tensor]
 LOGITS: dict[str, Loss] = {
@@ -98,8 +95,17 @@ MAPS: dict[str, Loss] = {
     "amd_loss": kdkernels.amd_loss,
     "nst_loss": kdkernels.nst_loss,
     "ickd_loss": kdkernels.ickd_loss,
-    "fsp_loss": lambda s, t: kdkernels.fsp_loss([s, s], [t, t]),
+    "fsp_loss": lambda s, t: kdkernels.fsp_loss([s, another(*MAP)], [t, t]),
 }
+
+
+OTHERS: dict[tuple[int, ...], Tensor] = {}  # more leaves, the same in every step
+
+
+def another(*shape: int) -> Tensor:
+    if shape not in OTHERS:
+        OTHERS[shape] = leaf(*shape)
+    return OTHERS[shape]
 
 
 def corsd(s: Tensor, t: Tensor) -> Tensor:
@@ -108,7 +114,8 @@ def corsd(s: Tensor, t: Tensor) -> Tensor:
 
 
 def linear(s: Tensor, t: Tensor) -> Tensor:
-    return linear_kd_loss(Head(s, leaf(32000, 64)), Head(t, torch.randn(32000, 64)), chunk=256)
+    weight = another(32000, 64)
+    return linear_kd_loss(Head(s, weight), Head(t, weight.detach()), chunk=256)
 
 
 # of each loss the shape of student and teacher, and the sizes by the letters of its page
@@ -124,6 +131,8 @@ PEAKS: dict[str, tuple[tuple[int, ...], dict[str, int], Loss]] = (
 def peak(name: str) -> None:
     shape, _, loss = PEAKS[name]
     loss(leaf(*shape), torch.randn(*shape)).backward()  # threads, libraries and code are there
+    for x in OTHERS.values():
+        x.grad = None
     student, teacher = leaf(*shape), torch.randn(*shape)
     before = held()[0]
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins again

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 COUNT = int(os.environ.get("KDKERNELS_STEPS", "0"))  # make harden: 10,000 of every loss
 FEW = ["kd", "sp", "amd", "rkd", "linear_kd"]
 GROWTH = 1 << 19  # bytes: 52 a step of 10,000
-LINE = re.compile(r"^\*\*Memory\*\* of a step.*?(?:\n\n|\Z)", re.M | re.S)
+LINES = re.compile(r"^\*\*Memory\*\* of a step.*?(?:\n\n|\Z)", re.M | re.S)
 
 pytestmark = [
     pytest.mark.skipif(DEVICE != "cpu" or not sys.platform.startswith("linux"), reason="reads /proc/self"),
@@ -27,7 +27,8 @@ pytestmark = [
 def measured(*arguments: str) -> dict[str, list[int]]:
     """What resources.py prints, by loss."""
     code = str(ROOT / "tests" / "resources.py")
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     said = subprocess.run([sys.executable, code, *arguments], env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     lines = [line.split("\t") for line in said.stdout.splitlines()]
@@ -38,8 +39,8 @@ def documented() -> dict[str, str]:
     """The formulas of the pages: ``kd_loss``: ``N*C + 8*N``."""
     found: dict[str, str] = {}
     for page in sorted((ROOT / "docs").glob("*.md")):
-        for line in LINE.findall(page.read_text()):
-            found |= dict(re.findall(r"`(\w+)`: `([^`]+)`", line))
+        for line in LINES.findall(page.read_text()):
+            found |= dict(re.findall(r"`(\w+)`:\s`([^`]+)`", line))
     return found
 
 

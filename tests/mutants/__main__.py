@@ -11,13 +11,13 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from . import equivalent
 from .changes import Mutant, mutants
-from .matters import files, run
+from .matters import Run, files, run
 from .trial import Verdict, check_baseline, judge, prepare
 
 WORKERS = 2
@@ -29,6 +29,14 @@ def chosen(count: int, seed: int, words: Sequence[str]) -> list[Mutant]:
     halves = [[m for m in every if m.path.startswith("csrc/") == native] for native in (True, False)]
     ranked = (sorted(half, key=lambda m: m.rank(seed))[: -(-count // 2)] for half in halves)
     return [m for half in ranked for m in half]
+
+
+def _together(runs: Iterable[Run]) -> list[Run]:
+    """The runs with the tests of all that are otherwise alike."""
+    tests: dict[Run, set[str]] = {}
+    for each in runs:
+        tests.setdefault(each._replace(tests=()), set()).update(each.tests)
+    return [alike._replace(tests=tuple(sorted(them))) for alike, them in tests.items()]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -46,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     counts: Counter[str] = Counter()
     # fork: a trial forks again from a process that has imported torch, and has no threads
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
-        pool.map(check_baseline, {run(m.path) for m in sample}, chunksize=1)
+        pool.map(check_baseline, _together({run(m.path) for m in sample}), chunksize=1)
         for verdict in pool.imap_unordered(judge, sample, chunksize=1):
             result = _print(verdict, entries)
             counts[result] += 1

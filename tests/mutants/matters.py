@@ -87,12 +87,12 @@ def run(path: str) -> Run:
         own = re.sub(r"^bindings_|\.\w+$", "", name)
         ops = [own] if own in OPS else [s.removesuffix(".cpp") for s in sources_of(name)]
         tests = [test for op in ops for test in OPS.get(op, ())] or [test for op in OPS for test in OPS[op]]
-        return _run([*EVERY_OP[:1], *tests], f"{SLOW} and not opcheck and not [reference and not [triton")
+        return _run([EVERY_OP[0], *tests], f"{SLOW} and not opcheck and not [reference and not [triton")
     if path.startswith("kdkernels/ops/"):
         folder = Path(path).parent.name
         if name.startswith("triton"):
             tests = [f"ops/test_{folder}.py"] if folder in OPS else [OPS[op][0] for op in ("gram", "softmax_kl")]
-            return _run(tests, f"{SLOW} and not opcheck", TRITON_INTERPRET="1")
+            return _run([EVERY_OP[0], *tests], f"{SLOW} and not opcheck", TRITON_INTERPRET="1")
         words = f"{SLOW} and not [native" if "reference" in name else SLOW
         return _run([*OPS.get(folder, SHARED.get(name, ())), *EVERY_OP], words)
     function = name.removesuffix(".py")

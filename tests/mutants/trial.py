@@ -21,7 +21,8 @@ from .changes import ROOT, Mutant
 from .matters import Run, environment, run, sources_of
 
 CACHE = ROOT / "build" / "mutants"
-CPU_SECONDS, SECONDS = 120, 900  # of one trial's tests; a mutant may loop forever, or wait
+SECONDS, BASELINE_SECONDS = 90, 1800  # of a processor for one trial's tests: a mutant may loop forever
+WAITING = 20  # times as long in all, with others at work: it may wait forever too
 MEMORY = 16 << 30
 # what a change to the text may do to a process that ends it
 NOTICED = {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGXCPU, signal.SIGALRM, signal.SIGILL}
@@ -50,7 +51,7 @@ def judge(mutant: Mutant) -> Verdict:
 
 def check_baseline(which: Run) -> None:
     """The tests pass without any mutant, with the library that those of csrc/ are linked from."""
-    result, by = _outcome(which, None, _link(CACHE / "base", [], CACHE / "base.so"))
+    result, by = _outcome(which, None, CACHE / "base" / "native.so", BASELINE_SECONDS)
     if result != "survived":
         raise BrokenTests(f"tests fail without any mutant: {by}\n{' '.join(which.tests)} -k '{which.words}'")
 
@@ -85,6 +86,7 @@ def prepare() -> None:
     running = [subprocess.Popen(call, cwd=folder, stderr=subprocess.DEVNULL) for _, call in _calls().values()]
     if sum(process.wait() != 0 for process in running):
         raise BrokenTests("csrc/ does not compile")
+    _link(folder, [], folder / "native.so")
 
 
 def _library(mutant: Mutant, folder: Path) -> tuple[str, Path | None]:
@@ -141,12 +143,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         return importlib.machinery.ModuleSpec(name, self.loader, origin=self.loader.path)
 
 
-def _outcome(which: Run, mutant: Mutant | None, library: Path | None) -> tuple[str, str]:
+def _outcome(which: Run, mutant: Mutant | None, library: Path | None, seconds: int = SECONDS) -> tuple[str, str]:
     """survived or killed, and by what."""
     with tempfile.TemporaryFile() as said:
         child = os.fork()
         if child == 0:
-            _limit(said.fileno())
+            _limit(said.fileno(), seconds)
             os._exit(_tests(which, mutant, library))
         _, status = os.waitpid(child, 0)
         said.seek(0)
@@ -162,13 +164,13 @@ def _outcome(which: Run, mutant: Mutant | None, library: Path | None) -> tuple[s
     return ("killed", (failed or lines or [""])[-1][:150]) if code else ("survived", "")
 
 
-def _limit(said: int) -> None:
+def _limit(said: int, seconds: int) -> None:
     os.dup2(said, 1)
     os.dup2(said, 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.alarm(SECONDS)
+    signal.alarm(WAITING * seconds)
 
 
 def _tests(which: Run, mutant: Mutant | None, library: Path | None) -> int:

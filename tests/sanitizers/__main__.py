@@ -58,7 +58,10 @@ def threads() -> None:
     program = folder / "threads"
     sources = [HERE / "threads.cpp", *sources]
     subprocess.run([native_build.find_compiler(), *flags, *map(str, sources), "-o", str(program)], check=True)
-    subprocess.run([str(program)], env=os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}, check=True)
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    if subprocess.run([str(program), "race"], env=environment, capture_output=True).returncode == 0:
+        raise SystemExit("ThreadSanitizer does not see a race that is there")
+    subprocess.run([str(program)], env=environment, check=True)
 
 
 if __name__ == "__main__":
