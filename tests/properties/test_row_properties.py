@@ -83,7 +83,7 @@ def rkd(draw: Draw) -> Case:
         options = {"distance_weight": weights[0], "angle_weight": weights[1], "squared": squared}
         return kdkernels.rkd_loss(s, t, reduction=reduction, **options)
 
-    overflow, natural = leaves_float32(1, student, teacher), over_distances(student, compute_dtype(student, teacher))
+    overflow, natural = leaves_float32(2, student, teacher), over_distances(student, compute_dtype(student, teacher))
     return Case(loss, [student], [teacher], overflow=overflow, natural=sum(weights) * natural, own=sum(weights))
 
 
@@ -103,7 +103,7 @@ def irg(draw: Draw) -> Case:
         lambda s, t: kdkernels.irg_loss(s, t, squared=squared, reduction=reduction),
         [student],
         [teacher],
-        overflow=leaves_float32(1, student, teacher),
+        overflow=leaves_float32(2, student, teacher),
         own=len(student) ** 2,
     )
 
