@@ -195,7 +195,8 @@ def judge(
             # no number is better than a wrong one where sums overflow, and right for a row that is none
             if i and not by_row and not expected[0].isfinite().all():
                 continue  # its gradient is that of nothing
-            excused = overflow or (i > 0 and ~_rows(inputs[i - 1], True).isfinite().all(1))
+            own_rows = [x for x in tensors if i and x.dim() and len(x) == len(a)] if a.dim() else []
+            excused = overflow or sum(~_rows(x, True).isfinite().all(1) for x in own_rows) > 0
             _check_kinds(what, a, e, excused)
             both = a.isfinite() & e.isfinite()
             a, e = a.where(both, 0), e.where(both, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from checking import by_definition
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
 from strategies import labels, pairs, reductions, sizes, temperatures
@@ -83,7 +83,7 @@ def rkd(draw: Draw) -> Case:
         options = {"distance_weight": weights[0], "angle_weight": weights[1], "squared": squared}
         return kdkernels.rkd_loss(s, t, reduction=reduction, **options)
 
-    overflow, natural = leaves_float32(1, student, teacher), over_distances(student, compute_dtype(student, teacher))
+    overflow, natural = leaves_float32(2, student, teacher), over_distances(student, compute_dtype(student, teacher))
     return Case(loss, [student], [teacher], overflow=overflow, natural=sum(weights) * natural, own=sum(weights))
 
 
@@ -103,13 +103,15 @@ def irg(draw: Draw) -> Case:
         lambda s, t: kdkernels.irg_loss(s, t, squared=squared, reduction=reduction),
         [student],
         [teacher],
-        overflow=leaves_float32(1, student, teacher),
+        overflow=leaves_float32(2, student, teacher),
         own=len(student) ** 2,
     )
 
 
 def pkt(draw: Draw) -> Case:
     student, teacher = features(draw)
+    # opposite rows have k = 0 but for a cosine's rounding, which is as large as the eps beside it
+    assume(min(student[0].numel(), teacher[0].numel()) > 1 if len(student) else True)
     reduction = draw(SUMS)
     return Case(
         lambda s, t: kdkernels.pkt_loss(s, t, reduction=reduction),
@@ -117,6 +119,7 @@ def pkt(draw: Draw) -> Case:
         [teacher],
         overflow=leaves_float32(2, student, teacher),
         natural=over_lengths(student, eps=1e-7).norm(),
+        rest_of=0.02 * (len(student) ** 2 if reduction == "sum" else 1),  # opposite rows: their P is made of roundings
         own=2 * len(student) ** 2,
     )
 
@@ -146,6 +149,8 @@ def correlation(draw: Draw) -> Case:
     views = draw(st.sampled_from([1, 2, 4]))
     student, teacher = uniform(*features(draw, views=views, flat=True))
     options = {"views": views, "temperature": draw(temperatures), "reduction": draw(reductions)}
+    if student.dtype == torch.float16:  # which gives an all-zero row no gradient, as it could not hold it
+        assume(bool((student.double().norm(dim=1) > COSINE_EPS).all()))
     with by_definition():
         kl = kdkernels.correlation_loss(student.double(), teacher.double(), **options).nan_to_num(0, 0, 0).sum()
     return Case(
@@ -218,6 +223,8 @@ def supervised(draw: Draw) -> Case:
 def mlkd(draw: Draw) -> Case:
     views = draw(st.sampled_from([1, 2, 4]))
     student, teacher = uniform(*features(draw, same_width=True, views=views, flat=True))
+    if student.dtype == torch.float16:
+        assume(bool((student.double().norm(dim=1) > COSINE_EPS).all()))
     target = draw(labels(len(student), 3, ignore=None))
     weights = draw(st.sampled_from([(50.0, 1.0, 20.0), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0)]))
     reduction = draw(SUMS)

@@ -123,7 +123,7 @@ def _memory(x: LinearKD, columns: Columns, size: int, gradients: Gradients | Non
     if gradients is not None and gradients.weight is not None and x.teacher.ids is None and size == len(x.hidden):
         lent = gradients.weight[: columns.size].view(-1)
         if lent.numel() >= size * columns.size:
-            return list(lent[: size * columns.size].view(size, -1).split(piece))
+            return list(lent[: size * columns.size].view(size, columns.size).split(piece))
     return [torch.empty(n, columns.size, dtype=x.dtype, device=x.hidden.device) for n in lengths]
 
 
