@@ -9,15 +9,15 @@ PYTEST := $(BIN)/python -m pytest
 # tests with the same xdist_group share a worker, all others go to whichever is free
 PARALLEL := $(PYTEST) -n 2 --dist loadgroup
 
-.PHONY: demo test test-fast harden properties resources sanitizers mutants faults killed lint docs bench wheel clean
+.PHONY: demo test test-fast harden environments properties resources sanitizers mutants faults killed lint docs bench wheel clean
 
 demo: .venv/installed
 	$(BIN)/kdkernels demo --overwrite
 
 # the Triton kernels run through Triton's interpreter, which has to be chosen before they are imported; the CUDA kernels
 # on a CPU (tests/cuda_on_cpu), in place of the native ones, once as they are and once with every access checked
-OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.py angular_margin.py correlation.py) \
-  tests/test_golden.py
+OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.py angular_margin.py correlation.py \
+  guards.py) tests/test_golden.py
 
 test: .venv/installed
 	$(PARALLEL)
@@ -30,7 +30,7 @@ test-fast: .venv/installed
 	  -k "not compil and not opcheck and not float16"
 
 # the search for faults; what it found so far is in docs/hardening.md
-harden: properties resources sanitizers mutants faults
+harden: environments properties resources sanitizers mutants faults
 
 # 20,000 random cases against the definitions
 DEFINITIONS := $(wildcard tests/properties/test_*_properties.py)
@@ -38,6 +38,13 @@ properties: .venv/installed
 	KDKERNELS_PROPERTIES=52 $(PARALLEL) tests/properties --hypothesis-seed=16
 	KDKERNELS_TEST_CUDA=plain KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=17
 	TRITON_INTERPRET=1 KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=18
+
+# without Triton, without a compiler, and with another torch or Python: make environments ELSEWHERE=/path/to/its/python
+EVERYWHERE := tests/ops $(wildcard tests/test_*loss*.py) $(addprefix tests/test_,golden.py edges.py modules.py mlkd.py)
+environments: .venv/installed
+	PYTHONPATH=tests $(PARALLEL) -p no_triton $(EVERYWHERE)
+	KDKERNELS_JIT=0 $(PARALLEL) $(EVERYWHERE)
+	$(if $(ELSEWHERE),PYTHONPATH=. $(ELSEWHERE) -m pytest $(EVERYWHERE))
 
 # 10,000 steps of every loss, and the memory of one large one
 resources: .venv/installed

@@ -15,6 +15,7 @@ from kdkernels.ops.angular_margin.op import ActivationPairs, angular_margin
 from kdkernels.ops.gram.op import LayerPairs, SPOptions, cosine_similarity, sp_gram
 from kdkernels.ops.softmax_kl.op import Labels, Rows, Terms, softmax_kl
 
+pytest.importorskip("triton")
 ON_GPU = DEVICE != "cpu"
 PROBE = torch.ones(2, 2, 2, 2, device=DEVICE)
 REASONS = [reason for op in backends.OPS if (reason := backends.why_not(op, "triton", PROBE))]
