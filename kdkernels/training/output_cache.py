@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
@@ -41,6 +42,28 @@ class NoSpaceError(WriteError):
     """The outputs would fill the disk; nothing was written."""
 
 
+class _Together:
+    """Holds back a process' error until ``check``, where it is everybody's: nobody waits for one that has failed."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def __enter__(self) -> _Together:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, Exception):
+            self.error = error
+        return self.error is not None
+
+    def check(self) -> None:
+        told = next(filter(None, gather_object(["" if self.error is None else str(self.error)])), "")
+        if self.error is not None:
+            raise self.error
+        if told:
+            raise ValueError(f"teacher_cache: {told}, in another process")
+
+
 def with_outputs(
     distillation: Distillation, loader: DataLoader[Any], folder: Path, accelerator: Accelerator
 ) -> DataLoader[Any]:
@@ -60,15 +83,17 @@ def with_outputs(
     teacher = partial(_outputs, distillation, accelerator, size)
     outputs = teacher(first)
     settings = _settings(distillation, outputs, len(loader.dataset), size, accelerator.mixed_precision)  # type: ignore[arg-type]
-    with accelerator.main_process_first():
+    with accelerator.main_process_first(), _Together() as together:
         settings = begin(folder, settings, free=["rows_per_shard"])
+    together.check()
     todo = [n for n in range(number_of_shards(settings)) if not shard_path(folder, n).is_file()]
     _check_space(folder, len(todo), outputs, settings)
     accelerator.wait_for_everyone()  # all have the same list, of which each process takes a part
-    for number in todo[accelerator.process_index :: accelerator.num_processes]:
-        shard = _shard(_batches(loader, number, settings, size), teacher)
-        write_whole(shard_path(folder, number), partial(save_file, shard))
-    accelerator.wait_for_everyone()
+    with _Together() as together:
+        for number in todo[accelerator.process_index :: accelerator.num_processes]:
+            shard = _shard(_batches(loader, number, settings, size), teacher)
+            write_whole(shard_path(folder, number), partial(save_file, shard))
+    together.check()
     check_whole(folder, settings)
     known = _WithOutputs(loader.dataset, folder, settings)
     _compare(known, first, outputs)

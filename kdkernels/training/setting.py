@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -130,6 +130,8 @@ class Setting:
                 progress=False,
                 seed=seed,
             )
+        for x in model.state_dict().values():
+            broadcast(x)  # each process has seen other images, whose batch statistics are its own
         accuracy = history[-1]["test_accuracy"]
         self.console.print(f"teacher: {accuracy:.1f} %, kept in {folder / 'last.safetensors'}", soft_wrap=True)
         return model, history

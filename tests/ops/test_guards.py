@@ -12,6 +12,7 @@ from checking import DEVICE, HALF, check_close, check_op, gradients
 from torch import Tensor
 
 from kdkernels.ops.angular_margin import ActivationPairs, angular_margin
+from kdkernels.ops.backend import requested
 from kdkernels.ops.energy import Activation, AttentionPairs, attention, energy
 from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity, sp_gram
 from kdkernels.ops.softmax_kl import Labels, Rows, Terms, softmax_kl
