@@ -32,10 +32,12 @@ def train(
         distillation.method.group = dist.group.WORLD  # compare the rows of all processes' batches
     optimizer = default_optimizer(distillation.parameters(), lr)
     model, optimizer, batches = accelerator.prepare(distillation, optimizer, batches)
-    scheduler = default_scheduler(optimizer, epochs * len(batches))
+    steps = epochs * len(batches)
+    scheduler = default_scheduler(optimizer, steps)
     model.train()
-    for _ in range(epochs):
-        for batch in batches:
+    for epoch in range(epochs):
+        for i, batch in enumerate(batches):
+            distillation.schedule((epoch * len(batches) + i) / steps)  # some methods' terms grow at first
             result = model(*batch)
             accelerator.backward(result.loss)
             optimizer.step()

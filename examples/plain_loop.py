@@ -21,10 +21,12 @@ from kdkernels.training.evaluation import evaluate
 def train(distillation: Distillation, batches: DataLoader[Sequence[Tensor]], epochs: int, lr: float = 0.05) -> None:
     # distillation.parameters(), not only the student's: some methods also train heads
     optimizer = default_optimizer(distillation.parameters(), lr)
-    scheduler = default_scheduler(optimizer, epochs * len(batches))
+    steps = epochs * len(batches)
+    scheduler = default_scheduler(optimizer, steps)
     distillation.train()
-    for _ in range(epochs):
-        for images, target in batches:
+    for epoch in range(epochs):
+        for i, (images, target) in enumerate(batches):
+            distillation.schedule((epoch * len(batches) + i) / steps)  # some methods' terms grow at first
             loss = distillation(images, target).loss  # the result also has .terms and .logits
             optimizer.zero_grad()
             loss.backward()

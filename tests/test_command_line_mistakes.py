@@ -45,7 +45,10 @@ def message(capsys: pytest.CaptureFixture[str], line: list[str]) -> str:
         ("train --workers -1", "argument --workers: must be a whole number, 1 or more, got '-1'"),
         ("train --method kdd", f"a method is one of {METHOD_NAMES}, got 'kdd' in 'kdd'; did you mean"),
         ("train --method kd@0.1", "--method kd@0.1: the learning rate is --lr here"),
-        ("train --method sp:wieght=3", "sp has no option 'wieght'; it has weight, layers, teacher_layers, adapt"),
+        (
+            "train --method sp:wieght=3",
+            "sp has no option 'wieght'; it has weight, warmup, layers, teacher_layers, adapt",
+        ),
         ("train --method sp:weight", "sp:weight: options are OPTION=VALUE, got 'weight'"),
         ("train --method sp:weight=much", "sp:weight=much: SP: weight must be a number, got str"),
         ("train --method sp:weight=-1", "weight must be zero or positive and finite, got -1"),

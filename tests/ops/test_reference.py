@@ -18,6 +18,7 @@ from kdkernels.ops.gram import LayerPairs, SPOptions, cosine_similarity, sp_gram
 from kdkernels.ops.gram import reference as gram_reference
 from kdkernels.ops.softmax_kl import Labels, Rows, Terms, softmax_kl
 from kdkernels.ops.softmax_kl import reference as softmax_reference
+from kdkernels.ops.softmax_kl import reference_common as softmax_common
 
 D = torch.float64
 
@@ -110,7 +111,8 @@ class NoSynchronisation(TorchDispatchMode):
 
 
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(softmax_reference, "may_hold", lambda condition: True)  # as on an accelerator
+    for module in (softmax_reference, softmax_common):
+        monkeypatch.setattr(module, "may_hold", lambda condition: True)  # as on an accelerator
     s, t = torch.randn(6, 5), torch.randn(6, 5)
     labels = Labels(torch.tensor([0, 1, 2, -100, 4, 0]), torch.tensor([1, 1, 3, 2, 0, 0]), torch.rand(6))
     maps, grad = torch.randn(2, 3, 4, 4), torch.tensor(2.0)

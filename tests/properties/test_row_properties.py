@@ -160,7 +160,7 @@ def correlation(draw: Draw) -> Case:
         overflow=leaves_float32(2, student, teacher),
         natural=over_lengths(student, 4 * len(student) / options["temperature"]).norm(),
         # a cosine's rounding is not of its angle, and rows of one direction have all their cosines near 1
-        rest_of=(2 * len(student) * kl).sqrt().item() / options["temperature"],
+        rest_of=(2 * len(student) * kl.clamp(min=0)).sqrt().item() / options["temperature"],
     )
 
 

@@ -42,7 +42,7 @@ def test_a_comparison_in_two_processes_is_one(folder: Path) -> None:
         "failed with seed 0, 1: the loss is not finite at step 1 (epoch 1, batch 1 of 2) in another process"
     )
     assert "a quarter turn needs square images" in rows["mlkd"]["failed"]
-    assert "| sp:weight=30 | 0.1 | 2 " in (folder / "out-0.txt").read_text()
+    assert "| sp:weight=30 | 0.1 | 96          | 2 " in (folder / "out-0.txt").read_text()
     assert not (folder / "out-1.txt").read_text()
     metrics = (folder / "out/runs/sp,weight=30@0.1/seed-1/metrics.csv").read_text().splitlines()
     assert [line.split(",")[1] for line in metrics[1:]] == ["2", "4"]  # of 2 x 12 of 48 images

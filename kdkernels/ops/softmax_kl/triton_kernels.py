@@ -4,9 +4,9 @@ Forward: one launch for the rows, and one that sums what its programs left where
 launch, elementwise from the saved statistics. Notation as in triton_device.py.
 
 Sizes: a tile of 2048 numbers per network and program (1024 with decoupled terms, which need more registers), as many
-short rows as fit; rows of up to 8192 classes (4096 standardised) are held in registers and read once, longer ones are
-read twice, in chunks of 4096: once for the maxima and sums, and once for the terms, which then need no difference of
-large numbers. Standardised, they are read three times more: maxima, moments, and what the gradient loses.
+short rows as fit; rows of up to 8192 classes (4096 standardised or decoupled) are held in registers and read once,
+longer ones are read twice, in chunks of 4096: once for the maxima and sums, and once for the terms, which then need no
+difference of large numbers. Standardised, they are read three times more: maxima, moments, and what the gradient loses.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def forward(x: Rows, need_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
     shape = (n,) if reduction == "none" else ()
     if n == 0:
         return torch.zeros(shape, **float32), stats, torch.ones((), **float32)
-    whole = classes <= (WHOLE // 2 if x.standardize else WHOLE)
+    whole = classes <= (WHOLE // 2 if x.standardize or x.terms.decoupled else WHOLE)
     block_c = power_of_2(classes, 4, WHOLE) if whole else CHUNK
     rows = power_of_2(n, 1, max(1, _tile_size(x) // block_c))
     programs = triton.cdiv(n, rows)
