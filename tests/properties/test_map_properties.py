@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
+from judging import MORE, Case, Draw, Family, Loss, check, leaves_float32, on_backends
 from strategies import SLOW, pairs, reductions
 from torch import Tensor
 
@@ -49,24 +49,19 @@ def energy(draw: Draw) -> Case:
 
 
 def at(draw: Draw) -> Case:
-    student, teacher = maps(draw)
     power, reduction = draw(POWERS), draw(reductions)
-    return Case(
-        lambda s, t: kdkernels.at_loss(s, t, p=power, reduction=reduction),
-        [student],
-        [teacher],
-        by_row=True,
-        overflow=leaves_float32(2 * power, student, teacher),
-        natural=power_lengths(student, power),
-        own=4 * len(student),
-    )
+    return _of_energies(draw, power, lambda s, t: kdkernels.at_loss(s, t, p=power, reduction=reduction))
 
 
 def ft(draw: Draw) -> Case:
-    student, teacher = maps(draw)
     power, reduction, p2 = draw(POWERS), draw(reductions), draw(st.sampled_from([1.0, 2.0]))
+    return _of_energies(draw, power, lambda s, t: kdkernels.ft_loss(s, t, p1=power, p2=p2, reduction=reduction))
+
+
+def _of_energies(draw: Draw, power: float, loss: Loss) -> Case:
+    student, teacher = maps(draw)
     return Case(
-        lambda s, t: kdkernels.ft_loss(s, t, p1=power, p2=p2, reduction=reduction),
+        loss,
         [student],
         [teacher],
         by_row=True,
