@@ -29,6 +29,11 @@ KD_BOTH inline Share share(const Logits& s, const Logits& t, int64_t k, const Ro
   return {std::exp(r.s.log_q(s[k])), std::exp(r.t.log_q(t[k])), d};
 }
 
+// A label that has most of the mass is what the other shares leave: its own ratio comes from sums that are all but 1.
+KD_BOTH inline void set_from_rest(Share& most, const Share& b, const Share& others) {
+  if (most.s > 0.5 && most.t > 0.5) most.d = std::log1p((b.difference() + others.difference()) / most.s);
+}
+
 // The mass of the others from that of the labels where that is less, else from their own log-sum
 template <typename T, typename Logits>
 KD_BOTH inline TargetShares target_shares(const Labels& l, const Logits& s, const Logits& t, const RowStats<T>& r) {
@@ -45,6 +50,8 @@ KD_BOTH inline TargetShares target_shares(const Labels& l, const Logits& s, cons
     const bool some = log_s > -HUGE_VAL && log_t > -HUGE_VAL;
     x.others = {std::exp(log_s), std::exp(log_t),
                 some ? between + r.non_target_log_ratio - r.log_ratio : log_t - log_s};
+    set_from_rest(x.a, x.b, x.others);
+    set_from_rest(x.b, x.a, x.others);
   }
   return x;
 }
