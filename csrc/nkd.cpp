@@ -148,7 +148,8 @@ void row_gradient(const NkdBackward& x, int64_t row, T* buffer, T* out) {
   const T* from = static_cast<const T*>(x.stats) + row;
   const double log_s = from[x.rows], log_p = from[2 * x.rows], log_t = from[4 * x.rows], weight = from[5 * x.rows];
   const double upstream = double(static_cast<const T*>(x.grad)[row * x.grad_stride]) * *static_cast<const T*>(x.scale);
-  const double soft = upstream * x.gamma * x.temperature;
+  // where the teacher gives the others nothing, their term is 0 whatever the student
+  const double soft = log_t == -HUGE_VAL ? 0 : upstream * x.gamma * x.temperature;
   const double miss = sigmoid(double(from[0]) + log_p - z.at_target(z.s));  // 1 - p[target]
   const double hard = upstream * weight * miss;
   Factors<T> f{from[0], from[3 * x.rows], T(1 / x.temperature), 0, 0, 0};

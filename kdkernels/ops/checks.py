@@ -23,6 +23,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
+def may_hold(condition: Tensor) -> bool:
+    """False if the condition holds nowhere. Only on a CPU is that looked up: elsewhere the host would wait for it."""
+    return condition.device.type != "cpu" or bool(condition.any())
+
+
 def check_pair(student: Tensor, teacher: Tensor, caller: str) -> None:
     """Student and teacher are floating-point tensors on one device."""
     for name, x in (("student", student), ("teacher", teacher)):

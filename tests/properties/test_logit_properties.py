@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from checking import by_definition
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
 from strategies import fractions, labels, pairs, reductions, sizes, small, temperatures
@@ -30,8 +30,6 @@ def kd(draw: Draw) -> Case:
         options["beta"] = draw(st.sampled_from([0.1, 0.5, 0.9, 1e-3]))
     options |= {"standardize": draw(st.integers(0, 3)) == 0, "scale_by_t2": draw(st.booleans())}
     options["reduction"] = draw(reductions)
-    if divergence != "forward" and options["standardize"]:  # see test_known_faults.py
-        assume(not without_spread(teacher))
     with by_definition():
         value = kd_loss(student.double(), teacher.double(), **options | {"reduction": "sum"}).nan_to_num(0, 0, 0)
     return Case(
@@ -51,12 +49,8 @@ def first_order(value: Tensor, temperature: float) -> float:
     return max(temperature, 1) * (2 * value.clamp(min=0)).sqrt().item()
 
 
-def without_spread(x: Tensor) -> bool:
-    return x.shape[1] > 1 and bool((x.double().std(1) < 1e-4 * (1 + x.double().abs().amax(1))).any())
-
-
 def cancelling(options: dict[str, Any]) -> float:
-    """q_s - q_t as a difference of two exponentials: see test_known_faults.py."""
+    """What q_s - q_t is left over from, made as a difference of two exponentials."""
     return 2 * float(options.get("kd_weight", 1)) * max(options["temperature"], 1)
 
 
@@ -144,8 +138,6 @@ def dense(draw: Draw) -> Case:
 
 def nkd(draw: Draw) -> Case:
     student, teacher = draw(pairs(shape_of(draw)))
-    if student.shape[1] == 2:  # see test_known_faults.py
-        assume(not any(x.isneginf().any() for x in (student, teacher)))
     target = draw(labels(*student.shape))
     options = {"temperature": draw(temperatures), "gamma": draw(WEIGHTS), "reduction": draw(reductions)}
     return Case(

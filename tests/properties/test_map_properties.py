@@ -90,7 +90,7 @@ def amd(draw: Draw) -> Case:
 
 
 def nst(draw: Draw) -> Case:
-    student, teacher = maps(draw, most=12)  # see test_known_faults.py
+    student, teacher = maps(draw)
     reduction = draw(reductions)
     channels = student.double().flatten(2).norm(dim=2).clamp(min=1e-12)
     return Case(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..checks import compute_dtype
+from ..checks import compute_dtype, may_hold
 from .op import UNIT_EPS, GramPairs
 
 CACHED = 1 << 19  # numbers that a part's products may have for them to stay in the last cache
@@ -59,7 +59,12 @@ def _parts(*tensors: Tensor) -> list[slice]:
 
 
 def _norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    """Of rows whose squares may overflow."""
+    norms = torch.linalg.vector_norm(x, dim=2, keepdim=True)
+    if may_hold(large := norms == torch.inf):
+        top = x.abs().amax(2, keepdim=True)
+        norms = torch.where(large, torch.linalg.vector_norm(x / top, dim=2, keepdim=True) * top, norms)
+    return norms
 
 
 def nst(x_s: Tensor, _: Tensor, x_t: Tensor, __: Tensor) -> tuple[Tensor, Gradients]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import compute_dtype
-from ..softmax_kl.reference_common import bregman
+from ..softmax_kl.reference_common import difference as difference_of
+from ..softmax_kl.reference_common import forward_kl
 from .op import Factor
 
 
@@ -15,10 +16,11 @@ def supports(*tensors: Tensor) -> str | None:
 
 def level(student: Tensor, teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(student, teacher)
-    log_s, log_t = ((z.to(dtype) / temperature).log_softmax(1) for z in (student, teacher))
-    q_s, q_t = log_s.exp(), log_t.exp()
-    d = q_t - q_s
-    return q_s, d, q_s + d / 2, bregman(log_t - log_s, q_s, q_t).sum()
+    z_s, z_t = ((z.to(dtype) - z.amax(1, keepdim=True)) / temperature for z in (student, teacher))
+    q_s, q_t = z_s.softmax(1), z_t.softmax(1)
+    kl, log_ratio = forward_kl(z_s, -q_s.amax(1, keepdim=True).log(), z_t)
+    d = -difference_of(q_s, q_t, z_t.sub_(z_s).sub_(log_ratio))
+    return q_s, d, q_s + d / 2, kl.sum()
 
 
 def add_gradient(

@@ -2,6 +2,7 @@
 
 row = -p_t,y log p_s,y  -  gamma T^2 sum over k != y of q^_t,k log q^_s,k
 p = softmax(z);   q^ = softmax(z / T) over the classes but the label y;   s student, t teacher
+The second term is 0 where the teacher gives the other classes nothing: all of them -inf.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ def nkd(x: LabelledRows) -> Tensor:
     rows = -torch.where(weight == 0, 0, weight * log_p)[:, 0]
     if s.shape[1] > 1:
         others = torch.ones_like(s, dtype=torch.bool).scatter(1, label, False)
-        log_s, q_t = (z.masked_fill(~others, -math.inf) / x.temperature for z in (s, t))
-        log_s, q_t = log_s.log_softmax(1), q_t.softmax(1)
+        nothing = (t.masked_fill(~others, -math.inf) == -math.inf).all(1, keepdim=True)
+        z_s, z_t = (z.masked_fill(~others, -math.inf).masked_fill(nothing, 0) / x.temperature for z in (s, t))
+        log_s, q_t = z_s.log_softmax(1), z_t.softmax(1).masked_fill(nothing, 0)
         rows = rows - x.gamma * x.temperature**2 * (q_t * log_s.masked_fill(q_t == 0, 0)).sum(1)
     rows = rows.masked_fill(~counts, 0)
     if x.reduction == "none":

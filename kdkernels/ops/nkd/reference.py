@@ -79,7 +79,7 @@ def backward(grad: Tensor, x: LabelledRows, stats: Tensor, scale: Tensor) -> Ten
     s, t, s_y, _, label, counts, valid = _rows(x)
     s_max, log_s, log_p, t_max, log_t, weight = (stat[:, None] for stat in stats)
     upstream = grad.to(stats.dtype).expand(len(s))[:, None] * scale
-    soft = upstream * (x.gamma * x.temperature)
+    soft = (upstream * (x.gamma * x.temperature)).masked_fill(log_t == -math.inf, 0)  # no others: their term is 0
     hard = upstream * weight * torch.sigmoid(s_max + log_p - s_y)  # sigmoid: 1 - p_y
     if x.temperature == 1:
         out = ((soft + hard) * _inverse(log_s)) * (s - s_max).exp_()

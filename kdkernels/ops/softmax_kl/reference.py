@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import compute_dtype
+from ..checks import compute_dtype, may_hold
 from .op import STANDARD_EPS, STATS, Rows
-from .reference_common import RowLabels, difference, forward_kl, may_hold, read_labels, weighted
+from .reference_common import RowLabels, difference, forward_kl, read_labels, weighted
 from .reference_decoupled import Network, decoupled, decoupled_gradient
 from .reference_divergences import divergence, slope
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import may_hold
 from .op import Labels
 
 
@@ -46,11 +47,6 @@ def bregman(delta: Tensor, qs: Tensor, qt: Tensor) -> Tensor:
     series = 1 / 6 - delta * (1 / 24 - delta * (1 / 120 - delta * (1 / 720 - delta / 5040)))
     terms = torch.where(small, qt * delta.square() * (0.5 - delta * series), qt * (delta - 1) + qs)
     return torch.where(qt == 0, qs, terms).sum(1, keepdim=True)
-
-
-def may_hold(condition: Tensor) -> bool:
-    """False if the condition holds nowhere. Only on a CPU is that looked up: elsewhere the host would wait for it."""
-    return condition.device.type != "cpu" or bool(condition.any())
 
 
 def forward_kl(zs: Tensor, logz_s: Tensor, zt: Tensor) -> tuple[Tensor, Tensor]:
