@@ -1,6 +1,9 @@
 // Where a call runs: the CPU's kernels of this machine's instruction set, or the GPU's on the current stream.
 #pragma once
 
+#include <cstdlib>
+#include <string>
+
 #include "angular_margin.h"
 #include "energy.h"
 #include "gram.h"
@@ -29,10 +32,14 @@ void run_on_cpu(const C& call) {
   compute<Isa::KD_ONLY>(call, pool());
 }
 #else
+// What this machine has, or less where KDKERNELS_ISA says so. Names are checked before the library is loaded.
 inline Isa best_isa() {
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
+  const char* given = std::getenv("KDKERNELS_ISA");
+  const std::string most = given ? given : "";
+  if (most == "base") return Isa::base;
+  if (most != "avx2" && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma"))
     return Isa::avx512;
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::base;
 }

@@ -16,7 +16,14 @@ TRAIN_PACKAGES = ("accelerate", "safetensors", "sklearn", "rich", "matplotlib", 
 # GPU kernels whose cost is known: from a GPU's clock, or from their machine code (python -m benchmarks.counted)
 MEASURED: dict[str, tuple[str, ...]] = {"native": (), "triton": ()}
 COUNTED = dict.fromkeys(MEASURED, ("softmax_kl", "gram", "energy", "angular_margin"))
-VARIABLES = (backend.VARIABLE, "KDKERNELS_JIT", "KDKERNELS_ISA", "XDG_CACHE_HOME", "TRITON_INTERPRET")
+VARIABLES = (
+    backend.VARIABLE,
+    "KDKERNELS_JIT",
+    "KDKERNELS_ISA",
+    "KDKERNELS_CUDA_ARCHITECTURES",
+    "XDG_CACHE_HOME",
+    "TRITON_INTERPRET",
+)
 
 
 def version_of(package: str) -> str | None:

@@ -18,6 +18,7 @@ from kdkernels.ops import backend as backends
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float64, torch.float32, *HALF)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # a thousand times as slow: fewer repetitions
 
 
 class Tolerance(NamedTuple):
@@ -30,7 +31,7 @@ TOLERANCES = {torch.float64: Tolerance(1e-11, 1e-11)} | dict.fromkeys((torch.flo
 
 def backends_under_test() -> list[str]:
     """The backends that run on this machine's device. The interpreter is slow and runs in a process of its own."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         return ["triton"]
     if os.environ.get("KDKERNELS_TEST_CUDA"):
         return ["native"]

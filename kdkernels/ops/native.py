@@ -1,7 +1,8 @@
 """The native backend: finds the library of csrc/ in the package, or builds it once into the user's cache, and loads it.
 
     KDKERNELS_JIT=0         never build at run time
-    KDKERNELS_ISA=...       build for base, avx2 or avx512 instead of what the machine has
+    KDKERNELS_ISA=...       base, avx2 or avx512 instead of the best that the machine has
+    KDKERNELS_CUDA_ARCHITECTURES=80,90      the GPUs that a build is for
     XDG_CACHE_HOME          where the cache is, default ~/.cache
 
 Nothing is built when kdkernels is imported; the first use of an op builds. Whatever goes wrong becomes the reason why
@@ -63,6 +64,7 @@ def _find_and_load() -> str | None:
     reason = "it was not built when the package was installed"
     if INSTALLED.exists():
         try:
+            native_build.host_isa()  # the library would take a wrong name for none
             _load(INSTALLED)
             return None
         except BuildError as error:

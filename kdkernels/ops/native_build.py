@@ -98,11 +98,16 @@ def all_isas() -> list[str]:
 
 def host_isa() -> str:
     """The best instruction set of this machine, or KDKERNELS_ISA. A build for it alone takes a third of the time."""
-    forced = os.environ.get("KDKERNELS_ISA")
-    if forced:
-        if forced not in all_isas():
-            raise BuildError(f"KDKERNELS_ISA must be one of {', '.join(all_isas())}, got {forced!r}")
-        return forced
+    best, names = _machines_isa(), all_isas()
+    forced = os.environ.get("KDKERNELS_ISA") or best
+    if forced not in names:
+        raise BuildError(f"KDKERNELS_ISA must be one of {', '.join(names)}, got {forced!r}")
+    if names.index(forced) > names.index(best):
+        raise BuildError(f"KDKERNELS_ISA is {forced}, and this machine has {best} at most")
+    return forced
+
+
+def _machines_isa() -> str:
     try:
         flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())  # type: ignore[index]
     except (OSError, TypeError):
@@ -196,7 +201,19 @@ class Plan:
 def plan(package: Path, *, isas: Sequence[str], cuda: bool) -> Plan:
     """What to build here, or a BuildError that names what is missing."""
     toolkit = find_cuda() if cuda else None
-    return Plan(find_sources(package), find_torch(), find_compiler(), find_ninja(), tuple(isas), toolkit)
+    given = find_sources(package), find_torch(), find_compiler(), find_ninja(), tuple(isas), toolkit
+    return Plan(*given, _architectures())
+
+
+def _architectures() -> tuple[str, ...]:
+    """Those of the GPUs to build for: ARCHITECTURES, or KDKERNELS_CUDA_ARCHITECTURES."""
+    given = os.environ.get("KDKERNELS_CUDA_ARCHITECTURES")
+    if not given:
+        return ARCHITECTURES
+    names = given.replace(",", " ").split()
+    if not names or not all(name.isdigit() and int(name) >= 80 for name in names):
+        raise BuildError(f"KDKERNELS_CUDA_ARCHITECTURES must be numbers from 80 on, as in '80,90', got {given!r}")
+    return tuple(sorted(names, key=int))
 
 
 def _first_error(tool: str, said: str) -> str:

@@ -99,7 +99,7 @@ def test_a_forward_of_one_backend_before_a_backward_of_another(op: str, forward:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("terms", ["kl", "all", "dense"])
-@pytest.mark.parametrize("classes", [8193, 70000])
+@pytest.mark.parametrize("classes", [8193, 70000 if ON_GPU else 17000])
 def test_rows_longer_than_a_chunk(classes: int, terms: str) -> None:
     student, teacher = (torch.randn(2, classes).mul(3).to(DEVICE) for _ in range(2))
     student[1, 5] = teacher[0, classes - 1] = 30.0
