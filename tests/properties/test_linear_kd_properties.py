@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdkernels import Head, TopK, corsd_loss, linear_kd_loss
 from kdkernels.ops.checks import compute_dtype
+from kdkernels.ops.linear_kd.top_k import FLOOR
 
 VOCABULARIES = st.sampled_from([1, 2, 3, 7, 31, 101])
 ORDINARY = ("normal", "positive", "sparse", "repeated", "zero")  # products of the others are logits of no language
@@ -69,7 +70,9 @@ def cached(draw: Draw) -> Case:
         return linear_kd_loss(Head(h, w), teacher, **options)
 
     size = natural([hidden, weight, *of_teacher], options)
-    return Case(loss, [hidden, weight], [logprobs], natural=size, rest_of=size)
+    # a bucket's mass is at least FLOOR, and the masses' sum as much over 1
+    floor = FLOOR * options["temperature"] ** 2 / torch.finfo(logprobs.dtype).eps if rest == "bucket" else 0.0
+    return Case(loss, [hidden, weight], [logprobs], natural=size, rest_of=size + floor)
 
 
 def divergence(q: Tensor, p: Tensor, temperature: float) -> Tensor:

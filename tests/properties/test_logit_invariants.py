@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checking import DEVICE
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from invariance import Pair, gradient, no_more_than, of_numbers, permuted, shapes
 from strategies import labels, seeds, temperatures
@@ -37,6 +37,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @given(pair=shapes().flatmap(of_numbers), order=seeds)
 def test_the_order_of_rows_and_of_classes_does_not_matter(name: str, pair: Pair, order: int) -> None:
     s, t = pair
+    assume(name != "dist" or len(s) > 2)  # two numbers correlate by 1 or -1, and the gradient is what rounding leaves
     rows = torch.randperm(len(s), generator=torch.Generator().manual_seed(order))
     classes = torch.randperm(s.shape[1], generator=torch.Generator().manual_seed(order + 1))
     loss, g = gradient(LOSSES[name], s, t)

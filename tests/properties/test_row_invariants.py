@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from invariance import Pair, gradient, no_more_than, of_numbers, permuted, shapes
 from strategies import seeds
@@ -76,6 +76,7 @@ def test_equals_are_0(name: str, pair: Pair) -> None:
 def test_the_scale_of_a_network_does_not_matter(name: str, pair: Pair, scale: float) -> None:
     """d/dc of L(c x) is <gradient, x> = 0, and a gradient at c x is 1 / c of that at x."""
     s, t = pair
+    assume(name != "pkt" or s.shape[1] > 2)  # opposite rows have the logarithm of 0 and what is added to lengths
     loss, g = gradient(OF_BATCHES[name], s, t)
     other, h = gradient(OF_BATCHES[name], s * scale, t / scale)
     no_more_than(1e-4, "loss", other, loss, 1e-5)  # PKT adds 1e-7 to a length
@@ -88,6 +89,7 @@ def test_the_scale_of_a_network_does_not_matter(name: str, pair: Pair, scale: fl
 @given(pair=BATCHES, seed=seeds)
 def test_the_length_of_each_row_does_not_matter_to_cosines(name: str, pair: Pair, seed: int) -> None:
     s, t = pair
+    assume(name != "pkt" or s.shape[1] > 2)  # as above
     lengths = 2.0 ** torch.randint(-4, 5, (len(s), 1), generator=torch.Generator().manual_seed(seed)).to(s.device)
     loss, g = gradient(OF_COSINES[name], s, t)
     other, h = gradient(OF_COSINES[name], s * lengths, t / lengths)

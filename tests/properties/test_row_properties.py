@@ -244,7 +244,8 @@ def mlkd(draw: Draw) -> Case:
 
     overflow = leaves_float32(2, student, teacher)
     natural = over_lengths(student, 1000.0 * max(len(student), 1)).norm()
-    return Case(loss, [student], [teacher], oracle=oracle, overflow=overflow, natural=natural)
+    # the supervised term is the logarithm of a probability that may be all but 1
+    return Case(loss, [student], [teacher], oracle=oracle, overflow=overflow, natural=natural, rest_of=1.0)
 
 
 FAMILIES = {

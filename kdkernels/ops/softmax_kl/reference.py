@@ -82,7 +82,7 @@ def _soft_terms(s: Tensor, stats: list[Tensor], x: Rows, labels: RowLabels | Non
         terms, stats[STATS : STATS + 4] = decoupled(*_networks(zs, zt, stats, x, *inverse), stats[4], x, labels)
         rows = rows + terms
     if spread_s is not None and spread_t is not None:
-        mean, std = spread_s.mean * spread_s.inverse, 1 - STANDARD_EPS * spread_s.inverse  # of z'
+        mean, std = spread_s.mean * spread_s.inverse, spread_s.std * spread_s.inverse  # of z'
         stats[-4:-2] = spread_s.inverse, spread_t.inverse
         gradient = _soft_gradient(zs, zt, stats, x, labels)
         inner = gradient.mul_(zs.mul_(x.temperature).sub_(mean)).sum(1, keepdim=True)  # <dL/dz', z'>
@@ -99,8 +99,13 @@ class Spread(NamedTuple):
 
 
 def _spread(z: Tensor) -> Spread:
-    var, mean = torch.var_mean(z, 1, correction=min(1, z.shape[1] - 1), keepdim=True)
+    correction = min(1, z.shape[1] - 1)
+    var, mean = torch.var_mean(z, 1, correction=correction, keepdim=True)
     std = var.sqrt()
+    if may_hold(lost := (var < 1e-30) | (var == math.inf)):  # squares that float32 does not hold
+        top = z.abs().amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
+        scaled = torch.var_mean(z / top, 1, correction=correction, keepdim=True)
+        std, mean = torch.where(lost, scaled[0].sqrt() * top, std), torch.where(lost, scaled[1] * top, mean)
     return Spread(mean, std, 1 / (std + STANDARD_EPS))
 
 
