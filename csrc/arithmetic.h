@@ -33,8 +33,10 @@ KD_BOTH inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) 
 
 constexpr double kCosineEps = 1e-8;
 
-// NaN stays NaN
-KD_BOTH inline double inverse_norm(double square) { return 1 / max(std::sqrt(square), kCosineEps); }
+// NaN stays NaN, and a row whose square overflowed has no direction either: 0 would be taken for one
+KD_BOTH inline double inverse_norm(double square) {
+  return square == HUGE_VAL ? double(NAN) : 1 / max(std::sqrt(square), kCosineEps);
+}
 
 // The part of a cosine's gradient along its own row. Below the eps the norm is a constant, so nothing is projected out.
 template <typename T>

@@ -82,7 +82,8 @@ def divergence(q: Tensor, p: Tensor, temperature: float) -> Tensor:
 def corsd(draw: Draw) -> Case:
     stages, batch, classes = draw(st.integers(1, 3)), draw(small), draw(st.sampled_from([1, 2, 7]))
     near, far = (draw(fractions((stages, batch))) for _ in range(2))
-    logits, others = draw(pairs((stages, batch, classes), most=2, special=False))  # the formula below has no 0 log 0
+    # the formula below has no 0 log 0
+    logits, others = draw(pairs((stages, batch, classes), most=2, special=False, kinds=["normal", "positive", "zero"]))
     near, far, others = (x.to(logits.dtype) for x in (near, far, others))
     a, b = (draw(labels(batch, classes, ignore=None)) for _ in range(2))
     detach, reduction = draw(st.booleans()), draw(reductions)

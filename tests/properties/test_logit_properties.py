@@ -41,7 +41,7 @@ def kd(draw: Draw) -> Case:
         overflow=leaves_float32(2 if options["standardize"] else 1, student, teacher),
         natural=across(student, options) + confident(student, options),
         rest_of=options["standardize"] * student.shape[1] * first_order(value, options["temperature"]),
-        own=options["temperature"] ** 2,
+        own=max(options["temperature"], 1) ** 2,
     )
 
 
@@ -69,7 +69,7 @@ def confident(student: Tensor, options: dict[str, Any]) -> Tensor:
     slopes = 1.0  # beside the probabilities, which for most divergences have logarithms as factors
     if options.get("divergence", "forward") != "forward" and z.shape[1]:
         slopes = 1 + (z.amax(1) - z.amin(1)).nan_to_num(0, 0, 0)
-    return weight * slopes * (z.softmax(1).amax(1) > 0.999)
+    return weight * slopes * (z.softmax(1).amax(1) > 0.9)
 
 
 def of_labels(options: dict[str, Any]) -> float:
@@ -104,6 +104,7 @@ def stkd(draw: Draw) -> Case:
         by_row=True,
         overflow=leaves_float32(2, student, teacher),
         natural=of_labels(options) + options["kd_weight"] * across(student, options) + confident(student, options),
+        rest_of=options["ce_weight"],  # the logarithm of a probability that may be all but 1
         own=size_of(options),
     )
 
@@ -123,7 +124,8 @@ def mixed(draw: Draw) -> Case:
 
     overflow = leaves_float32(1, student, teacher)
     natural, own = of_labels(options) + confident(student, options), size_of(options)
-    return Case(loss, [student], [teacher, lam], by_row=True, overflow=overflow, natural=natural, own=own)
+    rest = options["ce_weight"]  # as above
+    return Case(loss, [student], [teacher, lam], None, True, overflow, natural, rest, own)
 
 
 def dense(draw: Draw) -> Case:
@@ -137,6 +139,7 @@ def dense(draw: Draw) -> Case:
         by_row=True,
         overflow=overflow,
         natural=of_labels(options) * max(student.shape[1], 1) + confident(student, options),
+        rest_of=options["ce_weight"],  # the logarithm of a probability that may be all but 1
         own=size_of(options),
     )
 
@@ -222,6 +225,7 @@ def cwd(draw: Draw) -> Case:
         [teacher],
         by_row=True,
         overflow=leaves_float32(1, student, teacher),
+        natural=confident(student.flatten(2).flatten(0, 1), options).view(student.shape[:2]).norm(dim=1),
         own=options["temperature"] ** 2,
     )
 

@@ -6,7 +6,7 @@ import torch
 from checking import by_definition
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from judging import MORE, Case, Draw, Family, check, leaves_float32, on_backends
+from judging import MORE, Case, Draw, Family, Loss, check, leaves_float32, on_backends
 from strategies import labels, pairs, reductions, sizes, temperatures
 from torch import Tensor
 
@@ -96,14 +96,23 @@ def over_distances(student: Tensor, dtype: torch.dtype) -> float:
     return len(x) / nearest * torch.finfo(torch.float64).eps / torch.finfo(dtype).eps
 
 
+def of_squares(loss: Loss, student: Tensor, teacher: Tensor) -> float:
+    """The differences, of numbers of order 1, whose squares a loss adds up."""
+    with by_definition():
+        value = loss(student.double(), teacher.double()).nan_to_num(0, 0, 0)
+    return len(student) * value.clamp(min=0).sqrt().sum().item()
+
+
 def irg(draw: Draw) -> Case:
     student, teacher = features(draw)
     squared, reduction = draw(st.booleans()), draw(SUMS)
+    loss = lambda s, t: kdkernels.irg_loss(s, t, squared=squared, reduction=reduction)  # noqa: E731
     return Case(
-        lambda s, t: kdkernels.irg_loss(s, t, squared=squared, reduction=reduction),
+        loss,
         [student],
         [teacher],
         overflow=leaves_float32(2, student, teacher),
+        rest_of=of_squares(loss, student, teacher),
         own=len(student) ** 2,
     )
 
@@ -128,10 +137,12 @@ def cc(draw: Draw) -> Case:
     student, teacher = features(draw)
     reduction, normalize = draw(SUMS), draw(st.booleans())
     options = {"kernel": draw(st.sampled_from(["gaussian", "bilinear"])), "order": draw(st.integers(1, 5))}
+    loss = lambda s, t: kdkernels.cc_loss(s, t, normalize=normalize, reduction=reduction, **options)  # noqa: E731
     return Case(
-        lambda s, t: kdkernels.cc_loss(s, t, normalize=normalize, reduction=reduction, **options),
+        loss,
         [student],
         [teacher],
+        rest_of=of_squares(loss, student, teacher) if normalize else 0.0,
         overflow=leaves_float32(2 if normalize else 24, student, teacher),
         natural=over_lengths(student, eps=1e-12).norm() if normalize else 0.0,
         own=len(student) ** 2,
@@ -160,7 +171,8 @@ def correlation(draw: Draw) -> Case:
         overflow=leaves_float32(2, student, teacher),
         natural=over_lengths(student, 4 * len(student) / options["temperature"]).norm(),
         # a cosine's rounding is not of its angle, and rows of one direction have all their cosines near 1
-        rest_of=(2 * len(student) * kl.clamp(min=0)).sqrt().item() / options["temperature"],
+        rest_of=(2 * len(student) * kl.clamp(min=0)).sqrt().item() / options["temperature"]
+        + 1e-7 / options["temperature"] ** 2,
     )
 
 

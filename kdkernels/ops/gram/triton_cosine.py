@@ -18,7 +18,8 @@ LIMIT = tl.constexpr(1e8)  # the inverse norm of a row that is under the eps
 @triton.jit
 def _inverse(squares):
     norm = tl.sqrt(squares)
-    return tl.where(norm <= COSINE_EPS, LIMIT, 1.0 / norm)
+    inverse = tl.where(norm <= COSINE_EPS, LIMIT, 1.0 / norm)
+    return tl.where(squares == float("inf"), float("nan"), inverse)  # its 0 would be taken for a cosine
 
 
 @triton.jit

@@ -20,9 +20,9 @@ def supports(*tensors: Tensor) -> str | None:
 def _correlation(a: Tensor, b: Tensor, d: Tensor, dim: int, eps: float) -> tuple[Tensor, Tensor]:
     """1 - r, and the factors (3, ...) in dr/da = f0 (b - f2 a) + f1 a, f2 being 1 where the two are close."""
     aa, ab, bb, ad, dd = ((x * y).sum(dim) for x, y in ((a, a), (a, b), (b, b), (a, d), (d, d)))
-    near = 4 * dd < aa
     norm_a, norm_b = aa.sqrt(), bb.sqrt()
     norms = norm_a * norm_b
+    near = (4 * dd < aa) & (norms > 0)  # which squares of small probabilities lose
     total = norms + eps
     gap = torch.where(near, (aa * dd - ad * ad).clamp(min=0) / (norms + ab), norms - ab)
     along = torch.where(norm_a == 0, 0, torch.where(near, ad, ab) / norm_a)
