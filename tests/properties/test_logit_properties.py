@@ -39,7 +39,10 @@ def kd(draw: Draw) -> Case:
         [teacher],
         by_row=True,
         overflow=leaves_float32(2 if options["standardize"] else 1, student, teacher),
-        natural=across(student, options) + confident(student, options),
+        # q (h - mean of h), of logarithms h that may all be near the divergence itself
+        natural=across(student, options)
+        + confident(student, options)
+        + (divergence != "forward") * max(options["temperature"], 1) * value,
         rest_of=options["standardize"] * student.shape[1] * first_order(value, options["temperature"]),
         own=max(options["temperature"], 1) ** 2,
     )

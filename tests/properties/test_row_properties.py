@@ -112,6 +112,7 @@ def irg(draw: Draw) -> Case:
         [student],
         [teacher],
         overflow=leaves_float32(2, student, teacher),
+        natural=of_squares(loss, student, teacher),
         rest_of=of_squares(loss, student, teacher),
         own=len(student) ** 2,
     )
@@ -144,7 +145,8 @@ def cc(draw: Draw) -> Case:
         [teacher],
         rest_of=of_squares(loss, student, teacher) if normalize else 0.0,
         overflow=leaves_float32(2 if normalize else 24, student, teacher),
-        natural=over_lengths(student, eps=1e-12).norm() if normalize else 0.0,
+        # not normalised, 1 - K of a short row has K's rounding
+        natural=over_lengths(student, eps=1e-12).norm() if normalize else 2 * student.double().norm(),
         own=len(student) ** 2,
     )
 
