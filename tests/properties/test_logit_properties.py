@@ -44,7 +44,7 @@ def kd(draw: Draw) -> Case:
         + confident(student, options)
         + (divergence != "forward") * max(options["temperature"], 1) * value,
         rest_of=options["standardize"] * student.shape[1] * first_order(value, options["temperature"]),
-        own=max(options["temperature"], 1) ** 2,
+        own=max(options["temperature"], 1) ** 2 * max(len(student), 1),
     )
 
 
