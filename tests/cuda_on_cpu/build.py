@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -18,11 +17,10 @@ from pathlib import Path
 
 from kdkernels.ops import native_build
 
-from .sources import to_cpp
+from .sources import csrc, included, to_cpp
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "cuda_on_cpu"
 WORKERS = 2
 
@@ -56,13 +54,6 @@ def why_not() -> str | None:
     except native_build.BuildError as error:
         return str(error)
     return None
-
-
-def csrc() -> dict[str, str]:
-    """The files of csrc/ by name."""
-    return {
-        path.name: path.read_text() for path in sorted(CSRC.iterdir()) if path.suffix in (".h", ".cuh", ".cu", ".cpp")
-    }
 
 
 @cache
@@ -101,17 +92,6 @@ def _write(folder: Path, files: Mapping[str, str]) -> Path:
     for name, text in files.items():
         appear(folder / name, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
     return folder
-
-
-def included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
-    """Those of the headers that a source includes, directly or not: only a change to them compiles it anew."""
-    found: dict[str, str] = {}
-    texts = [text]
-    for text in texts:  # which grows
-        new = [n for n in re.findall(r'#include "(.*)"', text) if n in headers and n not in found]
-        found |= {n: headers[n] for n in new}
-        texts += [headers[n] for n in new]
-    return found
 
 
 def _compile(name: str, text: str, headers: Mapping[str, str], flags: list[str]) -> Path:

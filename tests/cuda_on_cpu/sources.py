@@ -6,7 +6,10 @@ Line numbers stay, so that a fault found while a kernel runs names the line of c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+CSRC = Path(__file__).parents[2] / "csrc"
 
 _TEMPLATE = r"(?:<(?:[^<>;{}]|<[^<>;{}]*>)*>)?"
 _TYPE = rf"(?:(?:const|volatile|unsigned|signed|long)\s+)*[\w:]+{_TEMPLATE}"
@@ -62,3 +65,21 @@ def to_cpp(text: str, path: str) -> str:
     text = _replace(_CONSTANT, _constant, text)
     text = _replace(_LAUNCH, _launch, text)
     return f'#line 1 "{path}"\n{text}'
+
+
+def csrc() -> dict[str, str]:
+    """The files of csrc/ by name."""
+    return {
+        path.name: path.read_text() for path in sorted(CSRC.iterdir()) if path.suffix in (".h", ".cuh", ".cu", ".cpp")
+    }
+
+
+def included(text: str, headers: Mapping[str, str]) -> dict[str, str]:
+    """Those of the headers that a source includes, directly or not: only a change to them compiles it anew."""
+    found: dict[str, str] = {}
+    texts = [text]
+    for text in texts:  # which grows
+        new = [n for n in re.findall(r'#include "(.*)"', text) if n in headers and n not in found]
+        found |= {n: headers[n] for n in new}
+        texts += [headers[n] for n in new]
+    return found

@@ -10,7 +10,7 @@ import torch
 
 from kdkernels.ops import native_build
 
-from . import build
+from . import build, sources
 from .library import Probe, launches
 
 pytestmark = pytest.mark.xdist_group("executor")
@@ -89,7 +89,7 @@ def test_nvcc_accepts_the_ptx(tmp_path: Path) -> None:
         "-std=c++17",
         "-arch=sm_90",
         "-cubin",
-        f"-I{build.CSRC}",
+        f"-I{sources.CSRC}",
         str(SOURCE),
         "-o",
         str(output),

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from cuda_on_cpu.build import csrc, included
+from cuda_on_cpu.sources import csrc, included
 
 from .changes import ROOT
 
@@ -83,6 +83,8 @@ def sources_of(name: str) -> list[str]:
 def run(path: str) -> Run:
     """What a change to this file has to pass."""
     name = Path(path).name
+    if name == "numbers.h":
+        return _run(["ops/test_scalars.py", *EVERY_OP], SLOW)
     if path.startswith("csrc/"):
         own = re.sub(r"^bindings_|\.\w+$", "", name)
         ops = [own] if own in OPS else [s.removesuffix(".cpp") for s in sources_of(name)]

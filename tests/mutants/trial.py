@@ -179,9 +179,12 @@ def _tests(which: Run, mutant: Mutant | None, library: Path | None) -> int:
     environment(which)
     os.chdir(ROOT)
     try:
+        imported = [name for name in sys.modules if name.partition(".")[0] == "kdkernels"]
+        assert not imported, f"imported before the mutant: {imported}"
         if mutant is not None:
             sys.meta_path.insert(0, _Finder(mutant))
         if library is not None:
+            os.environ["KDKERNELS_TEST_CSRC"] = str(library.parent / "csrc")
             import torch
 
             from kdkernels.ops import native

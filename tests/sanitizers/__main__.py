@@ -16,13 +16,13 @@ sys.path.insert(0, str(ROOT))
 
 from kdkernels.ops import native_build  # noqa: E402
 
-OPS = ["tests/ops", "tests/test_edges.py"]
+OPS = ["tests/ops", "tests/test_edges.py", "tests/properties"]
 # what is compiled by Inductor is not csrc/; of tests without a backend's name in them, none is of native kernels alone
 WORDS = "native and not compil and not opcheck"
 
 
 def address() -> None:
-    """The op tests of the native backend with AddressSanitizer and UndefinedBehaviorSanitizer.
+    """The op and property tests of the native backend with AddressSanitizer and UndefinedBehaviorSanitizer.
 
     Leaks are not looked for: Python and torch keep much until a process ends.
     """
@@ -36,9 +36,10 @@ def address() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "KDKERNELS_BACKEND": "native",  # or it is an error
+        "KDKERNELS_PROPERTIES": "10",
     }
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--capture=sys"]  # sanitizers write to file 2
-    pytest = [sys.executable, "-m", "pytest", *options, *OPS, "-k", WORDS]
+    pytest = [sys.executable, "-m", "pytest", *options, *OPS, "-k", WORDS, "--hypothesis-seed=19"]
     subprocess.run(pytest, env=environment, cwd=ROOT, check=True)
 
 
