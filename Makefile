@@ -37,8 +37,8 @@ harden: environments properties resources sanitizers mutants faults
 DEFINITIONS := $(wildcard tests/properties/test_*_properties.py)
 properties: .venv/installed
 	KDKERNELS_PROPERTIES=52 $(PARALLEL) tests/properties --hypothesis-seed=16
-	KDKERNELS_TEST_CUDA=plain KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=17
-	TRITON_INTERPRET=1 KDKERNELS_PROPERTIES=5 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=18
+	KDKERNELS_TEST_CUDA=plain KDKERNELS_PROPERTIES=20 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=17
+	TRITON_INTERPRET=1 KDKERNELS_PROPERTIES=12 $(PARALLEL) $(DEFINITIONS) --hypothesis-seed=18
 
 # without Triton, without a compiler, and with another torch or Python: make environments ELSEWHERE=/path/to/its/python
 EVERYWHERE := tests/ops $(wildcard tests/test_*loss*.py) $(addprefix tests/test_,golden.py edges.py modules.py mlkd.py)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdkernels import Head, TopK, kd_loss, linear_kd_loss
 from kdkernels.ops.linear_kd import op as linear_op
 from kdkernels.ops.linear_kd import products
+from kdkernels.ops.linear_kd.chunks import piece_size
 from kdkernels.ops.linear_kd.columns import Columns
 
 
@@ -40,6 +42,12 @@ class Watch(TorchDispatchMode):
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op's two passes without the op, inside of which no mode sees anything."""
     monkeypatch.setattr(linear_op, "_op", lambda x: linear_op.linear_kd_over_ranks(x, Columns.alone(x)))
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (1, 1), (24, 8), (25, 9), (384, 128), (385, 192), (4096, 1408)])
+def test_logits_come_by_thirds_and_of_many_tokens_by_blocks_of_64(tokens: int, rows: int) -> None:
+    x: Any = SimpleNamespace(hidden=torch.empty(tokens, 1))
+    assert piece_size(x) == rows
 
 
 @pytest.mark.usefixtures("bare")

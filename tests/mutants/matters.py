@@ -18,7 +18,7 @@ OPS = {
     "correlation": ("ops/test_correlation.py",),
     "energy": ("ops/test_energy.py", "ops/test_angular_margin.py"),
     "gram": ("ops/test_gram.py", "ops/test_split_products.py", "ops/test_correlation.py"),
-    "linear_kd": ("test_linear_kd.py",),
+    "linear_kd": ("test_linear_kd.py", "test_linear_kd_memory.py"),
     "multi_level": ("ops/test_logit_rows.py", "test_logit_losses.py"),
     "neighbour_correlation": ("ops/test_neighbour_correlation.py",),
     "nkd": ("ops/test_logit_rows.py", "test_logit_losses.py"),

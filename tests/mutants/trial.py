@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import os
 import resource
 import shutil
@@ -39,14 +40,15 @@ class BrokenTests(RuntimeError):
 
 
 def judge(mutant: Mutant) -> Verdict:
-    library = None
-    if mutant.path.startswith("csrc/"):
-        with tempfile.TemporaryDirectory(prefix="kdkernels-mutant-") as folder:
-            result, library = _library(mutant, Path(folder))
-            if library is None:
-                return Verdict(mutant.name, result)
-            return Verdict(mutant.name, *_outcome(run(mutant.path), None, library))
-    return Verdict(mutant.name, *_outcome(run(mutant.path), mutant, None))
+    with tempfile.TemporaryDirectory(prefix="kdkernels-mutant-") as folder:
+        if not mutant.path.startswith("csrc/"):
+            file = Path(folder) / Path(mutant.path).name
+            file.write_text(mutant.text)
+            return Verdict(mutant.name, *_outcome(run(mutant.path), (mutant.path, file), None))
+        result, library = _library(mutant, Path(folder))
+        if library is None:
+            return Verdict(mutant.name, result)
+        return Verdict(mutant.name, *_outcome(run(mutant.path), None, library))
 
 
 def check_baseline(which: Run) -> None:
@@ -117,33 +119,25 @@ def _link(folder: Path, changed: Sequence[str], library: Path) -> Path:
 # ---- the tests
 
 
-class _Mutated(importlib.abc.SourceLoader):
-    def __init__(self, path: str, text: str) -> None:
-        self.path, self.text = path, text
-
-    def get_filename(self, fullname: str) -> str:
-        return self.path
-
-    def get_data(self, path: str) -> bytes:
-        return self.text.encode()
+Mutated = tuple[str, Path]  # the path of a file of kdkernels, and the file that stands for it
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds a mutant's text in place of the file's."""
+    """Finds a mutant's file in place of the package's. A file, as Triton reads the sources of its kernels."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.module = mutant.path.removesuffix(".py").replace("/", ".")
-        self.loader = _Mutated(str(ROOT / mutant.path), mutant.text)
+    def __init__(self, path: str, file: Path) -> None:
+        self.module = path.removesuffix(".py").replace("/", ".")
+        self.loader = importlib.machinery.SourceFileLoader(self.module, str(file))
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if name != self.module:
             return None
-        return importlib.machinery.ModuleSpec(name, self.loader, origin=self.loader.path)
+        return importlib.util.spec_from_file_location(name, loader=self.loader)
 
 
-def _outcome(which: Run, mutant: Mutant | None, library: Path | None, seconds: int = SECONDS) -> tuple[str, str]:
+def _outcome(which: Run, mutant: Mutated | None, library: Path | None, seconds: int = SECONDS) -> tuple[str, str]:
     """survived or killed, and by what."""
     with tempfile.TemporaryFile() as said:
         child = os.fork()
@@ -173,7 +167,7 @@ def _limit(said: int, seconds: int) -> None:
     signal.alarm(WAITING * seconds)
 
 
-def _tests(which: Run, mutant: Mutant | None, library: Path | None) -> int:
+def _tests(which: Run, mutant: Mutated | None, library: Path | None) -> int:
     import pytest
 
     environment(which)
@@ -182,7 +176,7 @@ def _tests(which: Run, mutant: Mutant | None, library: Path | None) -> int:
         imported = [name for name in sys.modules if name.partition(".")[0] == "kdkernels"]
         assert not imported, f"imported before the mutant: {imported}"
         if mutant is not None:
-            sys.meta_path.insert(0, _Finder(mutant))
+            sys.meta_path.insert(0, _Finder(*mutant))
         if library is not None:
             os.environ["KDKERNELS_TEST_CSRC"] = str(library.parent / "csrc")
             import torch

@@ -168,6 +168,14 @@ def test_empty_batch_is_zero() -> None:
     assert gradients(loss, [student])[0].shape == (0, 3, 4, 4)
 
 
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)])
+def test_maps_without_pixels_are_zero(size: tuple[int, int]) -> None:
+    student = torch.zeros(2, 3, *size, device=DEVICE, requires_grad=True)
+    loss = angular_margin(student, torch.zeros(2, 5, *size, device=DEVICE), **ONE_LAYER | {"local_weight": 0.0})
+    assert loss.item() == 0
+    assert gradients(loss, [student])[0].shape == (2, 3, *size)
+
+
 def test_a_single_pixel_is_zero() -> None:
     # q is 1 up to the 1e-6: only G, which is -softplus(-64) there, is not constant
     student, teacher = (activations(3, c, 1, 1).add(0.1).requires_grad_() for c in (1, 2))
