@@ -1,6 +1,6 @@
 """Try mutants: every survivor is in equivalent.txt, with the reason why it is none, or this fails.
 
-PYTHONPATH=tests python -m mutants [--count 400] [--seed 0] [--all] [word in the path or the change ...]
+PYTHONPATH=tests python -m mutants [--count 100] [--seed 0] [--all] [word in the path or the change ...]
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _together(runs: Iterable[Run]) -> list[Run]:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="mutants")
-    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true", help="every mutant, some hours")
     parser.add_argument("words", nargs="*")

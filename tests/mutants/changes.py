@@ -53,11 +53,11 @@ def mutants(path: Path) -> list[Mutant]:
 
 
 def _constant(text: str) -> str:
-    """Integers change by one, the others by a factor of 2."""
+    """Integers change by one, 0.0 becomes 1.0, the others change by a factor of 2."""
     if re.fullmatch(r"\d+[uU]?[lL]*", text):
         return str(int(text.rstrip("uUlL")) + 1)
     number = re.fullmatch(r"([\d.]+(?:e[+-]?\d+)?)([fF]?)", text)
-    return f"{float(number[1]) * 2!r}{number[2]}" if number else f"(2 * {text})"
+    return f"{float(number[1]) * 2 or 1.0!r}{number[2]}" if number else f"(2 * {text})"
 
 
 # ---- C++, by tokens. clang-format puts blanks around binary operators and none around a template's arguments.

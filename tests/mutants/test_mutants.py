@@ -13,7 +13,7 @@ CPP = """\
 template <int N>
 int64_t f(int64_t n) {
   if (n < 0) return min(n, 2);
-  sum += 0.5f * n;
+  sum += 0.5f * n + 0.0f;
 }
 """
 PYTHON = """\
@@ -32,7 +32,7 @@ def _changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: s
 
 
 def test_changes_of_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    condition, statement = "if (n < 0) return min(n, 2);", "sum += 0.5f * n;"
+    condition, statement = "if (n < 0) return min(n, 2);", "sum += 0.5f * n + 0.0f;"
     assert _changed(tmp_path, monkeypatch, "f.h", CPP) == {
         (condition, "if (n <= 0) return min(n, 2);"),
         (condition, "if (n < 1) return min(n, 2);"),
@@ -40,9 +40,11 @@ def test_changes_of_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         (condition, "if (n < 0) return min(n, 3);"),
         (condition, "if (false && n < 0) return min(n, 2);"),
         (condition, "if (true || n < 0) return min(n, 2);"),
-        (statement, "sum -= 0.5f * n;"),
-        (statement, "sum += 0.5f / n;"),
-        (statement, "sum += 1.0f * n;"),
+        (statement, "sum -= 0.5f * n + 0.0f;"),
+        (statement, "sum += 0.5f / n + 0.0f;"),
+        (statement, "sum += 0.5f * n - 0.0f;"),
+        (statement, "sum += 1.0f * n + 0.0f;"),
+        (statement, "sum += 0.5f * n + 1.0f;"),
         (statement, ";"),
     }
 
