@@ -24,7 +24,7 @@ struct Correlation {
 
   Correlation(const Centred& z, double eps) {
     const double norm_a = std::sqrt(z.aa), norm_b = std::sqrt(z.bb), norms = norm_a * norm_b, all = norms + eps;
-    const bool close = 4 * z.dd < z.aa && norms > 0;  // which squares of small probabilities lose
+    const bool close = 4 * z.dd < z.aa && norms > 0;  // b may be 0: what is far below it is lost in d
     const double gap = close ? max(z.aa * z.dd - z.ad * z.ad, 0.0) / (norms + z.ab) : norms - z.ab;
     const double along = norm_a == 0 ? 0 : (close ? z.ad : z.ab) / norm_a;
     loss = (gap + eps) / all;

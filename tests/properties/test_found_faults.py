@@ -12,7 +12,7 @@ from judging import Loss, judge
 from torch import Tensor
 
 import kdkernels
-from kdkernels import kd_loss, mlld_loss, nkd_loss
+from kdkernels import dist_loss, kd_loss, mlld_loss, nkd_loss
 
 pytestmark = pytest.mark.skipif("native" not in backends_under_test() or DEVICE != "cpu", reason="faults of the CPU")
 
@@ -42,6 +42,27 @@ FAULTS: dict[str, tuple[str, Loss, Tensor, Tensor, dict[str, Any]]] = {
     "nkd of -inf alone": ("native", nkd, rows(0.3, 0.5), rows(1, -math.inf), {}),
     "mlld's gradient cancels": ("reference", levels, rows(1e-2, 0, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
     "nst of large maps": ("native", maps, rows(0, 0), rows(1e28, 2e28), {"overflow": True}),
+    "dist of a teacher's constant class": (
+        "native",
+        dist_loss,
+        torch.tensor([[-25.0, 0], [-26, 0]]),
+        torch.tensor([[-3.0, 3], [-3, 3]]),
+        {"natural": 1.0},
+    ),
+    "the same in plain pytorch": (
+        "reference",
+        dist_loss,
+        torch.tensor([[-25.0, 0], [-26, 0]]),
+        torch.tensor([[-3.0, 3], [-3, 3]]),
+        {"natural": 1.0},
+    ),
+    "standardised logits whose squares overflow": (
+        "reference",
+        standardised,
+        rows(1.541e20, -0.29343e20, 0),
+        rows(-2.1788e20, 0.56843e20, 0),
+        {},
+    ),
     # the gradient is the rest of terms of T / std: two values' standardised logits have no freedom
     "a teacher without spread": (
         "native",

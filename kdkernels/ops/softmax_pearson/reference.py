@@ -22,7 +22,7 @@ def _correlation(a: Tensor, b: Tensor, d: Tensor, dim: int, eps: float) -> tuple
     aa, ab, bb, ad, dd = ((x * y).sum(dim) for x, y in ((a, a), (a, b), (b, b), (a, d), (d, d)))
     norm_a, norm_b = aa.sqrt(), bb.sqrt()
     norms = norm_a * norm_b
-    near = (4 * dd < aa) & (norms > 0)  # which squares of small probabilities lose
+    near = (4 * dd < aa) & (norms > 0)  # b may be 0: what is far below it is lost in d
     total = norms + eps
     gap = torch.where(near, (aa * dd - ad * ad).clamp(min=0) / (norms + ab), norms - ab)
     along = torch.where(norm_a == 0, 0, torch.where(near, ad, ab) / norm_a)
