@@ -38,24 +38,13 @@ def maps(s: Tensor, t: Tensor) -> Tensor:
     return kdkernels.nst_loss(s[:, None, None], t[:, None, None])
 
 
+CONSTANT_CLASS = dist_loss, torch.tensor([[-25.0, 0], [-26, 0]]), torch.tensor([[-3.0, 3], [-3, 3]]), {"natural": 1.0}
 FAULTS: dict[str, tuple[str, Loss, Tensor, Tensor, dict[str, Any]]] = {
     "nkd of -inf alone": ("native", nkd, rows(0.3, 0.5), rows(1, -math.inf), {}),
     "mlld's gradient cancels": ("reference", levels, rows(1e-2, 0, 0, 0, 0), rows(0, 0, 0, 0, 0), {}),
     "nst of large maps": ("native", maps, rows(0, 0), rows(1e28, 2e28), {"overflow": True}),
-    "dist of a teacher's constant class": (
-        "native",
-        dist_loss,
-        torch.tensor([[-25.0, 0], [-26, 0]]),
-        torch.tensor([[-3.0, 3], [-3, 3]]),
-        {"natural": 1.0},
-    ),
-    "the same in plain pytorch": (
-        "reference",
-        dist_loss,
-        torch.tensor([[-25.0, 0], [-26, 0]]),
-        torch.tensor([[-3.0, 3], [-3, 3]]),
-        {"natural": 1.0},
-    ),
+    "dist of a teacher's constant class": ("native", *CONSTANT_CLASS),
+    "the same in plain pytorch": ("reference", *CONSTANT_CLASS),
     "standardised logits whose squares overflow": (
         "reference",
         standardised,
