@@ -136,7 +136,8 @@ class AngularSample {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const Map<T>& of = maps_[k];
-        const T r = of.r[n], w = of.w(r), u = horner(constants_.polynomial.u, clamp_cosine(of.q(r)));
+        const T r = of.r[n], w = of.w(r), q = clamp_cosine(of.q(r));
+        const T u = horner(constants_.polynomial.v, q) * q + constants_.polynomial.at_0;
         const T g = angular_log(constants_.sharpness, w, u);
         of.u[n] = u;
         of.g[n] = g;
@@ -208,9 +209,11 @@ class AngularSample {
     });
     double total[1] = {inner};
     add_block(total, board_.block_sums);
-    // r / R is 1 where one pixel has all the energy, and nothing may be left of it there; 0 on a dead map
-    const T along = norm_.exact > 0 ? static_cast<T>(total[0]) : T(0), scale = 2 * maps_[0].inverse;
-    const Divisor<T> norm(norm_.exact > 0 ? norm_.value : T(1));
+    // r / R is 1 where one pixel has all the energy, and nothing may be left of it there. On a map that is as good as
+    // dead <h, q> is nothing beside h, and 1 / R would overflow
+    const bool alive = !(norm_.value < T(1e-30));
+    const T along = alive ? static_cast<T>(total[0]) : T(0), scale = 2 * maps_[0].inverse;
+    const Divisor<T> norm(alive ? norm_.value : T(1));
     pixels_.each([&](int n) { kappa[n] = (h[n] - along * norm.divide(maps_[0].r[n])) * scale; });
   }
 

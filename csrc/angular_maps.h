@@ -15,7 +15,7 @@ template <typename T>
 class Margin {
  public:
   explicit Margin(double m) : m_(m) {}
-  T u(T q) const { return std::cos(m_ * std::acos(clamp_cosine(q))); }
+  T u(T q) const { return m_ == 1 ? clamp_cosine(q) : std::cos(m_ * std::acos(clamp_cosine(q))); }
   T slope(T q) const {
     const T theta = std::acos(clamp_cosine(q));
     return std::fabs(q) > T(1 - kClamp) ? T(0) : m_ * std::sin(m_ * theta) / std::sin(theta);
@@ -29,7 +29,10 @@ template <>
 class Margin<float> {
  public:
   explicit Margin(double m) : polynomial_(m) {}
-  inline float u(float q) const { return horner(polynomial_.u, clamp_cosine(q)); }
+  inline float u(float q) const {
+    const float c = clamp_cosine(q);
+    return KD_FMA(horner(polynomial_.v, c), c, polynomial_.at_0);
+  }
   inline float slope(float q) const { return q > float(1 - kClamp) ? 0.0f : horner(polynomial_.slope, q); }
 
  private:

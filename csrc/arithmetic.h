@@ -98,9 +98,9 @@ KD_BOTH inline T clamp_cosine(T q) {  // NaN stays NaN
 }
 
 template <typename T>
-KD_BOTH inline T softplus(T x) {  // linear above 20, as PyTorch's
+KD_BOTH inline T softplus(T x) {  // linear where the rest is under its rounding; PyTorch's is above 20
   const T y = fast_exp(x < 0 ? x : -x);
-  return x > 20 ? x : (x > 0 ? x : T(0)) + unit_log1p(y);
+  return x > T(sizeof(T) == 4 ? 20 : 40) ? x : (x > 0 ? x : T(0)) + unit_log1p(y);
 }
 
 template <typename T>

@@ -9,8 +9,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -74,9 +72,9 @@ def _options(caller: str, kernel: str, gamma: float, order: int, normalize: bool
     if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 100:
         raise ValueError(f"{caller}: order must be an int from 0 to 100, got {order!r}")
     check_flag(f"{caller}: normalize", normalize)
-    series = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
-    coefficients = series if kernel == "gaussian" else [0.0, 1.0]
-    return CC(normalize, coefficients), check_reduction(reduction, caller, per_sample=False)
+    return CC(normalize, float(gamma), order, kernel == "gaussian"), check_reduction(
+        reduction, caller, per_sample=False
+    )
 
 
 class CCLoss(nn.Module):

@@ -45,7 +45,7 @@ def cwd_loss(student: Tensor, teacher: Tensor, *, temperature: float = 4.0, redu
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, caller)
     s, t = (x.flatten(2).flatten(0, 1) for x in (student, teacher.detach()))
-    terms = Terms(kl=temperature**2)
+    terms = Terms(kl=temperature * temperature)
     loss = softmax_kl(Rows(s, t, terms=terms, temperature=float(temperature), reduction=reduction))
     return loss.view(student.shape[:2]) if reduction == "none" else loss
 

@@ -113,7 +113,7 @@ def kd_loss(
     check_positive(temperature=temperature)
     if reduction not in REDUCTIONS:
         reduction = check_reduction(reduction, "kd_loss", batchmean=student_logits.dim() == 2)
-    terms = Terms(kl=temperature**2 if scale_by_t2 else 1.0)
+    terms = Terms(kl=temperature * temperature if scale_by_t2 else 1.0)
     rows = Rows(student, teacher, Labels(), terms, float(temperature), reduction, divergence, beta, bool(standardize))
     loss = softmax_kl(rows)
     if reduction != "none":

@@ -100,7 +100,7 @@ def linear_kd_loss(
     if (decouple is not None or standardize) and (many is not None or known.ids is not None):
         what = "group=" if many is not None else "a TopK"
         raise ValueError(f"{CALLER}: decouple and standardize need every class of a row, which {what} has not")
-    kd = kd_weight * (temperature**2 if scale_by_t2 else 1)
+    kd = kd_weight * (temperature * temperature if scale_by_t2 else 1)
     needed = torch.is_grad_enabled()
     x = LinearKD(
         student.hidden.reshape(-1, student.hidden.shape[-1]),

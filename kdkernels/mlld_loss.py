@@ -109,7 +109,7 @@ def _check_options(
         for number in found[-1]:
             check_positive(caller, **{name: number})
     levels, strong = ([float(number) for number in numbers] for numbers in found)
-    if not levels or not set(strong) <= set(levels):
+    if not levels or not all(any(x == level for level in levels) for x in strong):
         raise ValueError(
             f"{caller}: temperatures must be one or more, with the strong_temperatures among them, "
             f"got {temperatures!r} and {strong_temperatures!r}"

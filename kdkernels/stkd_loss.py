@@ -88,7 +88,7 @@ def stkd_loss(
     labels = _flatten_labels(target, target_mixed, lam, ignore_index, label_smoothing, student_logits, class_dim)
     if decouple is not None and labels.dense:
         raise ValueError("stkd_loss: decouple needs integer labels, got a dense floating-point target")
-    kd = kd_weight * temperature**2 if scale_by_t2 else kd_weight
+    kd = kd_weight * temperature * temperature if scale_by_t2 else kd_weight
     terms = Terms(ce_weight, kd) if decouple is None else Terms(ce_weight, 0.0, kd * decouple[0], kd * decouple[1])
     rows = Rows(student, teacher, labels, terms, float(temperature), reduction, *shape, bool(standardize))
     loss = softmax_kl(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,9 +33,9 @@ def corsd(s: Tensor, t: Tensor) -> Tensor:
     return kdkernels.corsd_loss(relations, 1 - relations, logits, logits + t, labels(s), labels(s) + 1)
 
 
-def linear(s: Tensor, t: Tensor) -> Tensor:
+def linear(s: Tensor, t: Tensor, **options: Any) -> Tensor:
     heads = Head(s, t[:1].expand(CLASSES, -1)), Head(t, 2 * t[:1].expand(CLASSES, -1))
-    return linear_kd_loss(*heads, labels(s), ce_weight=0.5, chunk=4)
+    return linear_kd_loss(*heads, labels(s), ce_weight=0.5, chunk=4, **options)
 
 
 LOSSES: dict[str, Loss] = {

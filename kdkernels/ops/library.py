@@ -9,11 +9,13 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from .changing import changing, kept_values, with_values
+from .saved import is_layers, save, saved
 
 LIBRARY = torch.library.Library("kdkernels", "DEF")
 # the op has a fake kernel and passes opcheck, so that Inductor keeps the strides that it sees
@@ -40,6 +42,14 @@ def _fields(record: type) -> list[tuple[str, Any]]:
 def _parts(record: type) -> list[tuple[type | None, int]]:
     """Of each field the smaller record that it is, if it is one, and how many arguments it takes."""
     return [(None, 1) if kind in TYPES else (kind, len(_fields(kind))) for _, kind in _fields(record)]
+
+
+def _kinds(record: type) -> list[Any]:
+    """The types of ``flatten``'s arguments."""
+    kinds: list[Any] = []
+    for _, kind in _fields(record):
+        kinds += [kind] if kind in TYPES else _kinds(kind)
+    return kinds
 
 
 def schema(record: type) -> str:
@@ -72,19 +82,29 @@ def register(name: str, signature: str, body: Callable[..., Any], fake: Callable
 
     It is opaque to torch.compile: its body chooses the backend each time it runs, so that a compiled graph follows a
     change of backend. Autocast is off inside: the body's own arithmetic decides the precision, and an eager and a
-    compiled call would differ otherwise.
+    compiled call would differ otherwise. ``values``, if given, are those of all its floats: see changing.py.
     """
 
-    def run(*args: Any) -> Any:
+    def run(*args: Any, values: Tensor | None = None) -> Any:
+        if values is not None:
+            args = tuple(with_values(args, values))
         first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
         if torch.is_autocast_enabled(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
                 return body(*args)
+        if torch.is_grad_enabled():  # as make_fx, which traces below autograd, has it: no ``out=`` could follow
+            with torch.no_grad():
+                return body(*args)
         return body(*args)
 
+    def run_fake(*args: Any, values: Tensor | None = None) -> Any:
+        return fake(*args)
+
+    if "float" in signature and "values" not in signature:
+        signature = signature.replace(") ->", ", *, Tensor? values=None) ->")
     LIBRARY.define(name + signature, tags=TAGS)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kdkernels::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"kdkernels::{name}", run_fake, lib=LIBRARY)
     return typing.cast("Callable[..., Any]", getattr(torch.ops.kdkernels, name).default)
 
 
@@ -120,12 +140,16 @@ class Differentiable:
         first = 0 if keeps_loss else 1  # of the outputs that are kept
         signature = f"({schema(record)}, bool need_grad) -> ({outputs}"
         self._inputs = inputs
+        self._floats = [i for i, kind in enumerate(_kinds(record)) if kind in (float, list[float])]
         self._node = _node(name, register(name, f"{signature})", body, fake), keep, backward, first)
         if keeps_constants:
             needed = keeps_constants if callable(keeps_constants) else lambda args: True
             body, fake = _with_copies(body, inputs, needed), _with_copies(fake, inputs, needed)
             signature = f"{signature}, Tensor[] copies"
-        self._traced = register(f"{name}_traced", f"{signature})", body, fake)
+        signature = signature.replace(", bool need_grad)", ", bool need_grad, Tensor? values=None)")
+        self._traced = register(
+            f"{name}_traced", f"{signature})", _traced_body(body), lambda *args: fake(*_without_values(args)[0])
+        )
         _register_traced_backward(name, keep, backward, first, inputs, bool(keeps_constants))
 
     def __call__(self, record: tuple[Any, ...]) -> Tensor:
@@ -142,8 +166,24 @@ class Differentiable:
                 args.append(value)
         args.append(need_grad)
         if torch.compiler.is_compiling():
-            return _several(self._traced(*args))[0]
+            args, values = changing(args, self._floats)
+            return _several(self._traced(*args) if values is None else self._traced(*args, values))[0]
         return typing.cast(Tensor, self._node.apply(args, *inputs))
+
+
+def _without_values(args: Sequence[Any]) -> tuple[Sequence[Any], Tensor | None]:
+    """A traced op's arguments up to need_grad, and the values that may follow. PyTorch leaves out what is None."""
+    return (args, None) if isinstance(args[-1], bool) else (args[:-1], args[-1])
+
+
+def _traced_body(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body of the traced op from that of the eager one."""
+
+    def traced(*args: Any) -> Any:
+        plain, values = _without_values(args)
+        return body(*(plain if values is None else with_values(plain, values)))
+
+    return traced
 
 
 def _with_copies(body: Callable[..., Any], count: int, needed: Callable[[Sequence[Any]], bool]) -> Callable[..., Any]:
@@ -174,12 +214,12 @@ def _node(
         if isinstance(outputs, Tensor):  # ``_several``, without the price of a call
             outputs = (outputs,)
         if args[-1]:  # need_grad
-            _save(ctx, (*outputs[first:], *keep(args)))
+            save(ctx, (*outputs[first:], *keep(args)))
         return outputs[0]
 
     def gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(name)
-        found = backward(grad, *_saved(ctx))
+        found = backward(grad, *saved(ctx))
         return (None, found) if isinstance(found, Tensor) else (None, *found)
 
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -198,16 +238,20 @@ def _register_traced_backward(
     keeps_constants: bool,
 ) -> None:
     def setup_context(ctx: Any, inputs: Sequence[Any], output: Sequence[Any]) -> None:  # called by these names
+        inputs, values = _without_values(inputs)
+        # a list of tensors wants a list of gradients, a list of numbers one None
+        ctx.constants = [[None] * len(x) if is_layers(x) else None for x in inputs[count:]]
+        ctx.constants += [] if values is None else [None]
         if keeps_constants:
             *output, copies = output
             inputs = _replaced(inputs, count, copies)
-        _save(ctx, (*_several(output)[first:], *keep(inputs)))
-        # a list of tensors wants a list of gradients, a list of numbers one None
-        ctx.constants = [[None] * len(x) if _is_layers(x) else None for x in inputs[count:]]
+        values = None if values is None else kept_values(keep, inputs, values)
+        save(ctx, (*_several(output)[first:], *keep(inputs), values))
 
     def gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
         refuse_second_derivative(name)
-        found = backward(grad, *_saved(ctx))
+        *kept, values = saved(ctx)
+        found = backward(grad, *kept) if values is None else backward(grad, *kept, values=values)
         own = found if isinstance(found, tuple) else (found,)
         return (*own, *ctx.constants)
 
@@ -238,34 +282,3 @@ def may_hand_on(factor: Tensor) -> bool:
 def _several(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
     """An op's outputs, of which torch.library gives one as itself."""
     return (outputs,) if isinstance(outputs, Tensor) else outputs
-
-
-def _is_layers(x: Any) -> bool:
-    return isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Tensor)
-
-
-def _save(ctx: Any, kept: Sequence[Any]) -> None:
-    """Tensors by autograd, which watches that nobody changes them; ``ctx.kept`` has the rest, and gaps for them."""
-    tensors: list[Tensor] = []
-    gaps: list[tuple[int, int]] = []  # where a tensor belongs, or how many tensors as a list
-    rest = list(kept)
-    for place, value in enumerate(kept):
-        if isinstance(value, Tensor):
-            gaps.append((place, 0))
-            # a teacher's outputs may come from torch.inference_mode(), and autograd refuses to save those as they are
-            tensors.append(value.clone() if value.is_inference() else value)
-            rest[place] = None
-        elif isinstance(value, (list, tuple)):
-            gaps.append((place, len(value)))
-            for x in value:
-                tensors.append(x.clone() if x.is_inference() else x)
-            rest[place] = None
-    ctx.save_for_backward(*tensors)
-    ctx.kept, ctx.gaps = rest, gaps
-
-
-def _saved(ctx: Any) -> list[Any]:
-    tensors, kept = iter(ctx.saved_tensors), ctx.kept.copy()
-    for place, count in ctx.gaps:
-        kept[place] = list(islice(tensors, count)) if count else next(tensors)
-    return kept

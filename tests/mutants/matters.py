@@ -45,7 +45,9 @@ LOSSES = (
 SHARED = {  # what all ops and losses stand on
     "backend.py": ("test_backend.py",),
     "checks.py": ("test_errors.py", "test_reduction_errors.py", "test_edges.py", "test_losses.py"),
+    "changing.py": ("test_recompilation.py",),
     "library.py": ("ops/test_library.py",),
+    "saved.py": ("ops/test_library.py", "test_modules.py"),
     "native.py": ("test_backend.py", "ops/test_library.py"),
 }
 # definition.py is what tests are held against; a build takes longer than the mutants of its flags are worth

@@ -185,13 +185,19 @@ def test_a_single_pixel_is_zero() -> None:
 
 
 @pytest.mark.parametrize("local_weight", [0.0, 0.2])
-def test_dead_maps(local_weight: float) -> None:
-    student, teacher = pair((4, 3, 6, 6), 5)
+@pytest.mark.parametrize("margin", [1.35, 1.0])  # with 1, u is 0 on a dead map, of which no rounding may be left
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_dead_maps(dtype: torch.dtype, margin: float, local_weight: float) -> None:
+    student, teacher = pair((6, 3, 6, 6), 5, dtype)
     student[1] = 0
     teacher[2] = 0
     student[3] *= 1e-5  # near-dead: the gradient grows with 1 / |A| until the 1e-6 takes over
+    student[4, :, :3, 3:] = 0
+    teacher[5, :, 3:] = 0
     loss, (gradient,) = check_op(
-        lambda s, t: angular_margin(s, t, local_weight=local_weight, **ONE_LAYER), [student], constants=[teacher]
+        lambda s, t: angular_margin(s, t, local_weight=local_weight, **(ONE_LAYER | {"margin": margin})),
+        [student],
+        constants=[teacher],
     )
     assert loss.isfinite()
     assert (gradient[1] == 0).all()
@@ -202,6 +208,12 @@ def test_dead_maps(local_weight: float) -> None:
 def test_small_and_large_activations(scale: float) -> None:
     student, teacher = (x * scale for x in pair((2, 3, 6, 6), 4))
     check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [student], constants=[teacher], upstream=1e4)
+
+
+@pytest.mark.parametrize("pixels", [1, 3])
+def test_energies_whose_inverse_overflows(pixels: int) -> None:
+    student, teacher = activations(2, 1, 1, pixels) + 0.1, activations(2, 1, 1, pixels) + 0.1
+    check_op(lambda s, t: angular_margin(s, t, **ONE_LAYER), [1e-20 * student], constants=[teacher])
 
 
 def test_energies_beyond_half_precision() -> None:

@@ -239,6 +239,15 @@ def test_a_zero_row_has_cosine_zero() -> None:
     assert gradient[0].isfinite().all()
 
 
+def test_the_cosine_of_a_row_whose_square_overflows_is_right_or_nan() -> None:
+    a, b = torch.randn(3, 5, device=DEVICE), torch.randn(4, 5, device=DEVICE)
+    similarity = cosine_similarity(torch.cat([a, 1e25 * a]), b)
+    expected = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=2)
+    check_close("rows of usual length", similarity[:3], expected, 1e-6)
+    overflown = similarity[3:]
+    assert overflown.isnan().all() or (overflown - expected).abs().max() < 1e-6
+
+
 def test_cosines_of_empty_batches() -> None:
     a = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
     assert cosine_similarity(a, torch.ones(3, 4, device=DEVICE)).shape == (0, 3)

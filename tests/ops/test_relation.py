@@ -34,8 +34,9 @@ OPTIONS: dict[str, Options] = {
     "irg": IRG(1e-12, True),
     "irg roots": IRG(1e-12, False),
     "pkt": PKT(1e-7),
-    "cc": CC(True, [0.4, 0.3, 0.2]),
-    "cc products": CC(False, [0.0, 0.5, 0.0, 0.1]),
+    "cc": CC(True, 0.4, 2),
+    "cc bilinear": CC(True, gaussian=False),
+    "cc products": CC(False, 0.7, 5),
 }
 SHAPES = [((3, 4), (3, 5)), ((7, 2, 3, 4), (7, 13)), ((34, 129), (34, 1100))]
 

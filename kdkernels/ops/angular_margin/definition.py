@@ -34,7 +34,9 @@ def _maps(a: Tensor, margin: float, sharpness: float) -> Tensor:
     norm = torch.linalg.vector_norm(r, dim=(1, 2), keepdim=True)
     q = r / (norm + ENERGY_EPS)
     w = (norm - r + ENERGY_EPS) / (norm + ENERGY_EPS)  # 1 - q, which rounds to 0 where one pixel has all the energy
-    u = (margin * q.clamp(-1 + CLAMP, 1 - CLAMP).acos()).cos()
+    u = q.clamp(-1 + CLAMP, 1 - CLAMP)
+    if margin != 1:  # of a dead map the rounding of cos(acos(0)), 6e-17, would be a unit vector's 6e-5
+        u = (margin * u.acos()).cos()
     return torch.stack((-F.softplus(sharpness * (w - u), threshold=1e9), u, w))
 
 

@@ -7,6 +7,7 @@ vectors are formed before they are squared, so that nothing cancels when the stu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -37,10 +38,16 @@ def _norm(v: Tensor) -> Tensor:
     return torch.linalg.vector_norm(v, dim=(-2, -1), keepdim=True)
 
 
-def _maps(r: Tensor, norm: Tensor, theta: Tensor, margin: float, sharpness: float) -> Tensor:
-    """G, u and w, stacked. w = 1 - q without its rounding: where one pixel has all the energy it is eps / (R + eps)."""
+def _maps(r: Tensor, norm: Tensor, q: Tensor, margin: float, sharpness: float) -> Tensor:
+    """G, u and w, stacked. w = 1 - q without its rounding: where one pixel has all the energy it is eps / (R + eps).
+
+    u is cos(m (pi/2 - asin q)), as acos has no digits left where q is small: with a margin of 1 their rounding would be
+    made a unit vector.
+    """
     w = (norm - r).add_(ENERGY_EPS).div_(norm + ENERGY_EPS)
-    u = (margin * theta).cos_()
+    angle = margin * q.clamp(max=1 - CLAMP).asin_()
+    at_0 = 0.0 if margin == 1 else math.cos(margin * math.pi / 2)
+    u = at_0 * angle.cos() + math.sin(margin * math.pi / 2) * angle.sin()
     return torch.stack((-F.softplus(sharpness * (w - u)), u, w))
 
 
@@ -75,7 +82,7 @@ def _layer(
     norm = energy_norm(r)
     q = r / (norm + ENERGY_EPS)
     theta = q.clamp(-1 + CLAMP, 1 - CLAMP).acos_()
-    maps = _maps(r, norm, theta, x.margin, x.sharpness)  # (3, 2, B, H, W)
+    maps = _maps(r, norm, q, x.margin, x.sharpness)  # (3, 2, B, H, W)
     slopes = _slopes(q[0], theta[0], maps[1, 0], maps[2, 0], x.margin, x.sharpness) if need_grad else None
     loss, h = torch.zeros(len(s), dtype=dtype, device=s.device), torch.zeros_like(q[0])
     for top, left, weight in regions(height, width, x.local_weight):

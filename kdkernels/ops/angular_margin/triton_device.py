@@ -29,8 +29,8 @@ class Maps(NamedTuple):
 
 
 @triton.jit
-def acos(q):
-    """acos(q) for 0 <= q <= 1: pi/2 - asin(q), or 2 asin(sqrt((1 - q) / 2)) near 1, where 1 - q is exact."""
+def asin_acos(q):
+    """asin(q) and acos(q) for 0 <= q <= 1; near 1 by acos(q) = 2 asin(sqrt((1 - q) / 2)), where 1 - q is exact."""
     near = q > 0.5
     x = tl.where(near, tl.sqrt(tl.where(near, (1.0 - q) * 0.5, 0.0)), q)
     z = x * x
@@ -39,7 +39,7 @@ def acos(q):
     p = p * z + 7.4953002686e-2
     p = p * z + 1.6666752422e-1
     asin = p * z * x + x
-    return tl.where(near, 2.0 * asin, HALF_PI - asin)
+    return tl.where(near, HALF_PI - 2.0 * asin, asin), tl.where(near, 2.0 * asin, HALF_PI - asin)
 
 
 @triton.jit
@@ -57,7 +57,11 @@ def sincos(x):
 
 @triton.jit
 def maps(q, w, margin, sharpness):
-    _, u = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
+    # cos(m (pi/2 - asin q)): acos has no digits left where q is small, and cos(m pi/2) is 0 for m = 1
+    asin, _ = asin_acos(tl.where(q > CLAMP, CLAMP, q))
+    sin, cos = sincos(margin * asin)
+    rest, sin_at_0 = sincos(tl.abs(1.0 - margin) * HALF_PI)
+    u = tl.where(margin <= 1, rest, -rest) * cos + sin_at_0 * sin
     x = sharpness * (w - u)
     return Maps(-(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))), u, w)
 
@@ -65,7 +69,8 @@ def maps(q, w, margin, sharpness):
 @triton.jit
 def slopes(q, u, w, margin, sharpness):
     """Of the maps, by q."""
-    sin, _ = sincos(margin * acos(tl.where(q > CLAMP, CLAMP, q)))
+    _, theta = asin_acos(tl.where(q > CLAMP, CLAMP, q))
+    sin, _ = sincos(margin * theta)
     sin_theta = tl.sqrt(w * (1.0 + q))
     du = tl.where(q > CLAMP, 0.0, margin * sin / tl.where(q > CLAMP, 1.0, sin_theta))
     x = sharpness * (w - u)

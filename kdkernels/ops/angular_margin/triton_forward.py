@@ -174,7 +174,8 @@ def _store_kappa(sample, kappa, lengths_s, lengths_t, along, c, REGIONS: tl.cons
         n = start + tl.arange(0, BLOCK)
         dq = tl.load(kappa + n, mask=n < N, other=0.0)
         r = tl.load(sample.r_s + n, mask=n < N, other=0.0)
-        direction = tl.where(norm == 0, 0.0, r / tl.where(norm == 0, 1.0, norm))  # r / R; 0 on a dead map
+        dead = norm < 1e-30  # or as good as: <h, q> is nothing beside h, and r / R has no digits left
+        direction = tl.where(dead, 0.0, r / tl.where(dead, 1.0, norm))
         tl.store(kappa + n, 2.0 * (dq - total * direction) / (norm + ENERGY_EPS), mask=n < N)
 
 

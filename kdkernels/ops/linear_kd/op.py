@@ -66,11 +66,11 @@ def _scaled(
 
 
 def _backward(
-    grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, scale: Tensor, *kept: Any
+    grad: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, scale: Tensor, *kept: Any, **values: Tensor
 ) -> tuple[Tensor | None, ...]:
     if len(kept) == 3:
         return _scaled((d_hidden, d_weight, d_bias), grad * scale, kept)
-    return _scaled(row_backward_op(grad, *kept), scale, _dtypes(build(LinearKD, kept)))
+    return _scaled(row_backward_op(grad, *kept, **values), scale, _dtypes(build(LinearKD, kept)))
 
 
 _op = Differentiable(

@@ -10,6 +10,7 @@ CC  (arXiv 1904.01802, eq. 10)    mean (k(cos_s) - k(cos_t))^2,   k(c) = exp(-2 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -92,5 +93,7 @@ def _kernel(x: Tensor, options: CC) -> Tensor:
     if options.normalize:
         x = F.normalize(x, dim=1, eps=CC_EPS).masked_fill(_zero_rows(x), 0)
     c = x @ x.t()
-    powers = [coefficient * c**p for p, coefficient in enumerate(options.coefficients)]
-    return torch.stack(powers).sum(0)
+    if not options.gaussian:
+        return c
+    powers = [(2 * options.gamma * c) ** p / math.factorial(p) for p in range(options.order + 1)]
+    return math.exp(-2 * options.gamma) * torch.stack(powers).sum(0)

@@ -12,6 +12,7 @@ numbers: rows that are nearly equal keep their digits, equal rows are 0 apart. T
 
 from __future__ import annotations
 
+import math
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -49,7 +50,17 @@ class CC(NamedTuple):
     """sum over p of coefficients[p] C^p of the cosines C (products with normalize=False), by squares."""
 
     normalize: bool
-    coefficients: list[float]
+    gamma: float = 0.4
+    order: int = 2
+    gaussian: bool = True  # or bilinear
+
+    @property
+    def coefficients(self) -> list[float]:
+        """Of the Gaussian kernel's Taylor series. Read inside the op, where gamma is a plain number."""
+        if not self.gaussian:
+            return [0.0, 1.0]
+        first = math.exp(-2 * self.gamma)
+        return [first * (2 * self.gamma) ** p / math.factorial(p) for p in range(self.order + 1)]
 
 
 Options = RKD | IRG | PKT | CC
@@ -69,14 +80,14 @@ class Relations(NamedTuple):
 
 def pack(options: Options) -> tuple[str, list[float]]:
     """Options as an op's arguments: a name and numbers."""
-    numbers = [x for field in options for x in (field if isinstance(field, list) else [float(field)])]
-    return type(options).__name__.lower(), numbers
+    return type(options).__name__.lower(), [float(field) for field in options]
 
 
 def unpack(name: str, numbers: list[float]) -> Any:
     """The options, of the class that the name says."""
     if name == "cc":
-        return CC(bool(numbers[0]), list(numbers[1:]))
+        normalize, gamma, order, gaussian = numbers
+        return CC(bool(normalize), gamma, int(order), bool(gaussian))
     *floats, last = numbers
     return NAMES[name](*floats, last if name == "pkt" else bool(last))
 
