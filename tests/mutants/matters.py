@@ -45,7 +45,7 @@ LOSSES = (
 SHARED = {  # what all ops and losses stand on
     "backend.py": ("test_backend.py",),
     "checks.py": ("test_errors.py", "test_reduction_errors.py", "test_edges.py", "test_losses.py"),
-    "changing.py": ("test_recompilation.py",),
+    "changing.py": ("ops/test_changing.py",),
     "library.py": ("ops/test_library.py",),
     "saved.py": ("ops/test_library.py", "test_modules.py"),
     "native.py": ("test_backend.py", "ops/test_library.py"),
