@@ -43,20 +43,25 @@ def test_only_a_number_that_changes_becomes_a_tensor(values: tuple[float, ...]) 
     assert stacks.made == [0, 1]
 
 
-def test_a_number_that_becomes_zero_is_seen() -> None:
-    """Decoupled terms save more per row than others, so that what is 0 decides a shape."""
+def test_a_placeholder_is_zero_where_the_number_is() -> None:
+    """What an op saves for its backward pass may depend on which of its terms have a weight."""
     torch._dynamo.reset()
     s, t = pair(8, 5)
-    labels = torch.arange(8, device=DEVICE) % 5
+    placeholders: list[list[float]] = []
 
-    def loss(s: Tensor, t: Tensor, weight: float) -> Tensor:
-        return kdkernels.stkd_loss(s, t, labels, decouple=(weight, weight), temperature=1.0, kd_weight=1.0)
+    def look(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        (op,) = (node for node in graph.graph.nodes if "softmax_pearson" in str(node.target))
+        placeholders.append([x for x in op.args if isinstance(x, float)])
+        return graph.forward
 
-    run = torch.compile(loss, backend="aot_eager", fullgraph=True)
-    for weight in (0.5, 0.25, 0.0, 0.75):
-        actual, expected = run(s, t, weight), loss(s, t, weight)
+    run = torch.compile(kdkernels.dist_loss, backend=look, fullgraph=True)
+    for beta in (0.5, 0.25, 0.0, 0.75):
+        actual, expected = (f(s, t, temperature=2.0, beta=beta, gamma=0.0) for f in (run, kdkernels.dist_loss))
         check_close("loss", actual, expected, 1e-6)
-        check_close("gradient", gradients(actual, [s])[0], gradients(expected, [s])[0], 1e-6)
+        if beta:
+            check_close("gradient", gradients(actual, [s])[0], gradients(expected, [s])[0], 1e-6)
+    # temperature, beta, gamma, eps
+    assert placeholders == [[2.0, 0.5, 0.0, 1e-8], [1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0]]
 
 
 def test_numbers_go_where_they_belong() -> None:
@@ -67,3 +72,4 @@ def test_numbers_go_where_they_belong() -> None:
     assert kept is not None
     assert kept.tolist() == [0.4, 0.2, 0.3]
     assert kept_values(itemgetter(0, 3), args, values) is None
+    assert with_values([[1.0], 2], values[:1]) == [[0.1], 2]
