@@ -28,9 +28,9 @@ def mixed(s: Tensor, t: Tensor) -> Tensor:
     return stkd_loss(s, t, a, (a + 1) % 3, 0.4, decouple=(1.0, 8.0), label_smoothing=0.1)
 
 
-def corsd(s: Tensor, t: Tensor) -> Tensor:
+def corsd(s: Tensor, t: Tensor, **options: Any) -> Tensor:
     logits, relations = torch.stack([s, s * s]), torch.stack([s[:, 0], s[:, 1]]).sigmoid()
-    return kdkernels.corsd_loss(relations, 1 - relations, logits, logits + t, labels(s), labels(s) + 1)
+    return kdkernels.corsd_loss(relations, 1 - relations, logits, logits + t, labels(s), labels(s) + 1, **options)
 
 
 def linear(s: Tensor, t: Tensor, **options: Any) -> Tensor:

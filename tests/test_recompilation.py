@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.backends.registry
 from checking import DEVICE, check_close, gradients
-from every_loss import CLASSES, LOSSES, Loss, labels, linear, maps
+from every_loss import CLASSES, LOSSES, Loss, corsd, labels, linear, maps
 from torch import Tensor
 
 import kdkernels
@@ -68,12 +68,18 @@ SCHEDULED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "mlkd": lambda s, t, w: kdkernels.mlkd_loss(
         s, t, labels(s), views=1, correlation_weight=w, supervised_weight=w, alignment_weight=w, temperature=w
     ),
-    "rkd": lambda s, t, w: kdkernels.rkd_loss(s, t, distance_weight=w, angle_weight=2 * w),
+    "corsd": lambda s, t, w: corsd(s, t, temperature=w, margin=w, triplet_weight=w, relation_weight=w),
+    "corsd terms": lambda s, t, w: corsd(
+        s, t, ce_pos_weight=w, kl_pos_weight=1 - w, ce_neg_weight=w * w, kl_neg_weight=w
+    ),
+    "rkd": lambda s, t, w: kdkernels.rkd_loss(s, t, distance_weight=w, angle_weight=2 * w, eps=1e-6 * w),
+    "irg": lambda s, t, w: kdkernels.irg_loss(s, t, eps=w),
     "pkt": lambda s, t, w: kdkernels.pkt_loss(s, t, eps=w),
     "cc": lambda s, t, w: kdkernels.cc_loss(s, t, gamma=w),
     "at": lambda s, t, w: kdkernels.at_loss(maps(s), maps(t), p=2 + w, layer_weights=[w]),
     "ft": lambda s, t, w: kdkernels.ft_loss(maps(s), maps(t), layer_weights=[w]),
     "nst": lambda s, t, w: kdkernels.nst_loss(maps(s), maps(t), layer_weights=[w]),
+    "fsp": lambda s, t, w: kdkernels.fsp_loss([maps(s)] * 3, [maps(t)] * 3, layer_weights=[w, 1 - w]),
     "ickd": lambda s, t, w: kdkernels.ickd_loss(maps(s), maps(t), layer_weights=[w]),
     "nkd": lambda s, t, w: kdkernels.nkd_loss(s, t, labels(s), temperature=2 * w, gamma=w),
     "dist": lambda s, t, w: kdkernels.dist_loss(s, t, temperature=2 * w, beta=w, gamma=1 - w),
@@ -86,7 +92,7 @@ SCHEDULED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
 }
 
 
-# where a number that a loss compares is computed from w
+# where a number that a loss compares is computed from w, which torch 2.11 makes a constant
 COMPUTED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "kd computed": lambda s, t, w: kdkernels.kd_loss(s, t, temperature=5 * w),
     "dkd computed": lambda s, t, w: stkd_loss(s, t, labels(s), decouple=(w, 8 * w), kd_weight=w),
