@@ -28,37 +28,37 @@ def _mixture(d, teacher_share, student_share):
 
 
 @triton.jit
-def _mixture_slope(x, log_q, ratio, DIVERGENCE: tl.constexpr):
-    if DIVERGENCE == "jsd":
+def _mixture_slope(x, log_q, ratio, HAS: tl.constexpr):
+    if HAS.divergence == "jsd":
         return x.student_share * log_q
-    elif DIVERGENCE == "skew":
+    elif HAS.divergence == "skew":
         return x.student_share * x.student_share * ratio
     else:
         return log_q - x.teacher_share * x.student_share * ratio
 
 
 @triton.jit
-def divergence(x, p, q, d, DIVERGENCE: tl.constexpr):
+def divergence(x, p, q, d, HAS: tl.constexpr):
     """[R, K] whose sums are the divergence and the mean of its slopes."""
-    if DIVERGENCE == "reverse":
+    if HAS.divergence == "reverse":
         return kl_term(-d, p, q), weighted(q, -d)
     log_p, log_q, ratio = _mixture(d, x.teacher_share, x.student_share)
     m = x.teacher_share * p + x.student_share * q
-    if DIVERGENCE == "jsd":
+    if HAS.divergence == "jsd":
         value = x.teacher_share * kl_term(log_p, m, p) + x.student_share * kl_term(log_q, m, q)
-    elif DIVERGENCE == "skew":
+    elif HAS.divergence == "skew":
         value = kl_term(log_p, m, p)
     else:
         value = kl_term(log_q, m, q)
-    return value, weighted(q, _mixture_slope(x, log_q, ratio, DIVERGENCE))
+    return value, weighted(q, _mixture_slope(x, log_q, ratio, HAS))
 
 
 @triton.jit
-def _slope(x, d, DIVERGENCE: tl.constexpr):
-    if DIVERGENCE == "reverse":
+def _slope(x, d, HAS: tl.constexpr):
+    if HAS.divergence == "reverse":
         return -d
     _, log_q, ratio = _mixture(d, x.teacher_share, x.student_share)
-    return _mixture_slope(x, log_q, ratio, DIVERGENCE)
+    return _mixture_slope(x, log_q, ratio, HAS)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def soft_gradient(x, y, s, t, of_s, of_t, saved, cols, target, HAS: tl.constexpr
         if HAS.decoupled:
             result += x.inverse_t * (_decoupled(x, y, s, t, of_s, of_t, saved, cols, target, HAS) + shown)
     elif HAS.kl:
-        h = _slope(x, d, HAS.divergence)
+        h = _slope(x, d, HAS)
         by_slope = weighted(tl.exp(over_s), h - saved.slope[:, None])
         result += (x.terms.kl * x.inverse_t) * (by_slope + shown)
     return result

@@ -99,7 +99,7 @@ def class_terms(x, s, t, of_s, of_t, saved, rows, cols, C, non_target, HAS: tl.c
         if HAS.divergence == "forward":
             value, mean = kl_term(d, q_s, q_t), weighted(q_t, d)
         else:
-            part, slope = divergence(x, q_t, q_s, d, HAS.divergence)
+            part, slope = divergence(x, q_t, q_s, d, HAS)
             result += x.terms.kl * part
     if HAS.decoupled:
         q_s = tl.exp(non_target_log_q(x, s, of_s, non_target, HAS))
