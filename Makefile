@@ -45,7 +45,7 @@ EVERYWHERE := tests/ops $(wildcard tests/test_*loss*.py) $(addprefix tests/test_
 environments: .venv/installed
 	PYTHONPATH=tests $(PARALLEL) -p no_triton $(EVERYWHERE)
 	KDKERNELS_JIT=0 $(PARALLEL) $(EVERYWHERE)
-	$(if $(ELSEWHERE),PYTHONPATH=. $(ELSEWHERE) -m pytest $(EVERYWHERE))
+	$(if $(ELSEWHERE),PYTHONPATH=. $(ELSEWHERE) -m pytest $(EVERYWHERE) tests/test_recompilation.py)
 
 # 10,000 steps of every loss, and the memory of one large one
 resources: .venv/installed

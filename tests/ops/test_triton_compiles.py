@@ -262,5 +262,6 @@ def test_attention(absolute: bool, compiled: list[Any], tmp_path: Path) -> None:
 def test_no_field_of_a_constant_record_is_an_argument(path: Path) -> None:
     """Triton 3.6 does not keep it constant, and refuses a string; Triton 3.7 does. Records are passed whole."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-    fields = {ast.unparse(x) for call in calls for x in call.args if isinstance(x, ast.Attribute)}
+    arguments = [x for call in calls for x in (*call.args, *(keyword.value for keyword in call.keywords))]
+    fields = {ast.unparse(x) for x in arguments if isinstance(x, ast.Attribute)}
     assert not [x for x in fields if x.split(".")[0].isupper()]
