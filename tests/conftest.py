@@ -1,29 +1,34 @@
 from __future__ import annotations
 
+import gc
+import importlib
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-
-import kdkernels
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests share checking.py
 sys.path.insert(0, str(Path(__file__).parents[1]))  # and the published formulas of benchmarks/
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-import isolation
-from checking import backends_under_test
-from cuda_on_cpu import build
-from cuda_on_cpu import library as cuda_on_cpu
+import isolation  # noqa: F401  (before anything that builds or compiles)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Whoever hands tests out to workers runs none, and need not wait for torch."""
+    if not getattr(config.option, "numprocesses", None) or hasattr(config, "workerinput"):
+        config.pluginmanager.register(importlib.import_module("fixtures"), "of all tests")
 
 
 def pytest_sessionstart() -> None:
-    if mode := cuda_on_cpu.requested():
+    if os.environ.get("KDKERNELS_TEST_CUDA"):
+        from cuda_on_cpu import build, library
+
+        mode = library.requested()
         if reason := build.why_not():
             pytest.exit(f"the CUDA kernels cannot run here: {reason}", returncode=0)
-        cuda_on_cpu.install(mode)
+        library.install(mode)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,27 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-@pytest.fixture(params=backends_under_test())
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every op test runs on each backend of this machine, asked for by name."""
-    with kdkernels.use_backend(request.param):
-        yield request.param
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _writes_nowhere_else() -> Iterator[None]:
-    isolation.found.clear()
-    yield
-    assert not isolation.found
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Without groups each worker would make anew what a group shares: pytest 9.2 ignores pytest-xdist 3.8's."""
+    gc.freeze()  # all that is imported and collected by now stays: there is no use in looking for garbage there
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
         pytest.exit("this pytest and this pytest-xdist know no groups: see constraints.txt", returncode=1)

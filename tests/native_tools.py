@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,19 +33,15 @@ def compiler() -> str:
         pytest.skip(str(error))
 
 
-def start(cache: Path, code: str = PROBE, **environment: str) -> Fork | subprocess.Popen[str]:
+def start(cache: Path, code: str = PROBE, **environment: str) -> Fork:
     env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_")}
     if "PATH" in environment:  # it says what compilers there are
         env.pop("CXX", None)
     env |= {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    if "PYTHONPATH" not in environment:
-        return Fork(code, env)
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
-    )
+    return Fork(code, env)
 
 
-def outcome(process: Fork | subprocess.Popen[str]) -> tuple[str, str]:
+def outcome(process: Fork) -> tuple[str, str]:
     """The reason why there are no native kernels ("None" with them), and all that was printed."""
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output

@@ -124,6 +124,8 @@ print(json.dumps(found))
     return {label: Most(*values) for label, values in json.loads(done.stdout).items()}
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("counted")
 @pytest.mark.parametrize("label", MOST)
 def test_counts_do_not_grow(counts: dict[str, Most], label: str) -> None:
     found, most = counts[label], MOST[label]

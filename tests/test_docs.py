@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Fork
 from torch.autograd import forward_ad
 
 import kdkernels.compat.kd_zoo
@@ -123,9 +123,12 @@ def test_the_diffs_of_adding_apply_and_work(tmp_path: Path) -> None:
     assert len(diffs) == 3
     for diff in diffs:
         subprocess.run([git, "apply", "--unidiff-zero", "-C1", "-"], input=diff, cwd=tmp_path, text=True, check=True)
-    environment = {**os.environ, "KDKERNELS_JIT": "0"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    code = f"import os, sys, pytest; os.chdir({str(tmp_path)!r}); sys.path.insert(0, '')\n"
+    code += "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', 'tests']))"
+    process = Fork(code, {**os.environ, "KDKERNELS_JIT": "0", "PYTHONPATH": str(tmp_path)})
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "passed" in output
 
 
 def test_modules_in_configurations_exist() -> None:

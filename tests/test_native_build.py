@@ -156,16 +156,21 @@ def test_fingerprint_follows_sources_flags_and_torch(tmp_path: Path, monkeypatch
     assert len(seen) == 5
 
 
-def run_op_tests(folder: Path, path: list[str], **environment: str) -> None:
-    """Every op's numbers on the native backend in a process of its own, with kdkernels from ``path``."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("KDKERNELS_")}
-    env |= {"PYTHONPATH": os.pathsep.join(path), "XDG_CACHE_HOME": str(folder)} | environment
-    tests = [str(ROOT / "tests" / "ops"), str(ROOT / "tests" / "test_golden.py")]
+def run_op_tests(cache: Path, package: Path, **environment: str) -> None:
+    """Every op's numbers on the native backend in a process of its own, with kdkernels from ``package``."""
     chosen = "native and (meets or layers or each_term or golden or huge)"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, "-k", chosen]
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "passed" in done.stdout
+    files = [str(ROOT / "tests" / name) for name in ("ops", "test_golden.py")]
+    code = f"""
+import sys, torch, pytest
+torch.set_num_threads(2)
+import kdkernels
+assert kdkernels.__file__.startswith({str(package)!r})
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", {chosen!r}, *{files}]))
+"""
+    process = start(cache, code, PYTHONPATH=str(package), **environment)
+    output, _ = process.communicate(timeout=500)
+    assert process.returncode == 0, output[-4000:]
+    assert "passed" in output
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +230,7 @@ def test_the_library_of_the_wheel_is_taken(installed: Path, tmp_path: Path) -> N
 def test_every_instruction_set_of_the_wheel_gives_the_same_numbers(isa: str, installed: Path, tmp_path: Path) -> None:
     if native_build.all_isas().index(isa) > native_build.all_isas().index(native_build.host_isa()):
         pytest.skip(f"this machine has no {isa}")
-    run_op_tests(tmp_path, [str(installed)], KDKERNELS_JIT="0", KDKERNELS_ISA=isa)
+    run_op_tests(tmp_path, installed, KDKERNELS_JIT="0", KDKERNELS_ISA=isa)
 
 
 def test_without_torch_the_wheel_is_pure_python_and_has_the_sources(tmp_path: Path) -> None:

@@ -25,13 +25,11 @@ ROOT = Path(__file__).parents[1]
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built in an empty environment, with nothing on PATH but that environment."""
     folder = tmp_path_factory.mktemp("wheel")
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
+    venv.create(folder / "venv")
     source = copy_of_the_checkout(folder / "source")
-    environment = os.environ | {"PATH": str(python.parent)}
-    subprocess.run(
-        [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)], check=True, env=environment
-    )
+    environment = os.environ | {"PATH": str(folder / "venv" / "bin")}
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "venv"), "wheel"]
+    subprocess.run([*pip, "-q", "--no-deps", "-w", str(folder), str(source)], check=True, env=environment)
     (built,) = folder.glob("*.whl")
     assert built.name.endswith("-py3-none-any.whl"), "something was compiled"
     return built

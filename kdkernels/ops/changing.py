@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 class _Place(float):
@@ -25,6 +24,8 @@ def changing(args: list[Any], floats: Sequence[int]) -> tuple[list[Any], Tensor 
     ``floats`` says which arguments are numbers or lists of them: by type an int that stands for one would be missed.
     A placeholder is 0 where the number is, for the op's outputs without values may depend on that.
     """
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # imports sympy, as torch.compile has by now
+
     filled, numbers, changes = list(args), [], False
     for i in floats:
         several = isinstance(args[i], (list, tuple))

@@ -16,8 +16,16 @@ from kdkernels.training import fit
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
+@pytest.fixture(scope="module")
+def students(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One pair of processes for all trainers: what they import takes longer than what they do."""
+    folder = tmp_path_factory.mktemp("students")
+    start_ranks(two_processes.work, (str(folder),))
+    return folder
+
+
 @pytest.mark.parametrize("name", ["hf", "lightning"])
-def test_rows_are_compared_over_both_processes(name: str, tmp_path: Path) -> None:
+def test_rows_are_compared_over_both_processes(name: str, students: Path) -> None:
     expected = two_processes.make()
     fit(
         expected,
@@ -26,18 +34,16 @@ def test_rows_are_compared_over_both_processes(name: str, tmp_path: Path) -> Non
         lr=two_processes.LR,
         progress=False,
     )
-    start_ranks(two_processes.work, (name, str(tmp_path)))
-    check(name, tmp_path, expected.student.state_dict(), 1e-5)
+    check(name, students, expected.student.state_dict(), 1e-5)
 
 
-def test_a_step_of_both_processes_is_divided_by_the_tokens_of_both(tmp_path: Path) -> None:
+def test_a_step_of_both_processes_is_divided_by_the_tokens_of_both(students: Path) -> None:
     student = gpt2()
     by_whole_logits(student, ce_weight=0.5)
-    start_ranks(two_processes.work, ("language", str(tmp_path)))
     expected = student.state_dict()
     for name in [name for name in expected if name.endswith("c_attn.bias")]:
         del expected[name]  # a third are keys', which change nothing: Adam makes steps of their gradients' rounding
-    check("language", tmp_path, expected, 1e-3)
+    check("language", students, expected, 1e-3)
 
 
 def check(name: str, folder: Path, expected: dict[str, torch.Tensor], tolerance: float) -> None:

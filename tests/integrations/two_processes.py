@@ -102,11 +102,12 @@ def with_language_models(folder: str) -> Any:
 RUNS = {"hf": with_transformers, "lightning": lambda folder: with_lightning(), "language": with_language_models}
 
 
-def work(rank: int, name: str, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     be_rank(rank, 2, folder)
-    distillation = RUNS[name](folder)
-    assert dist.get_world_size() == 2
-    torch.save(distillation.student.state_dict(), Path(folder) / f"{name}-{rank}.pt")
+    for name, run in RUNS.items():
+        distillation = run(folder)
+        assert dist.get_world_size() == 2
+        torch.save(distillation.student.state_dict(), Path(folder) / f"{name}-{rank}.pt")
     dist.barrier()  # no rank leaves while another still needs it
     sys.stdout.flush()
     os._exit(0)  # tearing gloo's threads down aborts a process that has done its work now and then
