@@ -24,7 +24,7 @@ test: .venv/installed
 	$(PARALLEL)
 	TRITON_INTERPRET=1 $(PARALLEL) $(OPS) tests/ops/test_triton.py -k "not torch.float16"
 	KDKERNELS_TEST_CUDA=plain $(PARALLEL) $(OPS) tests/test_losses.py
-	KDKERNELS_TEST_CUDA=checked $(PARALLEL) $(OPS) -k "not compiled and not many_columns"
+	KDKERNELS_TEST_CUDA=checked $(PARALLEL) $(OPS) -k "not compiled and not opcheck and not many_columns"
 
 test-fast: .venv/installed
 	$(PARALLEL) tests/ops $(addprefix tests/test_,golden.py losses.py errors.py edges.py map_losses.py) \

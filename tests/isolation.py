@@ -71,6 +71,9 @@ def _watch() -> None:
     sys.addaudithook(hear)
 
 
+# or each process would rewrite the assertions of all tests anew
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if "TESTS_RUN" not in os.environ:  # workers, and what tests start, have the environment of the first process
     RUN = Path(tempfile.mkdtemp(prefix="kdkernels-"))
     atexit.register(shutil.rmtree, RUN, ignore_errors=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
+from typing import Any
 
 import accelerate_loop
 import digits
@@ -71,13 +73,24 @@ def test_timm_mixup() -> None:
     assert all(p.grad is None for p in distillation.teacher.parameters())
 
 
+@pytest.fixture(scope="module")
+def networks_and_data() -> tuple[Any, ...]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "TEACHER_EPOCHS", 2)
+        return digits.networks_and_data()
+
+
 @pytest.mark.parametrize("name", ["plain_loop", "accelerate_loop", "huggingface", "lightning_module"])
 def test_examples_run(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    name: str,
+    networks_and_data: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(digits, "TEACHER_EPOCHS", 2)
-    monkeypatch.setattr(digits, "STUDENT_EPOCHS", 4)
+    monkeypatch.setattr(digits, "networks_and_data", lambda: copy.deepcopy(networks_and_data))
+    monkeypatch.setattr(digits, "STUDENT_EPOCHS", 2)
     importlib.import_module(name).main()
     words = capsys.readouterr().out.replace("│", " ").split()
     accuracy = float(words[words.index("val_accuracy") + 1] if "val_accuracy" in words else words[-2])
