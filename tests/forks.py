@@ -1,4 +1,5 @@
-"""Processes that have imported torch already, which takes two seconds: forked from a server that did it once.
+"""Processes that have imported torch and what optimizers import of it already, which takes three seconds: forked from
+a server that did it once.
 
 kdkernels is not in the server, so such a process finds, builds and loads the native library as a new one does.
 """
@@ -18,7 +19,7 @@ import torch.multiprocessing as mp
 
 def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo", "accelerate"])
     return context
 
 

@@ -65,9 +65,7 @@ def test_half_precision_at_scale(dtype: torch.dtype, autocast: bool) -> None:
         check_op(kd_loss, big[:1], constants=big[1:], upstream=65536.0)
         maps = [randn(8, 64, 16, 16, dtype=dtype).relu() for _ in range(2)]
         check_op(amd_loss, maps[:1], constants=maps[1:], upstream=1e6)
-        features = [
-            randn(size // 64, 2048, 7, 7, dtype=dtype).relu() * 2 for _ in range(2)
-        ]
+        features = [randn(size // 64, 2048, 7, 7, dtype=dtype).relu() * 2 for _ in range(2)]
         check_op(sp_loss, features[:1], constants=features[1:], upstream=1e6)
 
 
