@@ -6,6 +6,7 @@ To be imported before anything that builds or compiles.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.metadata
 import os
 import shutil
@@ -50,9 +51,10 @@ def _with_our_compiler(toolkit: Path) -> Path:
     ours = KEPT / "cuda"
     (ours / "bin").mkdir(parents=True, exist_ok=True)
     for link, target in {"bin/nvcc": COMPILER, "include": toolkit / "include", "lib64": toolkit / "lib64"}.items():
-        if not (ours / link).exists() or (ours / link).resolve() != target.resolve():
+        if (ours / link).resolve() != target.resolve():
             (ours / link).unlink(missing_ok=True)
-            (ours / link).symlink_to(target)
+            with contextlib.suppress(FileExistsError):  # another run was faster
+                (ours / link).symlink_to(target)
     return ours
 
 
