@@ -16,7 +16,7 @@ demo: .venv/installed
 
 # the Triton kernels run through Triton's interpreter, which has to be chosen before they are imported; the CUDA kernels
 # on a CPU (tests/cuda_on_cpu), in place of the native ones, once as they are and once with every access checked.
-# Interpreted, one of the two half precisions will do
+# Interpreted, one of the two half precisions will do; opcheck and torch.compile see no difference between the last two
 OPS := $(addprefix tests/ops/test_,softmax_kl.py divergences.py gram.py energy.py angular_margin.py correlation.py \
   guards.py) tests/test_golden.py
 

@@ -29,6 +29,13 @@ class Tolerance(NamedTuple):
 TOLERANCES = {torch.float64: Tolerance(1e-11, 1e-11)} | dict.fromkeys((torch.float32, *HALF), Tolerance(1e-5, 1e-5))
 
 
+def opcheck(op: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+    """torch.library.opcheck. Of kernels that a simulator runs it asks what depends on the backend."""
+    simulated = INTERPRETED or os.environ.get("KDKERNELS_TEST_CUDA")
+    what = {"test_utils": ("test_schema", "test_faketensor")} if simulated else {}
+    torch.library.opcheck(op, args, **what)
+
+
 def backends_under_test() -> list[str]:
     """The backends that run on this machine's device. The interpreter is slow and runs in a process of its own."""
     if INTERPRETED:

@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, INTERPRETED, by_definition, check_compiled, check_contract, check_op, gradients
+from checking import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    by_definition,
+    check_compiled,
+    check_contract,
+    check_op,
+    gradients,
+    opcheck,
+)
 from torch import Tensor
 
 from kdkernels.ops.angular_margin import ActivationPairs
@@ -157,9 +167,9 @@ def test_opcheck() -> None:
     reductions = (("mean", "sum"), ("none", "mean"), ("sum", "none"), ("none", "none"))
     for reduction, layer_reduction in reductions[-1:] if INTERPRETED else reductions:
         options = ([teacher, teacher], [1.0, 2.0], True, reduction, layer_reduction, 1.35, 64.0, 0.2)
-        torch.library.opcheck(torch.ops.kdkernels.angular_margin.default, ([student, teacher], *options, True))
+        opcheck(torch.ops.kdkernels.angular_margin.default, ([student, teacher], *options, True))
         leaf = student.clone().requires_grad_()
-        torch.library.opcheck(torch.ops.kdkernels.angular_margin_traced.default, ([leaf, student], *options, True))
+        opcheck(torch.ops.kdkernels.angular_margin_traced.default, ([leaf, student], *options, True))
 
 
 def test_empty_batch_is_zero() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_close, check_compiled, check_contract, check_op, gradients
+from checking import DEVICE, DTYPES, check_close, check_compiled, check_contract, check_op, gradients, opcheck
 from torch import Tensor
 
 from kdkernels import BackendError, use_backend
@@ -120,9 +120,9 @@ def test_opcheck() -> None:
     ops, leaf = torch.ops.kdkernels, x.clone().requires_grad_()
     for kind, reductions in zip(KINDS, (("mean", "sum"), ("none", "none"), ("sum", "none")), strict=True):
         layers = [x, y] if kind == "fsp" else [x]
-        torch.library.opcheck(ops.channel_distance.default, (layers, layers, [1.0], kind, *reductions, True))
+        opcheck(ops.channel_distance.default, (layers, layers, [1.0], kind, *reductions, True))
         leaves = [leaf, y] if kind == "fsp" else [leaf]
-        torch.library.opcheck(ops.channel_distance_traced.default, (leaves, layers, [1.0], kind, *reductions, True))
+        opcheck(ops.channel_distance_traced.default, (leaves, layers, [1.0], kind, *reductions, True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, by_definition, check_close, check_compiled, check_contract, check_op
+from checking import DEVICE, DTYPES, by_definition, check_close, check_compiled, check_contract, check_op, opcheck
 from torch import Tensor
 
 from kdkernels.ops.correlation import CorrelationOptions, ViewRows
@@ -106,7 +106,5 @@ def test_compiled() -> None:
 def test_opcheck() -> None:
     for views, reduction in ((3, "mean"), (2, "none"), (1, "sum")):
         options = (rows(6, 5), views, 0.5, reduction)
-        torch.library.opcheck(
-            torch.ops.kdkernels.correlation_traced.default, (rows(6, 4).requires_grad_(), *options, True)
-        )
-        torch.library.opcheck(torch.ops.kdkernels.correlation.default, (rows(6, 4), *options, False))
+        opcheck(torch.ops.kdkernels.correlation_traced.default, (rows(6, 4).requires_grad_(), *options, True))
+        opcheck(torch.ops.kdkernels.correlation.default, (rows(6, 4), *options, False))

@@ -17,6 +17,7 @@ from checking import (
     check_contract,
     check_op,
     gradients,
+    opcheck,
     refused,
 )
 from torch import Tensor
@@ -246,4 +247,4 @@ def test_contract_compiled_and_opcheck() -> None:
     check_compiled(call, student)
     for name in ("forward", "jsd"):
         x = Rows(student, teacher, Labels(target), Terms(ce=0.1, kl=0.2), 4.0, "mean", name, 0.3, True)
-        torch.library.opcheck(torch.ops.kdkernels.softmax_kl.default, (*flatten(x), True))
+        opcheck(torch.ops.kdkernels.softmax_kl.default, (*flatten(x), True))

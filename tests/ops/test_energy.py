@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients
+from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, gradients, opcheck
 from torch import Tensor
 
 from kdkernels.ops.energy import Activation, AttentionPairs
@@ -181,11 +181,11 @@ def test_opcheck() -> None:
     ops = torch.ops.kdkernels
     for reduction, layer_reduction in (("mean", "sum"), ("none", "none")):
         options = ([teacher, teacher], [1.0, 2.0], reduction, layer_reduction, 2.0, False)
-        torch.library.opcheck(ops.attention.default, ([student, student], *options, True))
-        torch.library.opcheck(ops.attention_traced.default, ([leaf, student], *options, True))
-    torch.library.opcheck(ops.energy.default, (student, 2.0, True, True))
-    torch.library.opcheck(ops.energy_traced.default, (leaf, 2.0, True, True))
-    torch.library.opcheck(ops.energy_traced.default, (leaf, 3.0, False, True))
+        opcheck(ops.attention.default, ([student, student], *options, True))
+        opcheck(ops.attention_traced.default, ([leaf, student], *options, True))
+    opcheck(ops.energy.default, (student, 2.0, True, True))
+    opcheck(ops.energy_traced.default, (leaf, 2.0, True, True))
+    opcheck(ops.energy_traced.default, (leaf, 3.0, False, True))
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (2, 0, 4, 4)], ids=str)

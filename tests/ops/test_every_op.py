@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checking import DEVICE
+from checking import DEVICE, opcheck
 from every_loss import CLASSES, LOSSES, maps
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,4 +73,4 @@ def test_every_op_is_called() -> None:
 def test_opcheck(name: str) -> None:
     first, *rest = calls()[name.removesuffix("_traced")]
     op = getattr(torch.ops.kdkernels, name).default
-    torch.library.opcheck(op, (leaves(first, name.endswith("_traced")), *(leaves(x, False) for x in rest)))
+    opcheck(op, (leaves(first, name.endswith("_traced")), *(leaves(x, False) for x in rest)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_close, check_compiled, check_contract, check_op, gradients
+from checking import DEVICE, DTYPES, check_close, check_compiled, check_contract, check_op, gradients, opcheck
 from torch import Tensor
 
 import kdkernels
@@ -104,8 +104,8 @@ def test_opcheck() -> None:
         "multi_level": (t, [1.0, 2.0], [1.0, 0.5], 1.0, 1.0, 1.0, 0.5),
     }
     for name, options in arguments.items():
-        torch.library.opcheck(getattr(ops, f"{name}_traced").default, (s.requires_grad_(), *options, True))
-        torch.library.opcheck(getattr(ops, name).default, (s.detach(), *options, False))
+        opcheck(getattr(ops, f"{name}_traced").default, (s.requires_grad_(), *options, True))
+        opcheck(getattr(ops, name).default, (s.detach(), *options, False))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op
+from checking import DEVICE, DTYPES, check_compiled, check_contract, check_op, opcheck
 from torch import Tensor
 
 import kdkernels
@@ -83,7 +83,7 @@ def test_neighbour_correlation_compiled_and_its_errors() -> None:
         t = rows(6, 9)
     check_compiled(lambda s: neighbour_correlation_loss(s, t), rows(6, 9))
     s, t = rows(4, 5), rows(4, 5)
-    torch.library.opcheck(torch.ops.kdkernels.neighbour_correlation_traced.default, (s.requires_grad_(), t, True))
-    torch.library.opcheck(torch.ops.kdkernels.neighbour_correlation.default, (s.detach(), t, False))
+    opcheck(torch.ops.kdkernels.neighbour_correlation_traced.default, (s.requires_grad_(), t, True))
+    opcheck(torch.ops.kdkernels.neighbour_correlation.default, (s.detach(), t, False))
     with pytest.raises(ValueError, match="same width"):
         neighbour_correlation_loss(s, t[:, :3])

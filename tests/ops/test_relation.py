@@ -16,6 +16,7 @@ from checking import (
     check_contract,
     check_op,
     gradients,
+    opcheck,
 )
 from torch import Tensor
 
@@ -202,10 +203,10 @@ def test_contract_and_compiled(name: str) -> None:
 def test_opcheck(name: str) -> None:
     student, teacher = features(4, 6).requires_grad_(), features(4, 5)
     ops, numbers = torch.ops.kdkernels, pack(OPTIONS[name])
-    torch.library.opcheck(ops.relation_traced.default, (student, teacher, *numbers, "mean", True))
+    opcheck(ops.relation_traced.default, (student, teacher, *numbers, "mean", True))
     measures = ops.relation_measures([student.detach(), teacher], name)
-    torch.library.opcheck(ops.relation_measures.default, ([student.detach(), teacher], name))
-    torch.library.opcheck(ops.relation_loss.default, (measures, *numbers, "sum", False))
+    opcheck(ops.relation_measures.default, ([student.detach(), teacher], name))
+    opcheck(ops.relation_loss.default, (measures, *numbers, "sum", False))
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))

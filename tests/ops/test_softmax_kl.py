@@ -6,7 +6,17 @@ import math
 
 import pytest
 import torch
-from checking import DEVICE, DTYPES, by_definition, check_close, check_compiled, check_contract, check_op, gradients
+from checking import (
+    DEVICE,
+    DTYPES,
+    by_definition,
+    check_close,
+    check_compiled,
+    check_contract,
+    check_op,
+    gradients,
+    opcheck,
+)
 from torch import Tensor
 
 from kdkernels.ops.library import flatten
@@ -131,9 +141,9 @@ def test_opcheck() -> None:
     a, b, lam = labels(4, 6)
     for reduction in ("mean", "sum", "none"):
         x = Rows(student, teacher, Labels(a, b, lam), Terms(0.1, 0.2, 0.3, 0.4), 4.0, reduction)
-        torch.library.opcheck(torch.ops.kdkernels.softmax_kl.default, (*flatten(x), True))
+        opcheck(torch.ops.kdkernels.softmax_kl.default, (*flatten(x), True))
         x = x._replace(student=student.clone().requires_grad_())
-        torch.library.opcheck(torch.ops.kdkernels.softmax_kl_traced.default, (*flatten(x), True))
+        opcheck(torch.ops.kdkernels.softmax_kl_traced.default, (*flatten(x), True))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
