@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -38,7 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Without groups each worker would make anew what a group shares: pytest 9.2 ignores pytest-xdist 3.8's."""
-    gc.freeze()  # all that is imported and collected by now stays: there is no use in looking for garbage there
     grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in grouped):
         pytest.exit("this pytest and this pytest-xdist know no groups: see constraints.txt", returncode=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import interpreted
@@ -14,6 +15,10 @@ import kdkernels
 
 if INTERPRETED:
     interpreted.patch_once()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # all that is imported and collected by now stays: there is no use in looking for garbage there
 
 
 @pytest.fixture(params=backends_under_test())

@@ -1,7 +1,7 @@
 """Triton's interpreter, without what takes it a third of the time.
 
-Triton 3.7 puts its own functions into the language at each launch, which the launch takes out again, and once more at
-each call of a function in a kernel, although they are there by then.
+Triton 3.6 and 3.7 put its functions into the language at each launch, which the launch takes out again, and once more
+at each call of a function in a kernel, although they are there by then.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 def patch_once() -> None:
     from triton.runtime import interpreter
 
-    if not hasattr(interpreter, "_LangPatchScope"):  # before 3.7
+    if not hasattr(interpreter, "_LangPatchScope"):  # another release
         return
     language, patch = (interpreter.tl, interpreter.tl.core), interpreter._patch_lang
     launch: set[str] = set()  # the modules patched until the launch ends
