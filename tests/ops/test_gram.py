@@ -171,6 +171,14 @@ def test_one_row_is_like_itself_whatever_is_in_it(dtype: torch.dtype, row_norm: 
         assert (gradients(loss, [student])[0] == 0).all()
 
 
+def test_tiny_bfloat16_features() -> None:
+    """Processors that multiply bf16 take products below 1e-38 for 0: the rows are no zero rows for that."""
+    student = (torch.randn(6, 300, device=DEVICE) * 2.0**-66).bfloat16().requires_grad_()
+    teacher = torch.randn(6, 300, device=DEVICE).bfloat16()
+    gradient = gradients(sp_gram(student, teacher, scale=1.0), [student])[0]
+    assert gradient.abs().sum(1).min() > 0
+
+
 def test_no_features_is_zero() -> None:
     student = torch.zeros(3, 0, device=DEVICE, requires_grad=True)
     loss = sp_gram(student, torch.zeros(3, 0, device=DEVICE), scale=1.0)
